@@ -1,0 +1,138 @@
+// restore_and_sgd_ and restore_and_adam_ on the CPU: w <- update(backup, g, state) in one pass.
+#include "multi_tensor.h"
+#include "operations.h"
+
+namespace fastsam::cpu {
+namespace {
+
+template <typename scalar_t>
+FASTSAM_MULTIVERSION void sgd(scalar_t* __restrict__ result, const scalar_t* __restrict__ param,
+                              const scalar_t* __restrict__ grad, int64_t length,
+                              const SgdStep<opmath_t<scalar_t>> step) {
+  using T = opmath_t<scalar_t>;
+  for (int64_t i = 0; i < length; ++i) {
+    result[i] = static_cast<scalar_t>(step.update(static_cast<T>(param[i]), static_cast<T>(grad[i])));
+  }
+}
+
+template <typename scalar_t>
+FASTSAM_MULTIVERSION void sgd_momentum(scalar_t* __restrict__ result, const scalar_t* __restrict__ param,
+                                       const scalar_t* __restrict__ grad, scalar_t* __restrict__ momentum_buffer,
+                                       int64_t length, const SgdStep<opmath_t<scalar_t>> step) {
+  using T = opmath_t<scalar_t>;
+  for (int64_t i = 0; i < length; ++i) {
+    T buffer = static_cast<T>(momentum_buffer[i]);
+    result[i] = static_cast<scalar_t>(step.update(static_cast<T>(param[i]), static_cast<T>(grad[i]), buffer));
+    momentum_buffer[i] = static_cast<scalar_t>(buffer);
+  }
+}
+
+template <typename scalar_t>
+FASTSAM_MULTIVERSION void adam(scalar_t* __restrict__ result, const scalar_t* __restrict__ param,
+                               const scalar_t* __restrict__ grad, scalar_t* __restrict__ exp_avg,
+                               scalar_t* __restrict__ exp_avg_sq, int64_t length,
+                               const AdamStep<opmath_t<scalar_t>> step) {
+  using T = opmath_t<scalar_t>;
+  for (int64_t i = 0; i < length; ++i) {
+    const T w = static_cast<T>(param[i]);
+    T mean = static_cast<T>(exp_avg[i]), square = static_cast<T>(exp_avg_sq[i]);
+    step.moments(w, static_cast<T>(grad[i]), mean, square);
+    exp_avg[i] = static_cast<scalar_t>(mean);
+    exp_avg_sq[i] = static_cast<scalar_t>(square);
+    result[i] = static_cast<scalar_t>(step.update(w, mean, square));
+  }
+}
+
+template <typename scalar_t>
+FASTSAM_MULTIVERSION void amsgrad(scalar_t* __restrict__ result, const scalar_t* __restrict__ param,
+                                  const scalar_t* __restrict__ grad, scalar_t* __restrict__ exp_avg,
+                                  scalar_t* __restrict__ exp_avg_sq, scalar_t* __restrict__ max_exp_avg_sq,
+                                  int64_t length, const AdamStep<opmath_t<scalar_t>> step) {
+  using T = opmath_t<scalar_t>;
+  for (int64_t i = 0; i < length; ++i) {
+    const T w = static_cast<T>(param[i]);
+    T mean = static_cast<T>(exp_avg[i]), square = static_cast<T>(exp_avg_sq[i]);
+    step.moments(w, static_cast<T>(grad[i]), mean, square);
+    const T previous = static_cast<T>(max_exp_avg_sq[i]);
+    // Written so that a NaN in either stays one, as in torch.maximum.
+    const T largest = previous > square || previous != previous ? previous : square;
+    exp_avg[i] = static_cast<scalar_t>(mean);
+    exp_avg_sq[i] = static_cast<scalar_t>(square);
+    max_exp_avg_sq[i] = static_cast<scalar_t>(largest);
+    result[i] = static_cast<scalar_t>(step.update(w, mean, largest));
+  }
+}
+
+// Restores what has no gradient; hands every other block to update(chunk, element, result, param, grad, length),
+// and stores its result.
+template <typename scalar_t, typename Update>
+void restore_and_update(const TensorTable& table, const Update& update) {
+  const bool stream = should_stream(table, sizeof(scalar_t));
+  for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t) {
+    const bool has_grad = table.has(kGrad, chunk.tensor), climbed = table.has(kBackup, chunk.tensor);
+    if (!has_grad && !climbed) return;
+    scalar_t* param = table.pointer<scalar_t>(kParam, chunk.tensor) + chunk.start;
+    const scalar_t* source = climbed ? table.pointer<scalar_t>(kBackup, chunk.tensor) + chunk.start : param;
+    if (!has_grad) return store_block(param, source, chunk.length * sizeof(scalar_t), stream);
+    const scalar_t* grad = table.pointer<scalar_t>(kGrad, chunk.tensor) + chunk.start;
+    const auto block = update(chunk);
+    for_each_block(chunk.length, [&](int64_t start, int64_t length) {
+      alignas(64) scalar_t result[kBlock];
+      block(result, source + start, grad + start, chunk.start + start, length);
+      store_block(param + start, result, length * sizeof(scalar_t), stream);
+    });
+  });
+}
+
+void advance_steps(const TensorTable& table, float* steps) {
+  for (int64_t tensor = 0; tensor < table.tensor_count; ++tensor) {
+    if (table.has(kGrad, tensor)) steps[tensor] += 1;
+  }
+}
+
+}  // namespace
+
+void restore_and_sgd_(const TensorTable& table, ScalarType dtype, const SgdOptions* options, float* steps,
+                      double inv_grad_scale) {
+  dispatch(dtype, [&](auto type) {
+    using scalar_t = decltype(type);
+    restore_and_update<scalar_t>(table, [&](const Chunk& chunk) {
+      const SgdStep<opmath_t<scalar_t>> step(options[table.groups[chunk.tensor]], inv_grad_scale,
+                                             steps[chunk.tensor] == 0);
+      scalar_t* momentum_buffer = table.pointer<scalar_t>(kState0, chunk.tensor);
+      return [=](scalar_t* result, const scalar_t* param, const scalar_t* grad, int64_t element, int64_t length) {
+        if (momentum_buffer == nullptr) {
+          sgd(result, param, grad, length, step);
+        } else {
+          sgd_momentum(result, param, grad, momentum_buffer + element, length, step);
+        }
+      };
+    });
+  });
+  advance_steps(table, steps);
+}
+
+void restore_and_adam_(const TensorTable& table, ScalarType dtype, const AdamOptions* options, float* steps,
+                       double inv_grad_scale) {
+  dispatch(dtype, [&](auto type) {
+    using scalar_t = decltype(type);
+    restore_and_update<scalar_t>(table, [&](const Chunk& chunk) {
+      const AdamStep<opmath_t<scalar_t>> step(options[table.groups[chunk.tensor]],
+                                              static_cast<double>(steps[chunk.tensor]) + 1.0, inv_grad_scale);
+      scalar_t* exp_avg = table.pointer<scalar_t>(kState0, chunk.tensor);
+      scalar_t* exp_avg_sq = table.pointer<scalar_t>(kState1, chunk.tensor);
+      scalar_t* max_exp_avg_sq = table.pointer<scalar_t>(kState2, chunk.tensor);
+      return [=](scalar_t* result, const scalar_t* param, const scalar_t* grad, int64_t element, int64_t length) {
+        if (max_exp_avg_sq == nullptr) {
+          adam(result, param, grad, exp_avg + element, exp_avg_sq + element, length, step);
+        } else {
+          amsgrad(result, param, grad, exp_avg + element, exp_avg_sq + element, max_exp_avg_sq + element, length,
+                  step);
+        }
+      };
+    });
+  });
+  advance_steps(table, steps);
+}
+
+}  // namespace fastsam::cpu

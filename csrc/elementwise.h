@@ -1,0 +1,151 @@
+// The mathematics of one element of each operation, written once and compiled for the CPU and for CUDA.
+//
+// Arithmetic is in opmath_t (float for fp16, bf16 and fp32; double for fp64); the loops convert at the load and round
+// once, at the store. Nothing here knows of addresses, chunks or threads.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#if defined(__CUDACC__)
+#define FASTSAM_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+// Inlined by force: only inside a multiversioned caller is the element compiled for that caller's instruction set.
+#define FASTSAM_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace fastsam {
+
+using bfloat16 = c10::BFloat16;
+using half = c10::Half;
+
+template <typename scalar_t>
+struct OpMath {
+  using type = float;
+};
+template <>
+struct OpMath<double> {
+  using type = double;
+};
+template <typename scalar_t>
+using opmath_t = typename OpMath<scalar_t>::type;
+
+// ---- the climb (Foret et al. 2021, eq. 2; adaptive: Kwon et al. 2021 with T = |w|) ----
+
+struct ClimbOptions {
+  double rho;
+  bool adaptive;
+  bool maximize;
+};
+
+// rho / (||g|| + 1e-12), signed; 0 where the norm is not finite, which every caller takes as "leave w alone".
+FASTSAM_HOST_DEVICE double climb_scale(double norm, const ClimbOptions& options) {
+  const double scale = options.rho / (norm + 1e-12);
+  // x - x is 0 for every finite x, and NaN for NaN and Inf.
+  return norm - norm == 0 ? (options.maximize ? -scale : scale) : 0.0;
+}
+
+// The square that an element adds to ||g||^2 (adaptive: || |w| g ||^2), in double so that 1e25 has a square.
+FASTSAM_HOST_DEVICE double norm_square(double param, double grad, bool adaptive) {
+  const double term = adaptive ? param * grad : grad;
+  return term * term;
+}
+
+// w + e(w)
+template <typename T>
+FASTSAM_HOST_DEVICE T climbed(T param, T grad, T scale, bool adaptive) {
+  const T step = scale * grad;
+  return param + (adaptive ? step * param * param : step);
+}
+
+// ---- base updates: torch.optim's for-loops, one element ----
+
+struct SgdOptions {
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  bool nesterov;
+  bool maximize;
+};
+
+template <typename T>
+struct SgdStep {
+  T lr, momentum, grad_weight, weight_decay, inv_scale;
+  bool nesterov, maximize;
+
+  FASTSAM_HOST_DEVICE SgdStep(const SgdOptions& options, double inv_grad_scale, bool first)
+      : lr(static_cast<T>(options.lr)),
+        // On a tensor's first step the buffer is the gradient: 0 * buffer would keep what an unwritten one holds, so
+        // buffers start as zeros.
+        momentum(static_cast<T>(options.momentum)),
+        grad_weight(static_cast<T>(first ? 1.0 : 1.0 - options.dampening)),
+        weight_decay(static_cast<T>(options.weight_decay)),
+        inv_scale(static_cast<T>(inv_grad_scale)),
+        nesterov(options.nesterov),
+        maximize(options.maximize) {}
+
+  FASTSAM_HOST_DEVICE T direction(T param, T grad) const {
+    const T unscaled = (maximize ? -grad : grad) * inv_scale;
+    // Selected, not multiplied by zero: 0 * inf is NaN.
+    return weight_decay != 0 ? unscaled + weight_decay * param : unscaled;
+  }
+
+  FASTSAM_HOST_DEVICE T update(T param, T grad) const { return param - lr * direction(param, grad); }
+
+  FASTSAM_HOST_DEVICE T update(T param, T grad, T& momentum_buffer) const {
+    const T step = direction(param, grad);
+    const T buffer = momentum * momentum_buffer + grad_weight * step;
+    momentum_buffer = buffer;
+    return param - lr * (nesterov ? step + momentum * buffer : buffer);
+  }
+};
+
+struct AdamOptions {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  bool decoupled;
+  bool amsgrad;
+  bool maximize;
+};
+
+template <typename T>
+struct AdamStep {
+  T grad_weight, beta2, square_weight, eps, step_size, root_correction, coupled_decay, decay_factor, inv_scale;
+  bool maximize;
+
+  // step counts from 1; bias corrections in double (1 - 0.999^1 has 14 bits left in float).
+  FASTSAM_HOST_DEVICE AdamStep(const AdamOptions& options, double step, double inv_grad_scale)
+      : grad_weight(static_cast<T>(1.0 - options.beta1)),
+        beta2(static_cast<T>(options.beta2)),
+        square_weight(static_cast<T>(1.0 - options.beta2)),
+        eps(static_cast<T>(options.eps)),
+        step_size(static_cast<T>(options.lr / (1.0 - pow(options.beta1, step)))),
+        root_correction(static_cast<T>(sqrt(1.0 - pow(options.beta2, step)))),
+        coupled_decay(static_cast<T>(options.decoupled ? 0.0 : options.weight_decay)),
+        decay_factor(static_cast<T>(options.decoupled ? 1.0 - options.lr * options.weight_decay : 1.0)),
+        inv_scale(static_cast<T>(inv_grad_scale)),
+        maximize(options.maximize) {}
+
+  // exp_avg and exp_avg_sq become their new values; returns the second moment to divide by (before amsgrad's max).
+  FASTSAM_HOST_DEVICE void moments(T param, T grad, T& exp_avg, T& exp_avg_sq) const {
+    const T unscaled = (maximize ? -grad : grad) * inv_scale;
+    const T g = coupled_decay != 0 ? unscaled + coupled_decay * param : unscaled;
+    // torch.lerp's two forms: exact at both ends.
+    exp_avg = grad_weight < T(0.5) ? exp_avg + grad_weight * (g - exp_avg) : g - (g - exp_avg) * (T(1) - grad_weight);
+    exp_avg_sq = beta2 * exp_avg_sq + square_weight * g * g;
+  }
+
+  FASTSAM_HOST_DEVICE T update(T param, T exp_avg, T second_moment) const {
+    const T denominator = std::sqrt(second_moment) / root_correction + eps;
+    return param * decay_factor - step_size * exp_avg / denominator;
+  }
+};
+
+}  // namespace fastsam

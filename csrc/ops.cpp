@@ -1,0 +1,182 @@
+// The operators' schemas and argument checks. Every device registers its kernels behind the same schemas.
+//
+// A table is (addresses [kRoles, n], tensors [2, n]: sizes and groups, chunks [count, 3], chunk_size, dtype), int64, on
+// the CPU; `options` is [groups, fields] in double, in the order of elementwise.h's structs.
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "cpu/operations.h"
+#include "elementwise.h"
+#include "tensor_table.h"
+
+namespace fastsam {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check_cpu(const Tensor& tensor, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "fastsam: ", name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastsam: ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "fastsam: ", name, " must be contiguous");
+}
+
+TensorTable read_table(const Tensor& addresses, const Tensor& tensors, const Tensor& chunks, int64_t chunk_size) {
+  check_cpu(addresses, ScalarType::Long, "addresses");
+  check_cpu(tensors, ScalarType::Long, "tensors");
+  check_cpu(chunks, ScalarType::Long, "chunks");
+  STD_TORCH_CHECK(tensors.dim() == 2 && tensors.size(0) == 2, "fastsam: tensors must be [2, n]");
+  const int64_t n = tensors.size(1);
+  STD_TORCH_CHECK(addresses.dim() == 2 && addresses.size(0) == kRoles && addresses.size(1) == n,
+                  "fastsam: addresses must be [", int64_t{kRoles}, ", n]");
+  STD_TORCH_CHECK(chunks.dim() == 2 && chunks.size(1) == 3, "fastsam: chunks must be [count, 3]");
+  STD_TORCH_CHECK(chunk_size > 0, "fastsam: chunk_size must be positive");
+  const int64_t* rows = tensors.const_data_ptr<int64_t>();
+  TensorTable table{addresses.const_data_ptr<int64_t>(),
+                    rows,
+                    rows + n,
+                    chunks.const_data_ptr<int64_t>(),
+                    n,
+                    chunks.size(0),
+                    chunk_size,
+                    0};
+  int64_t work = 0;
+  for (int64_t i = 0; i < table.chunk_count; ++i) {
+    const int64_t* row = table.chunks + 3 * i;
+    STD_TORCH_CHECK(row[0] >= 0 && row[0] < n && row[1] >= 0 && row[1] < table.sizes[row[0]] && row[2] == work,
+                    "fastsam: chunk ", i, " is not part of its table");
+    work += read_chunk(table, i).length + kChunkOverhead;
+    STD_TORCH_CHECK(table.has(kParam, row[0]), "fastsam: tensor ", row[0], " has no address");
+  }
+  table.work = work;
+  return table;
+}
+
+// The rows of `options` as structs. A row is read by its group's index: each must exist.
+template <typename Options, int64_t kFields, typename Read>
+std::vector<Options> read_options(const Tensor& options, const TensorTable& table, const Read& read) {
+  check_cpu(options, ScalarType::Double, "options");
+  STD_TORCH_CHECK(options.dim() == 2 && options.size(1) == kFields, "fastsam: options must be [groups, ", kFields,
+                  "]");
+  for (int64_t i = 0; i < table.tensor_count; ++i) {
+    STD_TORCH_CHECK(table.groups[i] >= 0 && table.groups[i] < options.size(0), "fastsam: tensor ", i,
+                    " names a group without options");
+  }
+  std::vector<Options> result;
+  result.reserve(options.size(0));
+  const double* row = options.const_data_ptr<double>();
+  for (int64_t i = 0; i < options.size(0); ++i, row += kFields) result.push_back(read(row));
+  return result;
+}
+
+std::vector<ClimbOptions> read_climb_options(const Tensor& options, const TensorTable& table) {
+  return read_options<ClimbOptions, 3>(
+      options, table, [](const double* row) { return ClimbOptions{row[0], row[1] != 0, row[2] != 0}; });
+}
+
+float* check_steps(const Tensor& steps, const TensorTable& table) {
+  check_cpu(steps, ScalarType::Float, "steps");
+  STD_TORCH_CHECK(steps.numel() == table.tensor_count, "fastsam: steps must be [n]");
+  return steps.mutable_data_ptr<float>();
+}
+
+// torch.amp's two tensors, read on the host: on this device that is no synchronisation.
+double read_scalar(const std::optional<Tensor>& scalar, double otherwise, const char* name) {
+  if (!scalar.has_value()) return otherwise;
+  STD_TORCH_CHECK(scalar->numel() == 1, "fastsam: ", name, " must have one element");
+  check_cpu(*scalar, ScalarType::Float, name);
+  return *scalar->const_data_ptr<float>();
+}
+
+void grad_norm_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+                   Tensor options, Tensor partials, Tensor norm, bool first, bool last) {
+  const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
+  const auto groups = read_climb_options(options, table);
+  check_cpu(partials, ScalarType::Double, "partials");
+  check_cpu(norm, ScalarType::Double, "norm");
+  STD_TORCH_CHECK(partials.numel() == table.chunk_count, "fastsam: partials must be [chunks]");
+  STD_TORCH_CHECK(norm.numel() == 1, "fastsam: norm must have one element");
+  double* total = norm.mutable_data_ptr<double>();
+  const double before = first ? 0 : *total;
+  const double sum = before + cpu::square_sum(table, dtype, groups.data(), partials.mutable_data_ptr<double>());
+  *total = last ? std::sqrt(sum) : sum;
+}
+
+void perturb_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+                 Tensor options, Tensor norm) {
+  const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
+  const auto groups = read_climb_options(options, table);
+  check_cpu(norm, ScalarType::Double, "norm");
+  STD_TORCH_CHECK(norm.numel() == 1, "fastsam: norm must have one element");
+  cpu::perturb_(table, dtype, groups.data(), *norm.const_data_ptr<double>());
+}
+
+void restore_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype) {
+  cpu::restore_(read_table(addresses, tensors, chunks, chunk_size), dtype);
+}
+
+void restore_and_sgd_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+                         Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
+                         std::optional<Tensor> found_inf) {
+  const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
+  const auto groups = read_options<SgdOptions, 6>(options, table, [](const double* row) {
+    return SgdOptions{row[0], row[1], row[2], row[3], row[4] != 0, row[5] != 0};
+  });
+  for (int64_t i = 0; i < table.tensor_count; ++i) {
+    const bool needs_buffer = table.sizes[i] != 0 && table.has(kGrad, i) && groups[table.groups[i]].momentum != 0;
+    STD_TORCH_CHECK(!needs_buffer || table.has(kState0, i), "fastsam: tensor ", i, " has no momentum buffer");
+  }
+  float* step_counts = check_steps(steps, table);
+  const double inv_scale = 1.0 / read_scalar(grad_scale, 1.0, "grad_scale");
+  if (read_scalar(found_inf, 0.0, "found_inf") != 0) return cpu::restore_(table, dtype);
+  cpu::restore_and_sgd_(table, dtype, groups.data(), step_counts, inv_scale);
+}
+
+void restore_and_adam_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+                          Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
+                          std::optional<Tensor> found_inf) {
+  const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
+  const auto groups = read_options<AdamOptions, 8>(options, table, [](const double* row) {
+    return AdamOptions{row[0], row[1], row[2], row[3], row[4], row[5] != 0, row[6] != 0, row[7] != 0};
+  });
+  for (int64_t i = 0; i < table.tensor_count; ++i) {
+    if (table.sizes[i] == 0 || !table.has(kGrad, i)) continue;
+    STD_TORCH_CHECK(table.has(kState0, i) && table.has(kState1, i), "fastsam: tensor ", i, " has no moments");
+    STD_TORCH_CHECK(!groups[table.groups[i]].amsgrad || table.has(kState2, i), "fastsam: tensor ", i,
+                    " has no max_exp_avg_sq");
+  }
+  float* step_counts = check_steps(steps, table);
+  const double inv_scale = 1.0 / read_scalar(grad_scale, 1.0, "grad_scale");
+  if (read_scalar(found_inf, 0.0, "found_inf") != 0) return cpu::restore_(table, dtype);
+  cpu::restore_and_adam_(table, dtype, groups.data(), step_counts, inv_scale);
+}
+
+}  // namespace
+}  // namespace fastsam
+
+#define FASTSAM_TABLE "Tensor addresses, Tensor tensors, Tensor chunks, int chunk_size, ScalarType dtype"
+#define FASTSAM_UPDATE FASTSAM_TABLE ", Tensor options, Tensor(a!) steps, Tensor? grad_scale, Tensor? found_inf"
+
+STABLE_TORCH_LIBRARY(fastsam, m) {
+  m.def("grad_norm_(" FASTSAM_TABLE
+        ", Tensor options, Tensor(a!) partials, Tensor(b!) norm, bool first, bool last) -> ()");
+  m.def("perturb_(" FASTSAM_TABLE ", Tensor options, Tensor norm) -> ()");
+  m.def("restore_(" FASTSAM_TABLE ") -> ()");
+  m.def("restore_and_sgd_(" FASTSAM_UPDATE ") -> ()");
+  m.def("restore_and_adam_(" FASTSAM_UPDATE ") -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {
+  m.impl("grad_norm_", TORCH_BOX(&fastsam::grad_norm_cpu));
+  m.impl("perturb_", TORCH_BOX(&fastsam::perturb_cpu));
+  m.impl("restore_", TORCH_BOX(&fastsam::restore_cpu));
+  m.impl("restore_and_sgd_", TORCH_BOX(&fastsam::restore_and_sgd_cpu));
+  m.impl("restore_and_adam_", TORCH_BOX(&fastsam::restore_and_adam_cpu));
+}

@@ -1,0 +1,48 @@
+// How a tensor table and its chunks are read: plain pointers and sizes, checked by whoever built it (ops.cpp).
+//
+// The layout is fastsam/tensor_table.py's: `addresses` is [kRoles, tensors] with 0 for "absent"; every address of a
+// tensor is the start of `sizes[tensor]` elements in memory order. `chunks` is [count, 3]: tensor, first element,
+// and the work that lies before this chunk (elements plus kChunkOverhead each), by which threads share the chunks.
+#pragma once
+
+#include <cstdint>
+
+namespace fastsam {
+
+// What finding a chunk costs, in elements: threads share tiny tensors by it.
+constexpr int64_t kChunkOverhead = 64;
+
+enum Role : int64_t { kParam, kGrad, kBackup, kState0, kState1, kState2, kRoles };
+
+struct TensorTable {
+  const int64_t* addresses;
+  const int64_t* sizes;
+  const int64_t* groups;
+  const int64_t* chunks;
+  int64_t tensor_count;
+  int64_t chunk_count;
+  int64_t chunk_size;
+  int64_t work;  // of all chunks together
+
+  bool has(Role role, int64_t tensor) const { return addresses[role * tensor_count + tensor] != 0; }
+
+  template <typename scalar_t>
+  scalar_t* pointer(Role role, int64_t tensor) const {
+    return reinterpret_cast<scalar_t*>(addresses[role * tensor_count + tensor]);
+  }
+};
+
+struct Chunk {
+  int64_t tensor;
+  int64_t start;
+  int64_t length;
+  int64_t work_before;
+};
+
+inline Chunk read_chunk(const TensorTable& table, int64_t index) {
+  const int64_t* row = table.chunks + 3 * index;
+  const int64_t left = table.sizes[row[0]] - row[1];
+  return {row[0], row[1], left < table.chunk_size ? left : table.chunk_size, row[2]};
+}
+
+}  // namespace fastsam

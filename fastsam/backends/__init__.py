@@ -1,0 +1,160 @@
+"""The contract of the five operations, and which backend runs them on a device."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from fastsam.tensor_table import TensorTable
+
+logger = logging.getLogger("fastsam")
+
+BACKENDS = ("reference", "foreach", "native", "triton")
+
+_MODULES = {name: f"fastsam.backends.{name}" for name in BACKENDS} | {"triton": "fastsam.backends.triton_gpu"}
+
+# What "auto" tries, fastest first; on any other device the last resort runs everywhere.
+FASTEST_FIRST = {"cpu": ("native", "foreach"), "cuda": ("native", "triton", "foreach")}
+ANYWHERE = ("foreach",)
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend cannot run on a device; the message says why and what would help."""
+
+
+class ClimbOptions(NamedTuple):
+    """How one parameter group climbs. Numbers may be 0-dim tensors."""
+
+    rho: float | Tensor
+    adaptive: bool
+    maximize: bool
+
+
+class SGDOptions(NamedTuple):
+    """``torch.optim.SGD``'s options for one parameter group."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+
+class AdamOptions(NamedTuple):
+    """``torch.optim.Adam``'s and ``AdamW``'s options for one parameter group."""
+
+    lr: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    amsgrad: bool
+    maximize: bool
+
+
+class Backend(Protocol):
+    """Five functions over tensor tables. Options come as one entry per parameter group.
+
+    No function waits for an accelerator, and every result is the same bits for the same input.
+    """
+
+    @staticmethod
+    def check(device_type: str) -> None:
+        """Raises :class:`BackendUnavailable` if the backend cannot run on ``device_type``."""
+
+    @staticmethod
+    def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) -> Tensor:
+        """The L2 norm over the climbing gradients of all tables, which are on one device.
+
+        Returns:
+            0-dim float64 on that device: ``||g||_2``, with ``|w| * g`` in place of ``g`` in adaptive groups. Not finite
+            exactly if a gradient is not (or the squares of float64 gradients overflow).
+        """
+
+    @staticmethod
+    def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
+        """``backup <- w; w <- w + rho * g / (norm + 1e-12)``; adaptive: ``w + rho * w^2 * g / (norm + 1e-12)``.
+
+        With ``maximize`` the step is subtracted. A norm that is not finite leaves ``w`` as it is. If this raises, every
+        ``w`` is as it was.
+        """
+
+    @staticmethod
+    def restore_(table: TensorTable) -> None:
+        """``w <- backup`` for every climbing parameter, bit for bit."""
+
+    @staticmethod
+    def restore_and_sgd_(
+        table: TensorTable, options: Sequence[SGDOptions], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """``w <- SGD(backup, g, momentum_buffer)`` for every parameter with a gradient, ``w <- backup`` for the others.
+
+        Args:
+            table: its state slots are ``momentum_buffer`` (absent without momentum).
+            options: of the parameter groups.
+            grad_scale: if given, gradients are divided by it (``torch.amp.GradScaler``'s scale).
+            found_inf: if given and not 0, weights are restored and the state stays as it is, bit for bit.
+        """
+
+    @staticmethod
+    def restore_and_adam_(
+        table: TensorTable, options: Sequence[AdamOptions], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Like :meth:`restore_and_sgd_`, with Adam; slots: ``exp_avg, exp_avg_sq, max_exp_avg_sq`` (amsgrad)."""
+
+
+def load(name: str, device_type: str) -> Backend:
+    """The backend ``name``.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendUnavailable: it cannot run on ``device_type``.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    try:
+        backend = cast(Backend, importlib.import_module(_MODULES[name]))
+    except ModuleNotFoundError as missing:
+        raise BackendUnavailable(f"backend {name!r} is not part of this installation ({missing})") from None
+    backend.check(device_type)
+    return backend
+
+
+@functools.cache
+def resolve(name: str, device_type: str) -> Backend:
+    """The module that runs the five operations on ``device_type``: a named one, or the fastest that can ("auto")."""
+    if name != "auto":
+        return load(name, device_type)  # runs or raises; never falls back
+    for candidate in FASTEST_FIRST.get(device_type, ANYWHERE):
+        try:
+            return load(candidate, device_type)
+        except BackendUnavailable as reason:
+            # Only what a user can mend is worth a warning: on CUDA other backends are still as fast.
+            level = logging.WARNING if device_type == "cpu" else logging.INFO
+            logger.log(level, "backend %r skipped on %s: %s", candidate, device_type, reason)
+    raise BackendUnavailable(f"no backend can run on {device_type!r}")
+
+
+def grad_norms(
+    backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[ClimbOptions]
+) -> dict[torch.device, Tensor]:
+    """The one norm over all tables (``backends``: of each), as a 0-dim float64 tensor on each of their devices."""
+    by_device: dict[torch.device, tuple[Backend, list[TensorTable]]] = {}
+    for backend, table in zip(backends, tables, strict=True):
+        by_device.setdefault(table.device, (backend, []))[1].append(table)
+    norms = {device: backend.grad_norm(mine, options) for device, (backend, mine) in by_device.items()}
+    if len(norms) == 1:
+        return norms
+    # One device adds them up, in the tables' order; an accelerator where there is one, which nothing then waits for.
+    home = next((device for device in norms if device.type != "cpu"), next(iter(norms)))
+    parts = torch.stack([norm.to(home, non_blocking=True) for norm in norms.values()])
+    total = torch.linalg.vector_norm(parts)
+    return {device: total.to(device, non_blocking=device.type != "cpu") for device in norms}

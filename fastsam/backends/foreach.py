@@ -1,0 +1,191 @@
+"""``torch._foreach_*``: the operations as lists of tensors at a time, on any device that PyTorch has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastsam.backends import AdamOptions, ClimbOptions, SGDOptions
+from fastsam.backends.scalars import Scalar, as_scalar, climb_scale, opmath_dtype
+from fastsam.tensor_table import TensorTable
+
+Options = TypeVar("Options")
+Tensors = list[Tensor]
+
+
+def check(device_type: str) -> None:
+    """Runs on every device."""
+
+
+def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) -> Tensor:
+    norms: Tensors = []
+    for table in tables:
+        for group, indices in _by_group(table.climbing, table, options):
+            grads = _double(_take(table.grads, indices))
+            if group.adaptive:
+                grads = list(torch._foreach_mul(grads, _double(_take(table.values, indices))))
+            norms += torch._foreach_norm(grads)
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=tables[0].device)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
+    dtype = opmath_dtype(table.dtype)
+    moves: list[tuple[Tensors, Tensors]] = []
+    for group, indices in _by_group(table.climbing, table, options):
+        scale = climb_scale(as_scalar(group.rho, table.device), group.maximize, norm).to(dtype)
+        values = _take(table.values, indices)
+        points = _to(values, dtype)
+        steps = list(torch._foreach_mul(_to(_take(table.grads, indices), dtype), scale))
+        if group.adaptive:
+            torch._foreach_mul_(steps, points)
+            torch._foreach_mul_(steps, points)
+        torch._foreach_add_(steps, points)
+        # Selected, not multiplied by zero: 0 * inf would be NaN.
+        moves.append((values, [torch.where(scale == 0, w, climbed) for w, climbed in zip(points, steps, strict=True)]))
+    if moves:  # everything is allocated: from here on nothing is left but to write
+        torch._foreach_copy_(_take(table.backups, table.climbing), _take(table.values, table.climbing))
+    for values, climbed in moves:
+        torch._foreach_copy_(values, climbed)
+
+
+def restore_(table: TensorTable) -> None:
+    if table.climbing:
+        torch._foreach_copy_(_take(table.values, table.climbing), _take(table.backups, table.climbing))
+
+
+def restore_and_sgd_(
+    table: TensorTable, options: Sequence[SGDOptions], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    restore_(table)
+    for group, indices in _by_group(table.present, table, options):
+        work = _Work(table, indices, grad_scale, found_inf, group.maximize)
+        lr = as_scalar(group.lr, table.device)
+        if group.weight_decay != 0:
+            torch._foreach_add_(work.grads, work.values, alpha=group.weight_decay)
+        directions = work.grads
+        if group.momentum != 0:
+            (buffers,) = work.state
+            torch._foreach_mul_(buffers, group.momentum)
+            if group.dampening != 0:
+                first = work.steps == 0
+                weights = torch.where(first, 1.0, 1.0 - group.dampening).to(work.dtype)
+                torch._foreach_add_(buffers, list(torch._foreach_mul(work.grads, list(weights.unbind()))))
+            else:
+                torch._foreach_add_(buffers, work.grads)
+            directions = buffers
+            if group.nesterov:
+                directions = list(torch._foreach_add(work.grads, buffers, alpha=group.momentum))
+        _add_scaled_(work.values, directions, -lr)
+        work.store()
+
+
+def restore_and_adam_(
+    table: TensorTable, options: Sequence[AdamOptions], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    restore_(table)
+    for group, indices in _by_group(table.present, table, options):
+        work = _Work(table, indices, grad_scale, found_inf, group.maximize)
+        lr, beta1, beta2 = (as_scalar(x, table.device) for x in (group.lr, group.beta1, group.beta2))
+        exp_avgs, exp_avg_sqs, *max_exp_avg_sqs = work.state
+        if group.weight_decay != 0:
+            if group.decoupled:
+                torch._foreach_mul_(work.values, _scalar(1 - lr * group.weight_decay, work.dtype))
+            else:
+                torch._foreach_add_(work.grads, work.values, alpha=group.weight_decay)
+        torch._foreach_lerp_(exp_avgs, work.grads, _scalar(1 - beta1, work.dtype))
+        torch._foreach_mul_(exp_avg_sqs, _scalar(beta2, work.dtype))
+        _add_scaled_(exp_avg_sqs, list(torch._foreach_mul(work.grads, work.grads)), 1 - beta2)
+        second_moments = exp_avg_sqs
+        if group.amsgrad:
+            (second_moments,) = max_exp_avg_sqs
+            torch._foreach_maximum_(second_moments, exp_avg_sqs)
+        steps = work.steps.double() + 1
+        denominators = list(torch._foreach_sqrt(second_moments))
+        torch._foreach_div_(denominators, list((1 - beta2**steps).sqrt().to(work.dtype).unbind()))
+        torch._foreach_add_(denominators, group.eps)
+        moves = list(torch._foreach_mul(exp_avgs, list((-lr / (1 - beta1**steps)).to(work.dtype).unbind())))
+        torch._foreach_addcdiv_(work.values, moves, denominators)
+        work.store()
+
+
+class _Work:
+    """The tensors of one group in the arithmetic's dtype: the stored ones themselves, or copies to store back."""
+
+    def __init__(
+        self,
+        table: TensorTable,
+        indices: Sequence[int],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        maximize: bool,
+    ) -> None:
+        self.dtype = opmath_dtype(table.dtype)
+        self._found_inf = found_inf
+        slots = [_take(slot, indices) for slot in table.state if slot[indices[0]] is not None]
+        self._stored = [_take(table.values, indices), *slots]
+        copy = found_inf is not None or table.dtype != self.dtype
+        self.values, *self.state = [_to(tensors, self.dtype, copy=copy) for tensors in self._stored]
+        self.grads = _to(_take(table.grads, indices), self.dtype, copy=True)
+        if grad_scale is not None:
+            torch._foreach_mul_(self.grads, grad_scale.double().reciprocal().to(self.dtype).reshape(()))
+        if maximize:
+            torch._foreach_neg_(self.grads)
+        self._step_counts = table.steps
+        self._indices = torch.tensor(indices, device=table.device)
+        self.steps = table.steps[self._indices]
+
+    def store(self) -> None:
+        """Rounds the results once, at the store; under ``found_inf`` everything stays as it is."""
+        advanced = self.steps + 1
+        if self._found_inf is not None:
+            advanced = torch.where(self._found_inf != 0, self.steps, advanced)
+        self._step_counts.index_copy_(0, self._indices, advanced)
+        for stored, computed in zip(self._stored, [self.values, *self.state], strict=True):
+            if self._found_inf is not None:
+                computed = [
+                    torch.where(self._found_inf != 0, old, new.to(old.dtype))
+                    for old, new in zip(stored, computed, strict=True)
+                ]
+            if computed[0] is not stored[0]:
+                torch._foreach_copy_(stored, computed)
+
+
+def _by_group(
+    indices: Sequence[int], table: TensorTable, options: Sequence[Options]
+) -> Iterator[tuple[Options, list[int]]]:
+    for group, option in enumerate(options):
+        mine = [i for i in indices if table.groups[i] == group]
+        if mine:
+            yield option, mine
+
+
+def _take(tensors: Sequence[Tensor | None], indices: Sequence[int]) -> Tensors:
+    return [tensors[i] for i in indices]  # type: ignore[misc]
+
+
+def _to(tensors: Tensors, dtype: torch.dtype, *, copy: bool = False) -> Tensors:
+    if not copy and tensors[0].dtype == dtype:
+        return tensors
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def _double(tensors: Tensors) -> Tensors:
+    return _to(tensors, torch.float64)
+
+
+def _scalar(value: Scalar, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def _add_scaled_(tensors: Tensors, others: Tensors, factor: Scalar) -> None:
+    if isinstance(factor, Tensor):
+        torch._foreach_add_(tensors, list(torch._foreach_mul(others, factor.to(others[0].dtype))))
+    else:
+        torch._foreach_add_(tensors, others, alpha=factor)

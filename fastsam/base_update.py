@@ -1,0 +1,99 @@
+"""Which torch.optim classes run fused with the restore; for each: its options and its state names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fastsam.backends import AdamOptions, SGDOptions
+from fastsam.tensor_table import StateNames
+
+Group = Mapping[str, Any]
+
+
+class FusedUpdate(NamedTuple):
+    """How one base optimizer class runs on the backends."""
+
+    operation: str
+    """The backend's function."""
+    options: Callable[[Group], SGDOptions | AdamOptions]
+    state_names: Callable[[Group], StateNames]
+
+
+def _sgd_options(group: Group) -> SGDOptions:
+    return SGDOptions(
+        group["lr"],
+        group["momentum"],
+        group["dampening"],
+        group["weight_decay"],
+        group["nesterov"],
+        group["maximize"],
+    )
+
+
+def _sgd_state(group: Group) -> StateNames:
+    if group["momentum"] == 0:
+        return StateNames()
+    # torch.optim.SGD counts no steps. Only with dampening does a first step differ from one over a buffer of zeros, so
+    # only there must a checkpoint say whether it has happened.
+    return StateNames(("momentum_buffer",), "fastsam_step" if group["dampening"] != 0 else None)
+
+
+def _adam_options(group: Group) -> AdamOptions:
+    beta1, beta2 = group["betas"]
+    return AdamOptions(
+        group["lr"],
+        beta1,
+        beta2,
+        group["eps"],
+        group["weight_decay"],
+        group["decoupled_weight_decay"],
+        group["amsgrad"],
+        group["maximize"],
+    )
+
+
+def _adam_state(group: Group) -> StateNames:
+    moments = ("exp_avg", "exp_avg_sq")
+    return StateNames((*moments, "max_exp_avg_sq") if group["amsgrad"] else moments, "step")
+
+
+_ADAM = FusedUpdate("restore_and_adam_", _adam_options, _adam_state)
+
+# Exactly these classes: a subclass may do anything in its step().
+FUSED: dict[type[torch.optim.Optimizer], FusedUpdate] = {
+    torch.optim.SGD: FusedUpdate("restore_and_sgd_", _sgd_options, _sgd_state),
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+}
+
+
+def check_base(base: Any, options: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError if ``base`` cannot be the base optimizer, saying why."""
+    if isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"base must be a class such as torch.optim.SGD, got an instance of {type(base).__name__}")
+    if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
+        raise TypeError(f"base must be a torch.optim.Optimizer class, got {base!r}")
+    if _needs_closure(base):
+        raise TypeError(f"base {base.__name__} is not supported: its step() needs a closure of its own")
+    for name in ("rho", "adaptive", "perturb"):
+        if name in inspect.signature(base).parameters:
+            raise TypeError(f"base {base.__name__} is not supported: its option {name!r} is also FastSAM's")
+    if options.get("differentiable"):
+        raise ValueError(f"base {base.__name__}: differentiable=True is not supported")
+
+
+def _needs_closure(base: type[torch.optim.Optimizer]) -> bool:
+    closure = inspect.signature(base.step).parameters.get("closure")
+    return issubclass(base, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty)
+
+
+def unhooked_step(optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()`` without step hooks, which run once, on FastSAM's own ``step``."""
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    step(optimizer)

@@ -1,0 +1,67 @@
+"""SAM under davda54/sam's signature and closure contract: change one import and keep the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from fastsam.optimizer import FastSAM
+
+
+class SAM(FastSAM):
+    """FastSAM for code written for https://github.com/davda54/sam.
+
+    The differences from :class:`FastSAM` are that ``step(closure)`` expects the first pass's gradients to be there
+    already and calls the closure once, and that ``first_step`` and ``second_step`` keep the gradients unless told.
+
+    Example::
+
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+
+        loss_fn(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_fn(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+
+    Args:
+        params: as for any torch optimizer.
+        base_optimizer: a :class:`torch.optim.Optimizer` class.
+        rho: radius of the neighbourhood, >= 0.
+        adaptive: ASAM's climb.
+        **kwargs: the base optimizer's options; also FastSAM's ``model`` and ``backend``.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[Optimizer],
+        rho: float | torch.Tensor = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.pop("replay_rng", False):
+            raise ValueError("replay_rng is FastSAM's: here the first pass is over before step(closure) begins")
+        super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, **kwargs)
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Climbs; see :meth:`FastSAM.first_step`."""
+        super().first_step(zero_grad)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Climbs by the gradients that are there, calls ``closure`` once for those at the climbed weights, and updates.
+
+        Args:
+            closure: a full forward and backward pass; gradients are set to None before it.
+
+        Raises:
+            RuntimeError: no closure while not climbed, or no parameter has a gradient.
+            Exception: whatever the closure raises; the weights are then as before.
+        """
+        if closure is None:
+            self._finish()
+            return
+        self._check_closure_step()
+        self._climb_and_descend(closure)

@@ -1,0 +1,109 @@
+"""How a strided tensor lies in memory: dense or with gaps, in which order, and whether that has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    # Compares dtype, device, shape and strides of thousands of tensors in one call, ten times faster than Python can.
+    # Not a public name, so nothing depends on it: without it the comparison below decides alone.
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # pragma: no cover - every supported torch has it
+    TensorGuards = None
+
+# Between two tensors in one allocation: a cache line, and wide enough for every vector access.
+ALIGNMENT_BYTES = 64
+
+
+class Fingerprint:
+    """What some tensors looked like (dtype, device, shape, strides), to be compared with others later."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._expected = _describe(tensors)
+        self._guards = _guards(tensors)
+
+    def matches(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors`` (none of them None) look the same, one by one."""
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        if _describe(tensors) != self._expected:
+            return False
+        # The guards also compare what does not matter here, such as requires_grad and an autocast block.
+        self._guards = _guards(tensors)
+        return True
+
+
+def _describe(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [
+        (t.dtype, t.device, t.shape, t.stride() if t.layout is torch.strided else t.layout, t.is_conj(), t.is_neg())
+        for t in tensors
+    ]
+
+
+def _guards(tensors: Sequence[Tensor]) -> Any:
+    if TensorGuards is None or not tensors or any(t.layout is not torch.strided for t in tensors):
+        return None
+    return TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(t.shape) for t in tensors],
+        dynamic_dims_strides=[list(t.stride()) for t in tensors],
+    )
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a complex one as pairs of reals (shape ``(..., 2)``)."""
+    if not tensor.is_complex():
+        return tensor.resolve_neg()
+    return torch.view_as_real(tensor.resolve_conj().resolve_neg())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory, in some order of the dimensions.
+
+    Raises:
+        ValueError: two elements share memory (an expanded or overlapping tensor).
+    """
+    reach = 0  # the largest offset that the dimensions so far lead to
+    expected = 1
+    dense = True
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size <= 1:
+            continue
+        if stride <= reach:
+            if tensor.numel() == 0:
+                break
+            raise ValueError("its elements overlap in memory (an expanded tensor?); give it memory of its own")
+        dense = dense and stride == expected
+        expected = stride * size
+        reach += stride * (size - 1)
+    return dense or tensor.numel() <= 1
+
+
+def same_order(tensor: Tensor, like: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same places, counted from their first."""
+    # The stride of a dimension of size 1 is never used and may be anything.
+    return tensor.numel() <= 1 or all(
+        size == 1 or ours == theirs
+        for size, ours, theirs in zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
+    )
+
+
+def allocate_like(tensors: Sequence[Tensor], *, zero: bool) -> tuple[Tensor, list[Tensor]]:
+    """One allocation that holds a tensor like each of ``tensors`` (dense, of one dtype and device).
+
+    Returns:
+        The allocation, a 1-D tensor, and views of it with the shapes and strides of ``tensors``.
+    """
+    first = tensors[0]
+    step = ALIGNMENT_BYTES // first.element_size()
+    starts, total = [], 0
+    for tensor in tensors:
+        starts.append(total)
+        total += -(-tensor.numel() // step) * step
+    memory = (torch.zeros if zero else torch.empty)(total, dtype=first.dtype, device=first.device)
+    views = [memory.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
+    return memory, views
