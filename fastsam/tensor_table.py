@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not, itemgetter
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsam.memory_layout import Fingerprint, allocate_like, as_real, is_dense, same_order
+from fastsam.memory_layout import Fingerprint, addresses, allocate_like, as_real, is_dense, same_order
 
 # The rows of a table, in the order of csrc/tensor_table.h.
 PARAM, GRAD, BACKUP, STATE = range(4)
@@ -23,7 +22,6 @@ SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What finding a chunk costs, in elements (csrc/tensor_table.h): threads share the chunks by it.
 CHUNK_OVERHEAD = 64
 
-_data_ptr = Tensor.data_ptr
 _grad = attrgetter("grad")
 
 
@@ -98,12 +96,12 @@ class TensorTable:
         self.climbed = False
         self.cache: dict[str, Any] = {}
         self._empty = [i for i, value in enumerate(self.values) if value.numel() == 0]
-        self._rows = memoryview(array("q", bytes(8 * ROWS * n)))
+        self._rows = bytearray(8 * ROWS * n)
         self.addresses = torch.frombuffer(self._rows, dtype=torch.int64).view(ROWS, n)
         self.tensors = torch.tensor([[v.numel() for v in self.values], self.groups], dtype=torch.int64)
         self._write_row(PARAM, self.values)
         self._param_look = Fingerprint(self.params)
-        self._param_addresses = list(map(_data_ptr, self.params))
+        self._param_addresses = addresses(self.params)
         self._grad_look: Fingerprint | None = None
         self._grad_scratch: dict[int, Tensor] = {}
         self._climb_key: tuple[Any, ...] | None = None
@@ -123,14 +121,13 @@ class TensorTable:
 
     def changed(self) -> list[int]:
         """The parameters that are not where, or not what, they were when the table was built."""
-        addresses = list(map(_data_ptr, self.params))
-        if addresses == self._param_addresses and self._param_look.matches(self.params):
+        if addresses(self.params) == self._param_addresses and self._param_look.matches(self.params):
             return []
-        looks = [Fingerprint([value]) for value in self._memory]
+        now = [as_real(param.detach()) for param in self.params]
         return [
             i
-            for i, param in enumerate(self.params)
-            if addresses[i] != self._param_addresses[i] or not looks[i].matches([as_real(param.detach())])
+            for i, (memory, present) in enumerate(zip(self._memory, now, strict=True))
+            if addresses([memory]) != addresses([present]) or not Fingerprint([memory]).matches([present])
         ]
 
     def read_grads(self) -> None:
@@ -158,11 +155,7 @@ class TensorTable:
         except AttributeError:  # None where there was a gradient
             return False
         self.grads = grads
-        if usual is grads:
-            self._rows[GRAD * len(grads) : (GRAD + 1) * len(grads)] = array("q", map(_data_ptr, usual))
-            self._mark_empty(GRAD, grads)
-        else:
-            self._write_row(GRAD, grads)
+        self._write_row(GRAD, grads)
         return True
 
     def _read_any_grads(self, grads: list[Tensor | None]) -> None:
@@ -359,15 +352,12 @@ class TensorTable:
 
     # ---- addresses and chunks ----
 
-    def _write_row(self, row: int, tensors: Sequence[Tensor | None]) -> None:
-        n = len(tensors)
-        self._rows[row * n : (row + 1) * n] = array("q", [0 if t is None else t.data_ptr() for t in tensors])
-        self._mark_empty(row, tensors)
-
-    def _mark_empty(self, row: int, tensors: Sequence[Tensor | None]) -> None:
+    def _write_row(self, row: int, tensors: list[Tensor] | list[Tensor | None]) -> None:
+        size = 8 * len(tensors)
+        self._rows[row * size : (row + 1) * size] = addresses(tensors)
         # An empty tensor may have the address 0, which says "absent". It has no chunk, so no address is ever used.
         for i in self._empty:
-            self._rows[row * len(tensors) + i] = 0 if tensors[i] is None else 1
+            self.addresses[row, i] = 0 if tensors[i] is None else 1
 
     def chunks(self, size: int) -> Tensor:
         """The cut into chunks of at most ``size`` elements: int64 ``(count, 3)``: tensor, start, work before it."""

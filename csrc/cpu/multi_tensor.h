@@ -26,8 +26,9 @@
 
 namespace fastsam::cpu {
 
-// Elements that are worked on at a time, so that intermediate results stay in the first-level cache.
-constexpr int64_t kBlock = 1024;
+// Elements that are worked on at a time: few enough that the stores of one block overlap with the loads of the next
+// (measured: 1,024 is 6-10% slower), enough that choosing the loop for a block costs nothing.
+constexpr int64_t kBlock = 256;
 // Below this much work a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 

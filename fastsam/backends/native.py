@@ -12,8 +12,9 @@ from torch import Tensor
 from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions
 from fastsam.tensor_table import TensorTable
 
-# 64 KiB of float32: small enough to share out evenly, large enough that finding it costs nothing.
-CHUNK_SIZE = 16384
+# 256 KiB of float32: small enough to share out evenly, large enough for the prefetchers (at 64 KiB and less, walking
+# chunks backward costs perturb_ up to a half).
+CHUNK_SIZE = 65536
 
 try:
     importlib.import_module("fastsam._C")  # registers torch.ops.fastsam
