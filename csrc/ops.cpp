@@ -63,8 +63,7 @@ TensorTable read_table(const Tensor& addresses, const Tensor& tensors, const Ten
 template <typename Options, int64_t kFields, typename Read>
 std::vector<Options> read_options(const Tensor& options, const TensorTable& table, const Read& read) {
   check_cpu(options, ScalarType::Double, "options");
-  STD_TORCH_CHECK(options.dim() == 2 && options.size(1) == kFields, "fastsam: options must be [groups, ", kFields,
-                  "]");
+  STD_TORCH_CHECK(options.dim() == 2 && options.size(1) == kFields, "fastsam: options must be [groups, ", kFields, "]");
   for (int64_t i = 0; i < table.tensor_count; ++i) {
     STD_TORCH_CHECK(table.groups[i] >= 0 && table.groups[i] < options.size(0), "fastsam: tensor ", i,
                     " names a group without options");
@@ -109,8 +108,8 @@ void grad_norm_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chun
   *total = last ? std::sqrt(sum) : sum;
 }
 
-void perturb_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                 Tensor options, Tensor norm) {
+void perturb_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype, Tensor options,
+                 Tensor norm) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
   const auto groups = read_climb_options(options, table);
   check_cpu(norm, ScalarType::Double, "norm");

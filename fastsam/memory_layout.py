@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ except ImportError:
 try:
     from torch._C._dynamo.guards import _torchinductor_pyobject_tensor_data_ptr as _data_ptr_function
 
-    from fastsam._C import addresses as _compiled_addresses
+    from fastsam import _C
 except ImportError:
-    _compiled_addresses = None
+    _C = None  # type: ignore[assignment]
 
 # Between two tensors in one allocation: a cache line, and wide enough for every vector access.
 ALIGNMENT_BYTES = 64
@@ -30,10 +30,24 @@ ALIGNMENT_BYTES = 64
 
 def addresses(tensors: list[Tensor] | list[Tensor | None]) -> bytes:
     """Where the first element of each tensor is, as int64s; 0 for None."""
-    if _compiled_addresses is not None:
-        found: bytes = _compiled_addresses(tensors, _data_ptr_function)
-        return found
+    if _C is not None:
+        return _C.addresses(tensors, _data_ptr_function)
     return array("q", [0 if t is None else t.data_ptr() for t in tensors]).tobytes()
+
+
+def identities(objects: list[Any]) -> bytes:
+    """Which objects a list holds, as int64s; they mean something only while the objects live."""
+    return _C.identities(objects) if _C is not None else array("q", map(id, objects)).tobytes()
+
+
+def nested_identities(entries: Mapping[Any, dict[str, Any]], names: tuple[str, ...]) -> bytes:
+    """Which keys, dicts and values under ``names`` a dict of dicts holds; 0 for a name that a dict lacks."""
+    if _C is not None and isinstance(entries, dict):
+        return _C.nested_identities(entries, names)
+    numbers = array("q")
+    for key, inner in entries.items():
+        numbers.extend([id(key), id(inner), *(id(inner[name]) if name in inner else 0 for name in names)])
+    return numbers.tobytes()
 
 
 class Fingerprint:

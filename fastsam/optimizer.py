@@ -261,9 +261,7 @@ class FastSAM(Optimizer):
 
     @torch.no_grad()
     def _climb(self) -> None:
-        tables = self._tables.follow(self.param_groups)
-        for table in tables:
-            table.read_grads()
+        tables = self._tables.read_grads(self.param_groups)
         if not any(table.present for table in tables):
             raise RuntimeError("first_step(): no parameter has a gradient; call backward() first")
         options = [_climb_options(group) for group in self.param_groups]
@@ -290,10 +288,10 @@ class FastSAM(Optimizer):
     @torch.no_grad()
     def _descend(self) -> None:
         for table in self._tables:
-            if moved := table.changed():
+            if not table.read_grads():
                 raise RuntimeError(
-                    f"{table.name(moved[0])} was moved, cast or given other memory between the two passes; call "
-                    "restore() to give the climb up"
+                    f"{table.name(table.changed()[0])} was moved, cast or given other memory between the two passes; "
+                    "call restore() to give the climb up"
                 )
         if type(self.base_optimizer) in FUSED:
             self._descend_fused()
@@ -306,7 +304,6 @@ class FastSAM(Optimizer):
         names = [update.state_names(group) for group in self.param_groups]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for table in self._tables:
-            table.read_grads()
             table.gather()
         prepared = [table.prepare_state(self.state, names) for table in self._tables]
         with deferred_interrupts():

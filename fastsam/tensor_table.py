@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsam.memory_layout import Fingerprint, addresses, allocate_like, as_real, is_dense, same_order
+from fastsam.memory_layout import (
+    Fingerprint,
+    addresses,
+    allocate_like,
+    as_real,
+    identities,
+    is_dense,
+    nested_identities,
+    same_order,
+)
 
 # The rows of a table, in the order of csrc/tensor_table.h.
 PARAM, GRAD, BACKUP, STATE = range(4)
@@ -41,6 +49,38 @@ class Member(NamedTuple):
     """Position in the flattened parameter groups, for messages."""
     param: Tensor
     group: int
+
+
+# Parameters that are looked at together: few enough that all that is asked of them finds them in the cache.
+_BLOCK = 256
+
+
+class _Block:
+    """A run of a table's parameters: what they and their gradients looked like when they were last looked at closely."""
+
+    def __init__(self, start: int, params: list[Tensor]) -> None:
+        self.start, self.stop = start, start + len(params)
+        self.params = params
+        self._addresses, self._look = addresses(params), Fingerprint(params)
+        self._present: list[int] = []
+        self._grad_look: Fingerprint | None = None
+
+    def is_unchanged(self) -> bool:
+        return addresses(self.params) == self._addresses and self._look.matches(self.params)
+
+    def has_usual_grads(self, grads: list[Tensor | None]) -> bool:
+        """The steady state: the same parameters have gradients, and these can be used as they are."""
+        if self._grad_look is None:
+            return False
+        if len(self._present) == len(grads):
+            return self._grad_look.matches(grads)
+        present = [i for i, grad in enumerate(grads) if grad is not None]
+        return present == self._present and self._grad_look.matches([grads[i] for i in present])
+
+    def expect_grads(self, grads: list[Tensor | None], laid_out: list[Tensor | None]) -> None:
+        self._present = [i for i, grad in enumerate(grads) if grad is not None]
+        usable = all(map(is_, grads, laid_out))
+        self._grad_look = Fingerprint([grads[i] for i in self._present]) if usable else None
 
 
 class PreparedState(NamedTuple):
@@ -100,16 +140,13 @@ class TensorTable:
         self.addresses = torch.frombuffer(self._rows, dtype=torch.int64).view(ROWS, n)
         self.tensors = torch.tensor([[v.numel() for v in self.values], self.groups], dtype=torch.int64)
         self._write_row(PARAM, self.values)
-        self._param_look = Fingerprint(self.params)
-        self._param_addresses = addresses(self.params)
-        self._grad_look: Fingerprint | None = None
+        self._blocks = [_Block(start, self.params[start : start + _BLOCK]) for start in range(0, n, _BLOCK)]
         self._grad_scratch: dict[int, Tensor] = {}
         self._climb_key: tuple[Any, ...] | None = None
         self._state_names: tuple[StateNames, ...] | None = None
-        self._state_owners: list[Any] = []
+        self._state_look = b""
         self._stateful: set[int] = set()
         self._covered: list[int] | None = None
-        self._bound: list[tuple[str, list[dict[str, Any]], list[Tensor]]] = []
         self._written_state: list[Tensor] = []
         self._step_views = list(self.steps.unbind())
 
@@ -121,7 +158,7 @@ class TensorTable:
 
     def changed(self) -> list[int]:
         """The parameters that are not where, or not what, they were when the table was built."""
-        if addresses(self.params) == self._param_addresses and self._param_look.matches(self.params):
+        if all(block.is_unchanged() for block in self._blocks):
             return []
         now = [as_real(param.detach()) for param in self.params]
         return [
@@ -130,43 +167,42 @@ class TensorTable:
             if addresses([memory]) != addresses([present]) or not Fingerprint([memory]).matches([present])
         ]
 
-    def read_grads(self) -> None:
+    def read_grads(self) -> bool:
         """Takes the parameters' present gradients into ``grads`` and the table.
+
+        Returns:
+            False, and the table has no gradients, if a parameter has :meth:`changed`.
 
         Raises:
             RuntimeError: a sparse gradient, or one of another shape or device; the table has no gradients then.
         """
-        grads = list(map(_grad, self.params))
-        if not self._read_usual_grads(grads):
+        self.drop_grads()
+        grads: list[Tensor | None] = []
+        found: list[bytes] = []
+        usual = True
+        for block in self._blocks:
+            if not block.is_unchanged():
+                return False
+            mine = list(map(_grad, block.params))
+            usual = usual and block.has_usual_grads(mine)
+            if usual:
+                found.append(addresses(mine))
+            grads += mine
+        if usual:
+            self.grads = grads
+            self._write_row(GRAD, grads, b"".join(found))
+        else:
             self._read_any_grads(grads)
-
-    def _read_usual_grads(self, grads: list[Tensor | None]) -> bool:
-        """The steady state: the gradients that there are look as those of the last step did."""
-        if self._grad_look is None:
-            return False
-        usual: list[Any] = grads
-        if len(self.present) < len(grads):
-            if sum(map(is_not, grads, repeat(None))) != len(self.present):
-                return False
-            usual = [grads[i] for i in self.present]
-        try:
-            if not self._grad_look.matches(usual):
-                return False
-        except AttributeError:  # None where there was a gradient
-            return False
-        self.grads = grads
-        self._write_row(GRAD, grads)
         return True
 
     def _read_any_grads(self, grads: list[Tensor | None]) -> None:
-        self.drop_grads()
-        self._grad_look = None
+        self.present = []
         laid_out = [None if g is None else self._lay_out(i, g) for i, g in enumerate(grads)]
         self.grads = laid_out
         self.present = [i for i, g in enumerate(grads) if g is not None]
         self._write_row(GRAD, laid_out)
-        if all(map(is_, laid_out, grads)):
-            self._grad_look = Fingerprint([grads[i] for i in self.present])
+        for block in self._blocks:
+            block.expect_grads(grads[block.start : block.stop], laid_out[block.start : block.stop])
 
     def _lay_out(self, i: int, grad: Tensor) -> Tensor:
         """The gradient itself where its elements lie as the parameter's do, else a copy that does."""
@@ -253,7 +289,7 @@ class TensorTable:
             RuntimeError: a state tensor has another shape than its parameter.
         """
         names = tuple(names)
-        if names == self._state_names and self._covers(self.present) and self._state_is_bound(state):
+        if names == self._state_names and self._covers(self.present) and _look_at(state, names) == self._state_look:
             return None
         wanted = set(self.present)
         chosen = [i for i, p in enumerate(self.params) if i in wanted or p in state]
@@ -264,14 +300,6 @@ class TensorTable:
         if present is not self._covered and self._stateful.issuperset(present):
             self._covered = present
         return present is self._covered
-
-    def _state_is_bound(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        if len(state) != len(self._state_owners) or not all(map(is_, state.values(), self._state_owners)):
-            return False
-        try:
-            return all(all(map(is_, map(itemgetter(name), dicts), ours)) for name, dicts, ours in self._bound)
-        except KeyError:
-            return False
 
     def _check_state_shapes(self, chosen: list[int], state: Mapping[Tensor, Any], names: Sequence[StateNames]) -> None:
         for i in chosen:
@@ -317,44 +345,35 @@ class TensorTable:
         names, chosen, fresh, steps = prepared
         self.steps.copy_(steps)
         self.state = [[None] * len(self.params) for _ in range(STATE_SLOTS)]
-        bound: dict[str, tuple[list[dict[str, Any]], list[Tensor]]] = {}
         written: dict[int, Tensor] = {id(self.steps): self.steps}
-
-        def bind(entries: dict[str, Any], name: str, value: Tensor) -> None:
-            entries[name] = value
-            dicts, tensors = bound.setdefault(name, ([], []))
-            dicts.append(entries)
-            tensors.append(value)
-
         for i in chosen:
             moments, step_name = names[self.groups[i]]
             # Not touched where there is nothing to keep: reading a defaultdict makes an entry.
             entries = state[self.params[i]] if moments or step_name else {}
             if step_name is not None:
-                bind(entries, step_name, self._step_views[i])
+                entries[step_name] = self._step_views[i]
             for slot, name in enumerate(moments):
                 value = fresh.get((i, slot))
                 if value is None:
                     value = entries[name]
                 elif self.params[i].is_complex():
                     value = torch.view_as_complex(value)
-                bind(entries, name, value)
+                entries[name] = value
                 self.state[slot][i] = as_real(value.detach())
                 # Views of one allocation share its version.
                 base = value if value._base is None else value._base
                 written[id(base)] = base
         for slot, tensors in enumerate(self.state):
             self._write_row(STATE + slot, tensors)
-        self._bound = [(name, dicts, tensors) for name, (dicts, tensors) in bound.items()]
         self._written_state = list(written.values())
-        self._state_names, self._state_owners = names, list(state.values())
+        self._state_names, self._state_look = names, _look_at(state, names)
         self._stateful, self._covered = set(chosen), self.present
 
     # ---- addresses and chunks ----
 
-    def _write_row(self, row: int, tensors: list[Tensor] | list[Tensor | None]) -> None:
+    def _write_row(self, row: int, tensors: list[Tensor] | list[Tensor | None], found: bytes | None = None) -> None:
         size = 8 * len(tensors)
-        self._rows[row * size : (row + 1) * size] = addresses(tensors)
+        self._rows[row * size : (row + 1) * size] = addresses(tensors) if found is None else found
         # An empty tensor may have the address 0, which says "absent". It has no chunk, so no address is ever used.
         for i in self._empty:
             self.addresses[row, i] = 0 if tensors[i] is None else 1
@@ -373,6 +392,12 @@ class TensorTable:
         return chunks
 
 
+def _look_at(state: Mapping[Tensor, dict[str, Any]], names: Sequence[StateNames]) -> bytes:
+    """Which tensors ``state`` holds under ``names``, by identity."""
+    asked = {name for moments, step in names for name in (*moments, step) if name is not None}
+    return nested_identities(state, tuple(sorted(asked)))
+
+
 class TensorTables:
     """The tables of an optimizer, one per (device, dtype), rebuilt whenever the parameters are not what they were."""
 
@@ -382,21 +407,20 @@ class TensorTables:
     def __iter__(self) -> Iterator[TensorTable]:
         return iter(self._tables)
 
-    def follow(self, groups: Sequence[Mapping[str, Any]]) -> list[TensorTable]:
-        """The tables for the parameters as they are now."""
-        params = list(chain.from_iterable(group["params"] for group in groups))
-        sizes = [len(group["params"]) for group in groups]
-        same = len(params) == len(self._params) and all(map(is_, params, self._params))
-        if not same or sizes != self._group_sizes or any(table.changed() for table in self._tables):
+    def read_grads(self, groups: Sequence[Mapping[str, Any]]) -> list[TensorTable]:
+        """The tables for the parameters as they are now, with their present gradients."""
+        members = [identities(group["params"]) for group in groups]
+        if members != self._members or not all([table.read_grads() for table in self._tables]):
             self.drop()
             self._tables = _build(groups)
-            self._params, self._group_sizes = params, sizes
+            self._members = members
+            for table in self._tables:
+                table.read_grads()
         return self._tables
 
     def drop(self) -> None:
         """Forgets everything; the next step builds anew."""
-        self._params: list[Tensor] = []
-        self._group_sizes: list[int] = []
+        self._members: list[bytes] = []
         self._tables: list[TensorTable] = []
 
 

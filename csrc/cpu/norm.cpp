@@ -43,8 +43,8 @@ double square_sum(const TensorTable& table, ScalarType dtype, const ClimbOptions
     for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t index) {
       const bool climbs = table.has(kGrad, chunk.tensor) && table.has(kBackup, chunk.tensor);
       partials[index] = climbs ? sum_squares(table.pointer<scalar_t>(kParam, chunk.tensor) + chunk.start,
-                                             table.pointer<scalar_t>(kGrad, chunk.tensor) + chunk.start,
-                                             chunk.length, options[table.groups[chunk.tensor]].adaptive)
+                                             table.pointer<scalar_t>(kGrad, chunk.tensor) + chunk.start, chunk.length,
+                                             options[table.groups[chunk.tensor]].adaptive)
                                : 0;
     });
   });

@@ -126,8 +126,7 @@ void restore_and_adam_(const TensorTable& table, ScalarType dtype, const AdamOpt
         if (max_exp_avg_sq == nullptr) {
           adam(result, param, grad, exp_avg + element, exp_avg_sq + element, length, step);
         } else {
-          amsgrad(result, param, grad, exp_avg + element, exp_avg_sq + element, max_exp_avg_sq + element, length,
-                  step);
+          amsgrad(result, param, grad, exp_avg + element, exp_avg_sq + element, max_exp_avg_sq + element, length, step);
         }
       };
     });
