@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastsam.backends import AdamOptions, SGDOptions
-from fastsam.tensor_table import StateNames
+from fastsam.optimizer_state import StateNames
 
 Group = Mapping[str, Any]
 

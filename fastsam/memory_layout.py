@@ -1,88 +1,16 @@
-"""How a strided tensor lies in memory: dense or with gaps, in which order, and whether that has changed."""
+"""How a strided tensor lies in memory, and which tensors FastSAM can train."""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# Every step asks thousands of tensors where they are and how they look, and Python's own way to ask takes longer than
-# the arithmetic on a small model. Neither helper is a public name of torch, so nothing depends on them: where one is
-# missing, plain Python does the same.
-try:
-    # Compares dtype, device, shape and strides of many tensors in one call.
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
-try:
-    from torch._C._dynamo.guards import _torchinductor_pyobject_tensor_data_ptr as _data_ptr_function
-
-    from fastsam import _C
-except ImportError:
-    _C = None  # type: ignore[assignment]
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Between two tensors in one allocation: a cache line, and wide enough for every vector access.
 ALIGNMENT_BYTES = 64
-
-
-def addresses(tensors: list[Tensor] | list[Tensor | None]) -> bytes:
-    """Where the first element of each tensor is, as int64s; 0 for None."""
-    if _C is not None:
-        return _C.addresses(tensors, _data_ptr_function)
-    return array("q", [0 if t is None else t.data_ptr() for t in tensors]).tobytes()
-
-
-def identities(objects: list[Any]) -> bytes:
-    """Which objects a list holds, as int64s; they mean something only while the objects live."""
-    return _C.identities(objects) if _C is not None else array("q", map(id, objects)).tobytes()
-
-
-def nested_identities(entries: Mapping[Any, dict[str, Any]], names: tuple[str, ...]) -> bytes:
-    """Which keys, dicts and values under ``names`` a dict of dicts holds; 0 for a name that a dict lacks."""
-    if _C is not None and isinstance(entries, dict):
-        return _C.nested_identities(entries, names)
-    numbers = array("q")
-    for key, inner in entries.items():
-        numbers.extend([id(key), id(inner), *(id(inner[name]) if name in inner else 0 for name in names)])
-    return numbers.tobytes()
-
-
-class Fingerprint:
-    """What some tensors looked like (dtype, device, shape, strides), to be compared with others later."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._expected = _describe(tensors)
-        self._guards = _guards(tensors)
-
-    def matches(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors`` (none of them None) look the same, one by one."""
-        if self._guards is not None and self._guards.check(*tensors):
-            return True
-        if _describe(tensors) != self._expected:
-            return False
-        # The guards also compare what does not matter here, such as requires_grad and an autocast block.
-        self._guards = _guards(tensors)
-        return True
-
-
-def _describe(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [
-        (t.dtype, t.device, t.shape, t.stride() if t.layout is torch.strided else t.layout, t.is_conj(), t.is_neg())
-        for t in tensors
-    ]
-
-
-def _guards(tensors: Sequence[Tensor]) -> Any:
-    if TensorGuards is None or not tensors or any(t.layout is not torch.strided for t in tensors):
-        return None
-    return TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(t.shape) for t in tensors],
-        dynamic_dims_strides=[list(t.stride()) for t in tensors],
-    )
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -123,12 +51,8 @@ def same_order(tensor: Tensor, like: Tensor) -> bool:
     )
 
 
-def allocate_like(tensors: Sequence[Tensor], *, zero: bool) -> tuple[Tensor, list[Tensor]]:
-    """One allocation that holds a tensor like each of ``tensors`` (dense, of one dtype and device).
-
-    Returns:
-        The allocation, a 1-D tensor, and views of it with the shapes and strides of ``tensors``.
-    """
+def allocate_like(tensors: Sequence[Tensor], *, zero: bool) -> list[Tensor]:
+    """A tensor like each of ``tensors`` (dense, of one dtype and device), as views of one allocation."""
     first = tensors[0]
     step = ALIGNMENT_BYTES // first.element_size()
     starts, total = [], 0
@@ -136,5 +60,22 @@ def allocate_like(tensors: Sequence[Tensor], *, zero: bool) -> tuple[Tensor, lis
         starts.append(total)
         total += -(-tensor.numel() // step) * step
     memory = (torch.zeros if zero else torch.empty)(total, dtype=first.dtype, device=first.device)
-    views = [memory.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
-    return memory, views
+    return [memory.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
+
+
+def check_parameter(param: Tensor, index: int) -> None:
+    """Raises if FastSAM cannot train ``param``, the ``index``-th of the flattened groups."""
+    name = f"parameter {index} (shape {tuple(param.shape)})"
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
+        raise TypeError(f"{name}: {type(param).__name__} parameters are not supported; pass plain tensors")
+    if param.layout is not torch.strided:
+        raise ValueError(f"{name}: sparse parameters are not supported; use a dense one")
+    if param.device.type == "meta":
+        raise ValueError(f"{name}: it is on the meta device; give it memory (module.to_empty(device=...)) first")
+    real = param.dtype.to_real() if param.is_complex() else param.dtype
+    if real not in SUPPORTED_DTYPES:
+        raise ValueError(f"{name}: dtype {param.dtype} is not supported; use float32, float64, bfloat16 or float16")
+    try:
+        is_dense(param)
+    except ValueError as reason:
+        raise ValueError(f"{name}: {reason}") from None

@@ -15,8 +15,9 @@ from fastsam.backends import Backend, ClimbOptions, grad_norms, resolve
 from fastsam.base_update import FUSED, check_base, unhooked_step
 from fastsam.batch_norm import RunningStatistics
 from fastsam.interrupts import deferred_interrupts
+from fastsam.memory_layout import check_parameter
 from fastsam.replay_rng import GeneratorStates
-from fastsam.tensor_table import TensorTable, TensorTables, check_parameter
+from fastsam.tensor_table import TensorTable, TensorTables
 
 Closure = Callable[[], Any]
 
@@ -113,7 +114,7 @@ class FastSAM(Optimizer):
     # ---- one object with the base ----
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's own parameter groups."""
         return self.base_optimizer.param_groups
 
@@ -152,7 +153,7 @@ class FastSAM(Optimizer):
 
     # ---- steps ----
 
-    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None, *, ascent_closure: Closure | None = None) -> Any:
         """Both passes and the update; or, while the weights are climbed and without a closure, the second phase.
 
         Args:
@@ -192,7 +193,7 @@ class FastSAM(Optimizer):
         self._refuse_perturbed("step(closure)")
         if getattr(self, "found_inf", None) is not None:
             raise RuntimeError(
-                "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale and "
+                "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale, "
                 "backward again, then scaler.step(optimizer) without a closure"
             )
 

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsam.memory_layout import (
-    Fingerprint,
-    addresses,
-    allocate_like,
-    as_real,
-    identities,
-    is_dense,
-    nested_identities,
-    same_order,
-)
+from fastsam.fingerprint import BLOCK, Fingerprint, ParameterBlock, addresses, identities
+from fastsam.memory_layout import allocate_like, as_real, check_parameter, is_dense, same_order
+from fastsam.optimizer_state import STATE_SLOTS, OptimizerState, PreparedState, StateBinding, StateNames
 
 # The rows of a table, in the order of csrc/tensor_table.h.
 PARAM, GRAD, BACKUP, STATE = range(4)
-STATE_SLOTS = 3
 ROWS = STATE + STATE_SLOTS
-
-SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # What finding a chunk costs, in elements (csrc/tensor_table.h): threads share the chunks by it.
 CHUNK_OVERHEAD = 64
@@ -33,64 +23,13 @@ CHUNK_OVERHEAD = 64
 _grad = attrgetter("grad")
 
 
-class StateNames(NamedTuple):
-    """The tensors that a base update keeps for one parameter, under torch.optim's names."""
-
-    moments: tuple[str, ...] = ()
-    """One per state slot, of the parameter's shape and dtype."""
-    step: str | None = None
-    """The 0-dim count of updates, where it is kept in the optimizer's state."""
-
-
 class Member(NamedTuple):
     """One parameter of a table."""
 
-    index: int
-    """Position in the flattened parameter groups, for messages."""
+    position: int
+    """In the flattened parameter groups, for messages."""
     param: Tensor
     group: int
-
-
-# Parameters that are looked at together: few enough that all that is asked of them finds them in the cache.
-_BLOCK = 256
-
-
-class _Block:
-    """A run of a table's parameters: what they and their gradients looked like when they were last looked at closely."""
-
-    def __init__(self, start: int, params: list[Tensor]) -> None:
-        self.start, self.stop = start, start + len(params)
-        self.params = params
-        self._addresses, self._look = addresses(params), Fingerprint(params)
-        self._present: list[int] = []
-        self._grad_look: Fingerprint | None = None
-
-    def is_unchanged(self) -> bool:
-        return addresses(self.params) == self._addresses and self._look.matches(self.params)
-
-    def has_usual_grads(self, grads: list[Tensor | None]) -> bool:
-        """The steady state: the same parameters have gradients, and these can be used as they are."""
-        if self._grad_look is None:
-            return False
-        if len(self._present) == len(grads):
-            return self._grad_look.matches(grads)
-        present = [i for i, grad in enumerate(grads) if grad is not None]
-        return present == self._present and self._grad_look.matches([grads[i] for i in present])
-
-    def expect_grads(self, grads: list[Tensor | None], laid_out: list[Tensor | None]) -> None:
-        self._present = [i for i, grad in enumerate(grads) if grad is not None]
-        usable = all(map(is_, grads, laid_out))
-        self._grad_look = Fingerprint([grads[i] for i in self._present]) if usable else None
-
-
-class PreparedState(NamedTuple):
-    """State tensors that have been allocated but not yet put in place."""
-
-    names: tuple[StateNames, ...]
-    chosen: list[int]
-    fresh: dict[tuple[int, int], Tensor]
-    """By parameter and slot."""
-    steps: Tensor
 
 
 class TensorTable:
@@ -119,9 +58,10 @@ class TensorTable:
         self.device, self.dtype = device, dtype
         self.params = [m.param for m in members]
         self.groups = [m.group for m in members]
-        self._indices = [m.index for m in members]
+        self._positions = [m.position for m in members]
         # Detached: they keep the memory alive, so that an address that is still the same is still the same memory.
-        self._memory = [as_real(p.detach()) for p in self.params]
+        self._originals = [p.detach() for p in self.params]
+        self._memory = [as_real(p) for p in self._originals]
         self._gaps = [i for i, real in enumerate(self._memory) if not is_dense(real)]
         self.values = list(self._memory)
         for i in self._gaps:
@@ -140,19 +80,14 @@ class TensorTable:
         self.addresses = torch.frombuffer(self._rows, dtype=torch.int64).view(ROWS, n)
         self.tensors = torch.tensor([[v.numel() for v in self.values], self.groups], dtype=torch.int64)
         self._write_row(PARAM, self.values)
-        self._blocks = [_Block(start, self.params[start : start + _BLOCK]) for start in range(0, n, _BLOCK)]
+        self._blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
         self._grad_scratch: dict[int, Tensor] = {}
         self._climb_key: tuple[Any, ...] | None = None
-        self._state_names: tuple[StateNames, ...] | None = None
-        self._state_look = b""
-        self._stateful: set[int] = set()
-        self._covered: list[int] | None = None
-        self._written_state: list[Tensor] = []
-        self._step_views = list(self.steps.unbind())
+        self._binding = StateBinding(self.params, self.values, self.groups, self.steps, self.name)
 
     def name(self, i: int) -> str:
         """How messages call a parameter."""
-        return f"parameter {self._indices[i]} (shape {tuple(self.params[i].shape)})"
+        return f"parameter {self._positions[i]} (shape {tuple(self.params[i].shape)})"
 
     # ---- what changes from step to step ----
 
@@ -160,11 +95,10 @@ class TensorTable:
         """The parameters that are not where, or not what, they were when the table was built."""
         if all(block.is_unchanged() for block in self._blocks):
             return []
-        now = [as_real(param.detach()) for param in self.params]
         return [
             i
-            for i, (memory, present) in enumerate(zip(self._memory, now, strict=True))
-            if addresses([memory]) != addresses([present]) or not Fingerprint([memory]).matches([present])
+            for i, (original, param) in enumerate(zip(self._originals, self.params, strict=True))
+            if addresses([original]) != addresses([param]) or not Fingerprint([original]).matches([param])
         ]
 
     def read_grads(self) -> bool:
@@ -237,7 +171,7 @@ class TensorTable:
             climbing = [i for i in self.present if perturb[self.groups[i]]]
             missing = [i for i in climbing if self.backups[i] is None]
             if missing:
-                _, views = allocate_like([self.values[i] for i in missing], zero=False)
+                views = allocate_like([self.values[i] for i in missing], zero=False)
                 for i, view in zip(missing, views, strict=True):
                     self.backups[i] = view
             moving = set(climbing)
@@ -266,7 +200,7 @@ class TensorTable:
         everything = len(written) == len(self.params)
         torch.autograd.graph.increment_version(self.params if everything else [self.params[i] for i in written])
         if state:
-            torch.autograd.graph.increment_version(self._written_state)
+            torch.autograd.graph.increment_version(self._binding.written)
 
     @property
     def written(self) -> list[int]:
@@ -277,9 +211,7 @@ class TensorTable:
 
     # ---- the base update's state ----
 
-    def prepare_state(
-        self, state: Mapping[Tensor, dict[str, Any]], names: Sequence[StateNames]
-    ) -> PreparedState | None:
+    def prepare_state(self, state: OptimizerState, names: Sequence[StateNames]) -> PreparedState | None:
         """Makes what is missing of the state of every parameter that has a gradient (``names``: one per group).
 
         Returns:
@@ -288,86 +220,13 @@ class TensorTable:
         Raises:
             RuntimeError: a state tensor has another shape than its parameter.
         """
-        names = tuple(names)
-        if names == self._state_names and self._covers(self.present) and _look_at(state, names) == self._state_look:
-            return None
-        wanted = set(self.present)
-        chosen = [i for i, p in enumerate(self.params) if i in wanted or p in state]
-        self._check_state_shapes(chosen, state, names)
-        return PreparedState(names, chosen, *self._make_state(chosen, state, names))
+        return self._binding.prepare(state, names, self.present)
 
-    def _covers(self, present: list[int]) -> bool:
-        if present is not self._covered and self._stateful.issuperset(present):
-            self._covered = present
-        return present is self._covered
-
-    def _check_state_shapes(self, chosen: list[int], state: Mapping[Tensor, Any], names: Sequence[StateNames]) -> None:
-        for i in chosen:
-            entries = state.get(self.params[i], {})
-            for name in names[self.groups[i]].moments:
-                value = entries.get(name)
-                if value is not None and value.shape != self.params[i].shape:
-                    raise RuntimeError(f"{self.name(i)}: its state {name!r} has shape {tuple(value.shape)}")
-
-    def _make_state(
-        self, chosen: list[int], state: Mapping[Tensor, Any], names: Sequence[StateNames]
-    ) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
-        """Allocates, and fills from ``state``, what is not there in a form that the operations can use."""
-        steps = self.steps.clone()
-        needed: list[tuple[int, int]] = []
-        for i in chosen:
-            moments, step_name = names[self.groups[i]]
-            entries = state.get(self.params[i], {})
-            for slot, name in enumerate(moments):
-                if entries.get(name) is None or not self._fits(i, entries[name]):
-                    needed.append((i, slot))
-            if step_name is not None and entries.get(step_name) is not None:
-                steps[i].copy_(torch.as_tensor(entries[step_name]).reshape(()), non_blocking=True)
-            elif self._state_names is None and moments and entries.get(moments[0]) is not None:
-                steps[i].fill_(1.0)  # torch.optim.SGD counts no steps: a momentum buffer says that there was one
-        if not needed:
-            return {}, steps
-        _, views = allocate_like([self.values[i] for i, _ in needed], zero=True)
-        fresh = dict(zip(needed, views, strict=True))
-        for (i, slot), view in fresh.items():
-            value = state.get(self.params[i], {}).get(names[self.groups[i]].moments[slot])
-            if value is not None:
-                view.copy_(as_real(value))
-        return fresh, steps
-
-    def _fits(self, i: int, value: Tensor) -> bool:
-        real = as_real(value)
-        like = self.values[i]
-        return real.dtype == like.dtype and real.device == like.device and same_order(real, like) and is_dense(real)
-
-    def publish_state(self, state: Mapping[Tensor, dict[str, Any]], prepared: PreparedState) -> None:
+    def publish_state(self, state: OptimizerState, prepared: PreparedState) -> None:
         """Puts the state under torch.optim's names and into the table."""
-        names, chosen, fresh, steps = prepared
-        self.steps.copy_(steps)
-        self.state = [[None] * len(self.params) for _ in range(STATE_SLOTS)]
-        written: dict[int, Tensor] = {id(self.steps): self.steps}
-        for i in chosen:
-            moments, step_name = names[self.groups[i]]
-            # Not touched where there is nothing to keep: reading a defaultdict makes an entry.
-            entries = state[self.params[i]] if moments or step_name else {}
-            if step_name is not None:
-                entries[step_name] = self._step_views[i]
-            for slot, name in enumerate(moments):
-                value = fresh.get((i, slot))
-                if value is None:
-                    value = entries[name]
-                elif self.params[i].is_complex():
-                    value = torch.view_as_complex(value)
-                entries[name] = value
-                self.state[slot][i] = as_real(value.detach())
-                # Views of one allocation share its version.
-                base = value if value._base is None else value._base
-                written[id(base)] = base
+        self.state = self._binding.publish(state, prepared)
         for slot, tensors in enumerate(self.state):
             self._write_row(STATE + slot, tensors)
-        self._written_state = list(written.values())
-        self._state_names, self._state_look = names, _look_at(state, names)
-        self._stateful, self._covered = set(chosen), self.present
 
     # ---- addresses and chunks ----
 
@@ -392,17 +251,12 @@ class TensorTable:
         return chunks
 
 
-def _look_at(state: Mapping[Tensor, dict[str, Any]], names: Sequence[StateNames]) -> bytes:
-    """Which tensors ``state`` holds under ``names``, by identity."""
-    asked = {name for moments, step in names for name in (*moments, step) if name is not None}
-    return nested_identities(state, tuple(sorted(asked)))
-
-
 class TensorTables:
     """The tables of an optimizer, one per (device, dtype), rebuilt whenever the parameters are not what they were."""
 
     def __init__(self) -> None:
-        self.drop()
+        self._members: list[bytes] = []
+        self._tables: list[TensorTable] = []
 
     def __iter__(self) -> Iterator[TensorTable]:
         return iter(self._tables)
@@ -410,45 +264,23 @@ class TensorTables:
     def read_grads(self, groups: Sequence[Mapping[str, Any]]) -> list[TensorTable]:
         """The tables for the parameters as they are now, with their present gradients."""
         members = [identities(group["params"]) for group in groups]
-        if members != self._members or not all([table.read_grads() for table in self._tables]):
+        if members != self._members or not all(table.read_grads() for table in self._tables):
             self.drop()
-            self._tables = _build(groups)
-            self._members = members
+            self._members, self._tables = members, _build(groups)
             for table in self._tables:
                 table.read_grads()
         return self._tables
 
     def drop(self) -> None:
         """Forgets everything; the next step builds anew."""
-        self._members: list[bytes] = []
-        self._tables: list[TensorTable] = []
+        self._members, self._tables = [], []
 
 
 def _build(groups: Sequence[Mapping[str, Any]]) -> list[TensorTable]:
     buckets: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
-    index = 0
-    for group_index, group in enumerate(groups):
-        for param in group["params"]:
-            check_parameter(param, index)
-            dtype = param.dtype.to_real() if param.is_complex() else param.dtype
-            buckets.setdefault((param.device, dtype), []).append(Member(index, param, group_index))
-            index += 1
+    params = [(param, index) for index, group in enumerate(groups) for param in group["params"]]
+    for position, (param, group_index) in enumerate(params):
+        check_parameter(param, position)
+        dtype = param.dtype.to_real() if param.is_complex() else param.dtype
+        buckets.setdefault((param.device, dtype), []).append(Member(position, param, group_index))
     return [TensorTable(device, dtype, members) for (device, dtype), members in buckets.items()]
-
-
-def check_parameter(param: Tensor, index: int) -> None:
-    """Raises if FastSAM cannot train ``param``, the ``index``-th of the flattened groups."""
-    name = f"parameter {index} (shape {tuple(param.shape)})"
-    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
-        raise TypeError(f"{name}: {type(param).__name__} parameters are not supported; pass plain tensors")
-    if param.layout is not torch.strided:
-        raise ValueError(f"{name}: sparse parameters are not supported; use a dense one")
-    if param.device.type == "meta":
-        raise ValueError(f"{name}: it is on the meta device; give it memory (module.to_empty(device=...)) first")
-    real = param.dtype.to_real() if param.is_complex() else param.dtype
-    if real not in SUPPORTED_DTYPES:
-        raise ValueError(f"{name}: dtype {param.dtype} is not supported; use one of float32, float64, bfloat16, float16")
-    try:
-        is_dense(param)
-    except ValueError as reason:
-        raise ValueError(f"{name}: {reason}") from None

@@ -28,8 +28,8 @@ _ops: Any = torch.ops.fastsam
 def check(device_type: str) -> None:
     if _missing:
         raise BackendUnavailable(
-            f"fastsam was installed without its compiled extension ({_missing}), several times slower; reinstall with a "
-            "C++ compiler: pip install --no-build-isolation --no-deps fastsam-optim"
+            f"fastsam was installed without its compiled extension ({_missing}) and is several times slower; reinstall "
+            "with a C++ compiler: pip install --no-build-isolation --no-deps fastsam-optim"
         )
     if not torch._C._dispatch_has_kernel_for_dispatch_key("fastsam::perturb_", device_type.upper()):
         raise BackendUnavailable(f"the compiled extension has no kernels for {device_type!r}")
@@ -79,7 +79,10 @@ def _arguments(table: TensorTable) -> tuple[Tensor, Tensor, Tensor, int, torch.d
     return table.addresses, table.tensors, table.chunks(CHUNK_SIZE), CHUNK_SIZE, table.dtype
 
 
-def _packed(table: TensorTable, options: Sequence[ClimbOptions] | Sequence[SGDOptions] | Sequence[AdamOptions]) -> Tensor:
+Options = Sequence[ClimbOptions] | Sequence[SGDOptions] | Sequence[AdamOptions]
+
+
+def _packed(table: TensorTable, options: Options) -> Tensor:
     """The options as float64 ``(groups, fields)``, made anew only when a number has changed."""
     numbers = [tuple(map(float, group)) for group in options]
     key = type(options[0]).__name__

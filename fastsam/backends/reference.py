@@ -1,8 +1,8 @@
 """Plain PyTorch, one tensor at a time: the ground truth, to be read beside the papers.
 
-SAM: Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412 (equation 2). The adaptive climb: Kwon et al., ICML 2021,
-https://arxiv.org/abs/2102.11600, with T = |w| as in davda54/sam. The updates follow torch.optim's for-loops operation by
-operation, so that on the CPU in float32 and float64 they are bit-identical with them.
+SAM: Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412 (equation 2). The adaptive climb: Kwon et al., ICML
+2021, https://arxiv.org/abs/2102.11600, with T = |w| as in davda54/sam. The updates follow torch.optim's for-loops operation by
+operation: on the CPU, in float32 and float64, they are bit-identical.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def restore_and_adam_(
 
 def _climbing(table: TensorTable) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     for i in table.climbing:
-        yield table.groups[i], table.values[i], table.grads[i], table.backups[i]  # type: ignore[misc]
+        yield table.groups[i], table.values[i], _present(table.grads[i]), _present(table.backups[i])
 
 
 def _restore_and_update_(
@@ -84,20 +84,28 @@ def _restore_and_update_(
     """Runs ``update`` in place on copies in the arithmetic's dtype, and rounds the results once, at the store."""
     restore_(table)
     dtype = opmath_dtype(table.dtype)
+    # In place where nothing has to be rounded or may have to be taken back.
+    copy = table.dtype != dtype or found_inf is not None
     for i in table.present:
-        w, g = table.values[i], table.grads[i]
-        assert g is not None
-        stored = [w, *(slot[i] for slot in table.state if slot[i] is not None), table.steps[i]]
-        computed = [t.to(dtype, copy=t.dtype != dtype or found_inf is not None) for t in stored[:-1]] + [
-            stored[-1].clone()
-        ]
-        g = g.to(dtype)
+        g = _present(table.grads[i]).to(dtype)
         if grad_scale is not None:
             g = g * grad_scale.to(torch.float64).reciprocal().to(dtype)
-        update(computed[0], g, computed[1:-1], computed[-1], options[table.groups[i]])
-        for target, result in zip(stored, computed, strict=True):
-            if target is not result:
-                target.copy_(result if found_inf is None else torch.where(found_inf != 0, target.to(result.dtype), result))
+        stored = [table.values[i]] + [t for t in (slot[i] for slot in table.state) if t is not None]
+        computed = [t.to(dtype, copy=copy) for t in stored]
+        step = table.steps[i].clone()
+        update(computed[0], g, computed[1:], step, options[table.groups[i]])
+        for target, result in zip([*stored, table.steps[i]], [*computed, step], strict=True):
+            _store(target, result, found_inf)
+
+
+def _store(target: Tensor, result: Tensor, found_inf: Tensor | None) -> None:
+    if target is not result:
+        target.copy_(result if found_inf is None else torch.where(found_inf != 0, target.to(result.dtype), result))
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _sgd(w: Tensor, g: Tensor, state: list[Tensor], step: Tensor, group: SGDOptions) -> None:

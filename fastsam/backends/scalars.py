@@ -14,7 +14,7 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_scalar(value: Scalar, device: torch.device) -> Scalar:
-    """``value`` for tensors on ``device``: a number where that needs no synchronisation, else a float64 tensor there."""
+    """``value`` for tensors on ``device``: a number where that needs no waiting, else a float64 tensor there."""
     if not isinstance(value, Tensor):
         return float(value)
     if value.device.type == "cpu":
