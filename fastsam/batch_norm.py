@@ -16,25 +16,34 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._kept: list[tuple[Tensor, Tensor]] | None = None
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._spare: dict[Tensor, Tensor] = {}
 
     def save(self) -> None:
         """Notes the statistics after the first pass."""
         buffers = [
-            buffer
+            (module, name, buffer)
             for module in self.model.modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            for buffer in (module.running_mean, module.running_var, module.num_batches_tracked)
-            if buffer is not None
+            for name in ("running_mean", "running_var", "num_batches_tracked")
+            if (buffer := getattr(module, name)) is not None
         ]
-        self._spare = {b: s for b, s in self._spare.items() if s.device == b.device and s.dtype == b.dtype}
-        self._kept = [(b, self._spare.setdefault(b, torch.empty_like(b))) for b in dict.fromkeys(buffers)]
-        for buffer, copy in self._kept:
-            copy.copy_(buffer)
+        spare, self._spare = self._spare, {}
+        for _, _, buffer in buffers:
+            copy = spare.get(buffer)
+            fits = copy is not None and copy.device == buffer.device and copy.dtype == buffer.dtype
+            self._spare[buffer] = copy if copy is not None and fits else torch.empty_like(buffer)
+            self._spare[buffer].copy_(buffer)
+        self._kept = [(module, name, buffer, self._spare[buffer]) for module, name, buffer in buffers]
 
     def restore(self) -> None:
         """Puts them back; without a :meth:`save` since the last call, nothing happens."""
-        kept, self._kept = self._kept, None
-        for buffer, copy in kept or ():
+        kept, self._kept = self._kept, []
+        for module, name, buffer, copy in kept:
+            present = getattr(module, name)
+            if present is not None and (present.device != buffer.device or present.dtype != buffer.dtype):
+                present.copy_(copy)  # the model was moved or cast
+                continue
             buffer.copy_(copy)
+            if present is not buffer:  # a layer that makes new tensors instead of writing to its buffers
+                setattr(module, name, buffer)

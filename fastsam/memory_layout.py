@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -65,6 +66,8 @@ def allocate_like(tensors: Sequence[Tensor], *, zero: bool) -> list[Tensor]:
 
 def check_parameter(param: Tensor, index: int) -> None:
     """Raises if FastSAM cannot train ``param``, the ``index``-th of the flattened groups."""
+    if is_lazy(param):
+        return  # no memory yet, and no gradient
     name = f"parameter {index} (shape {tuple(param.shape)})"
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
         raise TypeError(f"{name}: {type(param).__name__} parameters are not supported; pass plain tensors")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastsam.backends import Backend, ClimbOptions, grad_norms, resolve
+from fastsam.backends import Backend, ClimbOptions, check_name, grad_norms, resolve
 from fastsam.base_update import FUSED, check_base, unhooked_step
 from fastsam.batch_norm import RunningStatistics
 from fastsam.interrupts import deferred_interrupts
@@ -88,6 +88,7 @@ class FastSAM(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         check_base(base, base_kwargs)
+        check_name(backend)
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         own: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "perturb": True}
@@ -182,16 +183,26 @@ class FastSAM(Optimizer):
         return loss
 
     def _finish(self) -> None:
-        if not self._perturbed:
-            raise RuntimeError(
-                "step() needs a closure; in a loop without one, call first_step() after the first backward and "
-                "second_step() (or step()) after the second"
-            )
-        self._descend()
+        try:
+            if not self._perturbed:
+                raise RuntimeError(
+                    "step() needs a closure; in a loop without one, call first_step() after the first backward and "
+                    "second_step() (or step()) after the second"
+                )
+            self._descend()
+        except BaseException:
+            self._forget_scaler()
+            raise
+
+    def _forget_scaler(self) -> None:
+        # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
 
     def _check_closure_step(self) -> None:
         self._refuse_perturbed("step(closure)")
         if getattr(self, "found_inf", None) is not None:
+            self._forget_scaler()
             raise RuntimeError(
                 "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale, "
                 "backward again, then scaler.step(optimizer) without a closure"
@@ -322,14 +333,15 @@ class FastSAM(Optimizer):
     def _descend_unfused(self) -> None:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self.restore()
-        if found_inf is not None and found_inf.item() != 0:
+        if found_inf is not None and float(found_inf) != 0:
             return
-        if scale is not None:
-            inverse = scale.double().reciprocal().float()
-            for param in self._parameters():
-                if param.grad is not None:
-                    param.grad.mul_(inverse.to(param.grad.device))
-        unhooked_step(self.base_optimizer)
+        with deferred_interrupts():
+            if scale is not None:
+                inverse = scale.double().reciprocal().float()
+                for param in self._parameters():
+                    if param.grad is not None:
+                        param.grad.mul_(inverse.to(param.grad.device))
+            unhooked_step(self.base_optimizer)
 
     def _climb_is_over(self) -> None:
         self._perturbed = False
@@ -422,15 +434,17 @@ class FastSAM(Optimizer):
 
 def _climb_options(group: Mapping[str, Any]) -> ClimbOptions:
     rho = group["rho"]
-    if not isinstance(rho, Tensor):
-        _check_rho(rho)
+    _check_rho(rho, read=not isinstance(rho, Tensor) or rho.device.type == "cpu")
     return ClimbOptions(rho, bool(group["adaptive"]), bool(group.get("maximize", False)))
 
 
-def _check_rho(rho: Any) -> None:
+def _check_rho(rho: Any, *, read: bool = True) -> None:
+    """Raises if ``rho`` is no radius; ``read=False``: without reading its value, which may be on an accelerator."""
     if isinstance(rho, Tensor):
         if rho.numel() != 1:
             raise ValueError(f"rho must be a number or a tensor with one element, got shape {tuple(rho.shape)}")
+        if not read:
+            return
         rho = rho.item()
     if not isinstance(rho, (int, float)):
         raise TypeError(f"rho must be a number or a tensor with one element, got {type(rho).__name__}")
@@ -463,6 +477,10 @@ def _completed(group: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported")
     params = group["params"]
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be an iterable of tensors, (name, tensor) pairs or dicts, got {type(params).__name__}"
+        )
     if isinstance(params, set):
         raise TypeError("params must be in an order that does not change from run to run, got a set")
     params = [params] if isinstance(params, Tensor) else list(params)
@@ -491,4 +509,6 @@ def _beside(scalar: Any, table: TensorTable) -> Tensor | None:
     """GradScaler's scalar on the table's device."""
     if scalar is None:
         return None
-    return cast(Tensor, scalar).to(table.device, torch.float32, non_blocking=table.device.type != "cpu").reshape(())
+    # A number where the scaler saw no gradient at all.
+    tensor = torch.as_tensor(scalar, dtype=torch.float32)
+    return tensor.to(table.device, non_blocking=table.device.type != "cpu").reshape(())

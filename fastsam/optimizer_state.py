@@ -101,7 +101,9 @@ class StateBinding:
                     needed.append((i, slot))
             if step_name is not None and entries.get(step_name) is not None:
                 steps[i].copy_(torch.as_tensor(entries[step_name]).reshape(()), non_blocking=True)
-            elif self._names is None and moments and entries.get(moments[0]) is not None:
+            elif moments and entries.get(moments[0]) is None:
+                steps[i].fill_(0.0)
+            elif self._names is None:
                 steps[i].fill_(1.0)  # torch.optim.SGD counts no steps: a momentum buffer says that there was one
         if not needed:
             return {}, steps

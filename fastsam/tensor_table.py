@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fastsam.fingerprint import BLOCK, Fingerprint, ParameterBlock, addresses, identities
 from fastsam.memory_layout import allocate_like, as_real, check_parameter, is_dense, same_order
@@ -130,7 +131,6 @@ class TensorTable:
         return True
 
     def _read_any_grads(self, grads: list[Tensor | None]) -> None:
-        self.present = []
         laid_out = [None if g is None else self._lay_out(i, g) for i, g in enumerate(grads)]
         self.grads = laid_out
         self.present = [i for i, g in enumerate(grads) if g is not None]
@@ -266,7 +266,10 @@ class TensorTables:
         members = [identities(group["params"]) for group in groups]
         if members != self._members or not all(table.read_grads() for table in self._tables):
             self.drop()
-            self._members, self._tables = members, _build(groups)
+            self._tables = _build(groups)
+            # A lazy parameter that has got its memory is still the same object, but not in a table yet.
+            lazy = any(is_lazy(param) for group in groups for param in group["params"])
+            self._members = [] if lazy else members
             for table in self._tables:
                 table.read_grads()
         return self._tables
@@ -281,6 +284,8 @@ def _build(groups: Sequence[Mapping[str, Any]]) -> list[TensorTable]:
     params = [(param, index) for index, group in enumerate(groups) for param in group["params"]]
     for position, (param, group_index) in enumerate(params):
         check_parameter(param, position)
+        if is_lazy(param):
+            continue
         dtype = param.dtype.to_real() if param.is_complex() else param.dtype
         buckets.setdefault((param.device, dtype), []).append(Member(position, param, group_index))
     return [TensorTable(device, dtype, members) for (device, dtype), members in buckets.items()]

@@ -15,7 +15,8 @@
 
 // One binary for every x86-64: the loop is compiled three times and chosen at load time. (An "avx2" clone would lack
 // FMA.) Elsewhere the baseline is vectorised already.
-#if defined(__x86_64__) && defined(__has_attribute)
+// (Clang has target_clones, but not for templates.)
+#if defined(__x86_64__) && defined(__has_attribute) && !defined(__clang__)
 #if __has_attribute(target_clones)
 #define FASTSAM_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
@@ -41,7 +42,7 @@ inline bool should_stream(const TensorTable& table, int64_t element_size) {
 }
 
 // memcpy, with non-temporal stores if `stream`.
-inline void store_block(void* target, const void* source, int64_t bytes, bool stream) {
+inline void store_block(void* target, const void* source, int64_t bytes, [[maybe_unused]] bool stream) {
 #if defined(__SSE2__)
   if (stream) {
     char* to = static_cast<char*>(target);

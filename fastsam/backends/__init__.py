@@ -111,6 +111,12 @@ class Backend(Protocol):
         """Like :meth:`restore_and_sgd_`, with Adam; slots: ``exp_avg, exp_avg_sq, max_exp_avg_sq`` (amsgrad)."""
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError if there is no backend of that name."""
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+
+
 def load(name: str, device_type: str) -> Backend:
     """The backend ``name``.
 
@@ -118,8 +124,7 @@ def load(name: str, device_type: str) -> Backend:
         ValueError: there is no backend of that name.
         BackendUnavailable: it cannot run on ``device_type``.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    check_name(name)
     try:
         backend = cast(Backend, importlib.import_module(_MODULES[name]))
     except ModuleNotFoundError as missing:

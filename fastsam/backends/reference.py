@@ -1,8 +1,8 @@
 """Plain PyTorch, one tensor at a time: the ground truth, to be read beside the papers.
 
 SAM: Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412 (equation 2). The adaptive climb: Kwon et al., ICML
-2021, https://arxiv.org/abs/2102.11600, with T = |w| as in davda54/sam. The updates follow torch.optim's for-loops operation by
-operation: on the CPU, in float32 and float64, they are bit-identical.
+2021, https://arxiv.org/abs/2102.11600, with T = |w| as in davda54/sam. The updates follow torch.optim's for-loops
+operation by operation: on the CPU, in float32 and float64, they are bit-identical.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def check(device_type: str) -> None:
 def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) -> Tensor:
     squares = torch.zeros((), dtype=torch.float64, device=tables[0].device)
     for table in tables:
-        for group, w, g, _ in _climbing(table):
+        for group, w, g in _climbing(table):
             g64 = g.double()
             term = w.double() * g64 if options[group].adaptive else g64
             squares += term.square().sum()
@@ -35,10 +35,10 @@ def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) ->
 
 
 def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
-    for _, w, _, backup in _climbing(table):
-        backup.copy_(w)
+    for i in table.climbing:
+        _present(table.backups[i]).copy_(table.values[i])
     try:
-        for group, w, g, _ in _climbing(table):
+        for group, w, g in _climbing(table):
             rho, adaptive, maximize = options[group]
             scale = climb_scale(as_scalar(rho, table.device), maximize, norm).to(opmath_dtype(w.dtype))
             w_op = w.to(scale.dtype)
@@ -53,8 +53,8 @@ def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) 
 
 
 def restore_(table: TensorTable) -> None:
-    for _, w, _, backup in _climbing(table):
-        w.copy_(backup)
+    for i in table.climbing:
+        table.values[i].copy_(_present(table.backups[i]))
 
 
 def restore_and_sgd_(
@@ -69,9 +69,9 @@ def restore_and_adam_(
     _restore_and_update_(table, options, _adam, grad_scale, found_inf)
 
 
-def _climbing(table: TensorTable) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def _climbing(table: TensorTable) -> Iterator[tuple[int, Tensor, Tensor]]:
     for i in table.climbing:
-        yield table.groups[i], table.values[i], _present(table.grads[i]), _present(table.backups[i])
+        yield table.groups[i], table.values[i], _present(table.grads[i])
 
 
 def _restore_and_update_(
@@ -90,8 +90,8 @@ def _restore_and_update_(
         g = _present(table.grads[i]).to(dtype)
         if grad_scale is not None:
             g = g * grad_scale.to(torch.float64).reciprocal().to(dtype)
-        stored = [table.values[i]] + [t for t in (slot[i] for slot in table.state) if t is not None]
-        computed = [t.to(dtype, copy=copy) for t in stored]
+        stored: list[Tensor] = [table.values[i]] + [t for t in (slot[i] for slot in table.state) if t is not None]
+        computed: list[Tensor] = [t.to(dtype, copy=copy) for t in stored]
         step = table.steps[i].clone()
         update(computed[0], g, computed[1:], step, options[table.groups[i]])
         for target, result in zip([*stored, table.steps[i]], [*computed, step], strict=True):

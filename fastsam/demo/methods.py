@@ -1,0 +1,64 @@
+"""What the demo compares: a method is a name, an optimizer, and how many epochs it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fastsam.demo.options import Options
+from fastsam.optimizer import FastSAM
+
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+
+# What --sweep tries.
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table and one colour of the plot.
+
+    Attributes:
+        name: as the table and the plot show it.
+        make_optimizer: called with the model, the learning rate and the demo's options.
+        lr: the initial learning rate; the best of ``LEARNING_RATES``, see :data:`METHODS`.
+        epochs_factor: how often it sees the data, in units of ``--epochs``.
+        passes: forward and backward passes per step.
+        profiled: whether the plot shows the loss around its solution.
+    """
+
+    name: str
+    make_optimizer: Callable[[nn.Module, float, Options], Optimizer]
+    lr: float
+    epochs_factor: int = 1
+    passes: int = 1
+    profiled: bool = True
+
+
+def _sgd(model: nn.Module, lr: float, options: Options) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def _fastsam(model: nn.Module, lr: float, options: Options) -> Optimizer:
+    return FastSAM(
+        model.parameters(),
+        base=torch.optim.SGD,
+        rho=options.rho,
+        model=model,
+        backend=options.backend,
+        lr=lr,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+    )
+
+
+METHODS = (
+    Method("SGD", _sgd, lr=1e-4),
+    Method("SGD, twice the epochs", _sgd, lr=3e-5, epochs_factor=2, profiled=False),
+    Method("FastSAM", _fastsam, lr=1e-2, passes=2),
+)
