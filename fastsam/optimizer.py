@@ -254,8 +254,8 @@ class FastSAM(Optimizer):
         """Gives the climb up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
         if not self._perturbed:
             return
-        moved = any(table.changed() for table in self._tables)
         with deferred_interrupts():
+            moved = any(table.changed() for table in self._tables)
             for table in self._tables:
                 if not table.climbed:
                     continue
@@ -266,14 +266,18 @@ class FastSAM(Optimizer):
                     table.scatter(table.climbing)
                 table.climbed = False
             self._climb_is_over()
-        if moved:
-            self._tables.drop()
+            if moved:
+                self._tables.drop()
 
     # ---- the two phases ----
 
     @torch.no_grad()
     def _climb(self) -> None:
-        tables = self._tables.read_grads(self.param_groups)
+        with self._tables.holding_grads():
+            self._climb_tables(self._tables.read_grads(self.param_groups))
+        torch.clear_autocast_cache()
+
+    def _climb_tables(self, tables: list[TensorTable]) -> None:
         if not any(table.present for table in tables):
             raise RuntimeError("first_step(): no parameter has a gradient; call backward() first")
         options = [_climb_options(group) for group in self.param_groups]
@@ -291,23 +295,22 @@ class FastSAM(Optimizer):
                     backend.perturb_(table, norms[table.device], options)
                     table.climbed = True
                     table.scatter(table.climbing)
-                    table.drop_grads()
             except BaseException:
                 self.restore()
                 raise
-        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _descend(self) -> None:
-        for table in self._tables:
-            if not table.read_grads():
-                raise RuntimeError(
-                    f"{table.name(table.changed()[0])} was moved, cast or given other memory between the two passes; "
-                    "call restore() to give the climb up"
-                )
-        if type(self.base_optimizer) in FUSED:
-            self._descend_fused()
-        else:
+        with self._tables.holding_grads():
+            for table in self._tables:
+                if not table.read_grads():
+                    raise RuntimeError(
+                        f"{table.name(table.changed()[0])} was moved, cast or given other memory between the two "
+                        "passes; call restore() to give the climb up"
+                    )
+            if type(self.base_optimizer) in FUSED:
+                self._descend_fused()
+        if type(self.base_optimizer) not in FUSED:
             self._descend_unfused()
 
     def _descend_fused(self) -> None:
@@ -319,15 +322,17 @@ class FastSAM(Optimizer):
             table.gather()
         prepared = [table.prepare_state(self.state, names) for table in self._tables]
         with deferred_interrupts():
-            for table, state in zip(self._tables, prepared, strict=True):
-                if state is not None:
-                    table.publish_state(self.state, state)
+            for table, missing in zip(self._tables, prepared, strict=True):
+                if missing is not None:
+                    table.publish_state(self.state, missing)
+            if any(missing is not None for missing in prepared):
+                for table in self._tables:
+                    table.note_state(self.state)
             for table in self._tables:
                 operation = getattr(self._backend(table), update.operation)
                 operation(table, options, _beside(scale, table), _beside(found_inf, table))
                 table.climbed = False
                 table.scatter(table.written, state=True)
-                table.drop_grads()
             self._climb_is_over()
 
     def _descend_unfused(self) -> None:
@@ -368,13 +373,15 @@ class FastSAM(Optimizer):
             ValueError: the parameter groups are others.
         """
         self._refuse_perturbed("load_state_dict()")
-        super().load_state_dict(state_dict)
-        # torch casts what it loads to the parameter's dtype, in which a count ends at 256.
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for key, param in zip(saved, self._parameters(), strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name.startswith("fastsam_"):
-                    self.state[param][name] = value.to(param.device) if isinstance(value, Tensor) else value
+        given: list[Mapping[str, Any]] = []
+        # The last of the hooks: it sees what the others have made of the dict.
+        last = self.register_load_state_dict_pre_hook(lambda _, state: given.append(state))
+        self._load = lambda loaded: self._load_state(loaded, given[-1] if given else state_dict)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            del self._load
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
@@ -386,12 +393,31 @@ class FastSAM(Optimizer):
             self._start()
             super().__setstate__(state)
             return
-        # From Optimizer.load_state_dict: nothing has been changed yet.
-        for loaded, present in zip(state["param_groups"], self.param_groups, strict=True):
+        self._load(state)  # from Optimizer.load_state_dict: nothing has been changed yet
+
+    def _load_state(self, loaded: dict[str, Any], given: Mapping[str, Any]) -> None:
+        """Takes over what torch has cast (``loaded``) of a state dict (``given``); all of it or nothing."""
+        for group, present in zip(loaded["param_groups"], self.param_groups, strict=True):
             for name in _GROUP_OPTIONS:
-                loaded.setdefault(name, present[name])
-        self._check_state_shapes(state)
-        self.base_optimizer.__setstate__(state)
+                group.setdefault(name, present[name])
+        self._check_state_shapes(loaded)
+        saved = chain.from_iterable(group["params"] for group in given["param_groups"])
+        for key, param in zip(saved, self._parameters(), strict=True):
+            for name, value in given["state"].get(key, {}).items():
+                if not isinstance(value, Tensor):
+                    continue
+                entries = loaded["state"][param]
+                if name.startswith("fastsam_"):
+                    # torch casts what it loads to the parameter's dtype, in which a count may end at 256.
+                    entries[name] = value.to(param.device, copy=True)
+                elif entries[name] is value:
+                    entries[name] = value.clone()  # two optimizers may load one dict
+        before = self.state, self.param_groups
+        try:
+            self.base_optimizer.__setstate__(loaded)
+        except BaseException:
+            self.state, self.param_groups = before
+            raise
 
     def _check_state_shapes(self, state: Mapping[str, Any]) -> None:
         update = FUSED.get(type(self.base_optimizer))

@@ -58,7 +58,7 @@ class StateBinding:
         self._params, self._values, self._groups, self._name = params, values, groups, name
         self._steps, self._step_views = steps, list(steps.unbind())
         self._names: tuple[StateNames, ...] | None = None
-        self._look = b""
+        self._look: bytes | None = None
         self._stateful: set[int] = set()
         self._covered: list[int] | None = None
         self.written: list[Tensor] = []
@@ -67,12 +67,20 @@ class StateBinding:
     def prepare(self, state: OptimizerState, names: Sequence[StateNames], present: list[int]) -> PreparedState | None:
         """What is missing for the parameters ``present``, or None if nothing is; changes nothing."""
         names = tuple(names)
-        if names == self._names and self._covers(present) and _look_at(state, names) == self._look:
+        if names == self._names and self._covers(present) and self._is_bound(state):
             return None
         wanted = set(present)
         chosen = [i for i, p in enumerate(self._params) if i in wanted or p in state]
         self._check_shapes(chosen, state, names)
         return PreparedState(names, chosen, *self._make(chosen, state, names))
+
+    def note(self, state: OptimizerState) -> None:
+        """Remembers which tensors ``state`` holds, once every table has published its own."""
+        assert self._names is not None
+        self._look = _look_at(state, self._names)
+
+    def _is_bound(self, state: OptimizerState) -> bool:
+        return self._look is not None and _look_at(state, self._names or ()) == self._look
 
     def _covers(self, present: list[int]) -> bool:
         if present is not self._covered and self._stateful.issuperset(present):
@@ -145,7 +153,7 @@ class StateBinding:
                 base = value if value._base is None else value._base
                 written[id(base)] = base
         self.written = list(written.values())
-        self._names, self._look = names, _look_at(state, names)
+        self._names, self._look = names, None
         self._stateful, self._covered = set(chosen), None
         return slots
 

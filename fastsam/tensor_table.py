@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -228,6 +229,10 @@ class TensorTable:
         for slot, tensors in enumerate(self.state):
             self._write_row(STATE + slot, tensors)
 
+    def note_state(self, state: OptimizerState) -> None:
+        """Remembers which tensors ``state`` holds, once every table has published its own."""
+        self._binding.note(state)
+
     # ---- addresses and chunks ----
 
     def _write_row(self, row: int, tensors: list[Tensor] | list[Tensor | None], found: bytes | None = None) -> None:
@@ -273,6 +278,15 @@ class TensorTables:
             for table in self._tables:
                 table.read_grads()
         return self._tables
+
+    @contextmanager
+    def holding_grads(self) -> Iterator[None]:
+        """A block in which the tables read and use gradients; they let go of them at its end, however it ends."""
+        try:
+            yield
+        finally:
+            for table in self._tables:
+                table.drop_grads()
 
     def drop(self) -> None:
         """Forgets everything; the next step builds anew."""

@@ -1,0 +1,139 @@
+"""``python -m fastsam doctor``: what is installed, which backends can run here, and whether they are right."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+import textwrap
+from pathlib import Path
+
+import torch
+
+import fastsam
+from fastsam.backends import BACKENDS, BackendUnavailable, load, resolve
+from fastsam.self_check import TOLERANCE, check_backend
+
+WIDTH = 100
+_COLUMN = 14
+
+
+def run() -> int:
+    """Prints the report; returns 1 if a backend is wrong, else 0."""
+    devices = _devices()
+    _section("versions", _versions())
+    _section("devices", [(str(device), _describe(device)) for device in devices])
+    _section("extension", _extension())
+    logger = logging.getLogger("fastsam")
+    disabled, logger.disabled = logger.disabled, True  # what it would say of skipped backends stands in the table
+    try:
+        verdicts = [(name, device, *_check(name, device)) for device in devices for name in BACKENDS]
+        chosen = [(device.type, _choice(device)) for device in devices]
+    finally:
+        logger.disabled = disabled
+    _section("backends", [(name, f"{device.type:6}{verdict:13}{detail}") for name, device, verdict, detail in verdicts])
+    _section("auto", [(device_type, f"picks {name}") for device_type, name in chosen])
+    wrong = [f"{name} on {device.type}" for name, device, verdict, _ in verdicts if verdict == "wrong"]
+    print(f"WRONG: {', '.join(wrong)}. Please report this with the lines above." if wrong else "all is well")
+    return 1 if wrong else 0
+
+
+def _check(name: str, device: torch.device) -> tuple[str, str]:
+    """A verdict (ok, wrong, unavailable) and what is to be said about it."""
+    try:
+        load(name, device.type)
+    except BackendUnavailable as reason:
+        return "unavailable", str(reason)
+    against = "the paper's formulas and torch.optim" if name == "reference" else "reference"
+    try:
+        outcome = check_backend(name, device)
+    except Exception as error:  # whatever a broken backend raises is a finding, not the end of the report
+        return "wrong", f"raised {type(error).__name__}: {error}"
+    if outcome.ok:
+        return "ok", f"{outcome.steps} steps against {against}: error {outcome.error:.1f} of {TOLERANCE:.0f} ulp"
+    size = "bits differ that must be equal" if outcome.error == float("inf") else f"error {outcome.error:.3g} ulp"
+    return "wrong", f"{size} against {against}, {TOLERANCE:.0f} allowed: {outcome.where}"
+
+
+def _choice(device: torch.device) -> str:
+    try:
+        chosen = resolve("auto", device.type)
+    except BackendUnavailable as reason:
+        return f"nothing: {reason}"
+    return next(name for name in BACKENDS if _same(name, device, chosen))
+
+
+def _same(name: str, device: torch.device, chosen: object) -> bool:
+    try:
+        return load(name, device.type) is chosen
+    except BackendUnavailable:
+        return False
+
+
+def _devices() -> list[torch.device]:
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        devices.append(torch.device(accelerator.type, 0))
+    return devices
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        compute = getattr(found, "gcnArchName", None) if torch.version.hip else f"sm_{found.major}{found.minor}"
+        return f"{found.name}, {compute}, {found.total_memory / 2**30:.0f} GiB; {torch.cuda.device_count()} of them"
+    return f"{torch.accelerator.device_count()} of them"
+
+
+def _versions() -> list[tuple[str, str]]:
+    return [
+        ("fastsam", f"{fastsam.__version__}, in {Path(fastsam.__file__).parent}"),
+        ("python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
+        ("torch", torch.__version__),
+        ("of torch", f"CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}"),
+        ("triton", _version_of("triton")),
+    ]
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _extension() -> list[tuple[str, str]]:
+    found = importlib.util.find_spec("fastsam._C")
+    if found is None or found.origin is None:
+        return [
+            ("file", "none: the optimizer's part of a step is several times slower than it could be"),
+            ("remedy", "with a C++ compiler: pip install --no-build-isolation --no-deps fastsam-optim"),
+        ]
+    file = Path(found.origin)
+    rows = [("file", f"{file.name}, {file.stat().st_size / 1024:.0f} KiB, in {file.parent}")]
+    try:
+        importlib.import_module("fastsam._C")
+    except ImportError as error:
+        return [*rows, ("broken", f"cannot be loaded: {error}")]
+    kernels = [
+        key.lower()
+        for key in ("CPU", "CUDA")
+        if torch._C._dispatch_has_kernel_for_dispatch_key("fastsam::perturb_", key)
+    ]
+    return [*rows, ("compiled for", ", ".join(kernels) or "nothing")]
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> None:
+    """Prints rows of a name and a text, wrapped to the terminal's width."""
+    print(title)
+    for name, text in rows:
+        lead = f"  {name:{_COLUMN - 2}}"
+        indent = " " * (_COLUMN + (19 if title == "backends" else 0))
+        print(textwrap.fill(text, WIDTH, initial_indent=lead, subsequent_indent=indent, drop_whitespace=True))
+    print()
