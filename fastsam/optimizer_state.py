@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsam.fingerprint import nested_identities
+from fastsam.fingerprint import addresses, nested_identities
 from fastsam.memory_layout import allocate_like, as_real, is_dense, same_order
 
 OptimizerState = Mapping[Tensor, dict[str, Any]]
@@ -59,6 +59,9 @@ class StateBinding:
         self._steps, self._step_views = steps, list(steps.unbind())
         self._names: tuple[StateNames, ...] | None = None
         self._look: bytes | None = None
+        self._alive: list[Any] = []
+        self._bound: list[Tensor] = []
+        self._addresses = b""
         self._stateful: set[int] = set()
         self._covered: list[int] | None = None
         self.written: list[Tensor] = []
@@ -78,9 +81,13 @@ class StateBinding:
         """Remembers which tensors ``state`` holds, once every table has published its own."""
         assert self._names is not None
         self._look = _look_at(state, self._names)
+        # An identity means something only while its object lives.
+        self._alive = [(param, entries, *entries.values()) for param, entries in state.items()]
+        self._addresses = addresses(self._bound)
 
     def _is_bound(self, state: OptimizerState) -> bool:
-        return self._look is not None and _look_at(state, self._names or ()) == self._look
+        same = self._look is not None and _look_at(state, self._names or ()) == self._look
+        return same and addresses(self._bound) == self._addresses
 
     def _covers(self, present: list[int]) -> bool:
         if present is not self._covered and self._stateful.issuperset(present):
@@ -136,6 +143,7 @@ class StateBinding:
         self._steps.copy_(steps)
         slots: list[list[Tensor | None]] = [[None] * len(self._params) for _ in range(STATE_SLOTS)]
         written: dict[int, Tensor] = {id(self._steps): self._steps}
+        self._bound = []
         for i in chosen:
             moments, step_name = names[self._groups[i]]
             if not moments and step_name is None:
@@ -148,6 +156,7 @@ class StateBinding:
                 if value is not None:
                     entries[name] = torch.view_as_complex(value) if self._params[i].is_complex() else value
                 value = entries[name]
+                self._bound.append(value)
                 slots[slot][i] = as_real(value.detach())
                 # Views of one allocation share its version.
                 base = value if value._base is None else value._base

@@ -82,6 +82,7 @@ class TensorTable:
         self.addresses = torch.frombuffer(self._rows, dtype=torch.int64).view(ROWS, n)
         self.tensors = torch.tensor([[v.numel() for v in self.values], self.groups], dtype=torch.int64)
         self._write_row(PARAM, self.values)
+        self._addresses = addresses(self.params)
         self._blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
         self._grad_scratch: dict[int, Tensor] = {}
         self._climb_key: tuple[Any, ...] | None = None
@@ -100,7 +101,7 @@ class TensorTable:
         return [
             i
             for i, (original, param) in enumerate(zip(self._originals, self.params, strict=True))
-            if addresses([original]) != addresses([param]) or not Fingerprint([original]).matches([param])
+            if addresses([param]) != self._addresses[8 * i : 8 * i + 8] or not Fingerprint([original]).matches([param])
         ]
 
     def read_grads(self) -> bool:

@@ -72,8 +72,8 @@ def restore_and_sgd_(
             (buffers,) = work.state
             torch._foreach_mul_(buffers, group.momentum)
             if group.dampening != 0:
-                first = work.steps == 0
-                weights = torch.where(first, 1.0, 1.0 - group.dampening).to(work.dtype)
+                later = (work.steps != 0).double()  # a tensor's first step is not dampened
+                weights = (1.0 - group.dampening * later).to(work.dtype)
                 torch._foreach_add_(buffers, list(torch._foreach_mul(work.grads, list(weights.unbind()))))
             else:
                 torch._foreach_add_(buffers, work.grads)
