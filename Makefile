@@ -1,0 +1,82 @@
+# FastSAM's commands. Each sets up what it needs, once: .venv, the pinned dependencies, the compiled extension.
+#
+#   make test ARGS="-k native"        ARGS goes to the program that runs
+#   make demo PYTHON=python3.12       the interpreter that .venv is made from
+
+PYTHON ?= python3
+THREADS ?= 2
+
+BIN := .venv/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+REQUIRED := FASTSAM_REQUIRE_BACKENDS=reference,foreach,native
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+# What stands when a part of the set-up is done; touched last, so that a failure is tried again.
+DEPENDENCIES := .venv/.dependencies
+PACKAGE := .venv/.package
+EXTENSION := .venv/.extension
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test bench lint format wheel compat clean
+
+help:  ## This list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
+
+setup: $(EXTENSION)  ## Only the set-up: .venv with everything in it
+
+demo: $(EXTENSION)  ## Train with SGD and with FastSAM on noisy labels: a table and a picture
+	$(BIN)/python -m fastsam demo $(ARGS)
+
+test: $(EXTENSION)  ## The test suite
+	$(REQUIRED) $(BIN)/pytest $(ARGS)
+
+bench: $(EXTENSION)  ## The benchmarks, on THREADS=2 threads
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
+
+lint: $(DEPENDENCIES)  ## Formatting, ruff and mypy; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(DEPENDENCIES)  ## Format everything in place
+	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+
+# build/lib would carry files that are gone from the checkout into the wheel.
+wheel: $(DEPENDENCIES)  ## The wheel, in dist/
+	rm -rf build/lib* build/bdist* dist
+	FASTSAM_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist
+
+# From its own folder: the checkout's fastsam/ must not stand in for the installed one. A release of torch may bring
+# gigabytes of CUDA with it; where pip is set up to find CPU builds, TORCH=2.11.0+cpu names one.
+compat:  ## The wheel's tests with another torch: make compat TORCH=2.11.0
+	@test -n "$(TORCH)" || { echo "make compat: which torch? make compat TORCH=2.11.0" >&2; exit 2; }
+	$(MAKE) --no-print-directory wheel
+	test -d .compat/$(TORCH) || $(PYTHON) -m venv .compat/$(TORCH)
+	.compat/$(TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) -r requirements/test.txt || \
+	  { echo "make compat: torch $(TORCH) could not be installed (pip's reason is above)" >&2; exit 1; }
+	.compat/$(TORCH)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps dist/*.whl
+	rm -rf .compat/$(TORCH)/suite && mkdir .compat/$(TORCH)/suite && cp -r tests pyproject.toml .compat/$(TORCH)/suite
+	cd .compat/$(TORCH)/suite && ../bin/python -c "import torch, fastsam; print(torch.__version__, fastsam.__file__)" && \
+	  $(REQUIRED) ../bin/pytest $(ARGS)
+
+clean:  ## Remove what make made
+	rm -rf .venv .compat build dist *.egg-info fastsam/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(DEPENDENCIES): $(wildcard requirements/*.txt)
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP_INSTALL) -r requirements/dev.txt
+	@touch $@
+
+# The link to this checkout alone: compiling is the next step, and repeats only what changed.
+$(PACKAGE): $(DEPENDENCIES) pyproject.toml setup.py
+	FASTSAM_BUILD=none $(BIN)/python $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(EXTENSION): $(PACKAGE) $(CSRC)
+	FASTSAM_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@

@@ -1,0 +1,1 @@
+"""FastSAM's Triton kernels: ``@triton.jit`` functions only, installed as ``fastsam.kernels``."""
