@@ -118,7 +118,7 @@ class StateBinding:
                 steps[i].copy_(torch.as_tensor(entries[step_name]).reshape(()), non_blocking=True)
             elif moments and entries.get(moments[0]) is None:
                 steps[i].fill_(0.0)
-            elif self._names is None:
+            elif moments:
                 steps[i].fill_(1.0)  # torch.optim.SGD counts no steps: a momentum buffer says that there was one
         if not needed:
             return {}, steps

@@ -24,33 +24,45 @@ def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) ->
     norms: Tensors = []
     for table in tables:
         for group, indices in _by_group(table.climbing, table, options):
-            grads = _double(_take(table.grads, indices))
+            grads = _take(table.grads, indices)
             if group.adaptive:
-                grads = list(torch._foreach_mul(grads, _double(_take(table.values, indices))))
-            norms += torch._foreach_norm(grads)
+                grads = list(torch._foreach_mul(_to(_take(table.values, indices), torch.float64), grads))
+            norms += torch._foreach_norm(grads, dtype=torch.float64)
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=tables[0].device)
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
-    dtype = opmath_dtype(table.dtype)
-    moves: list[tuple[Tensors, Tensors]] = []
-    for group, indices in _by_group(table.climbing, table, options):
-        scale = climb_scale(as_scalar(group.rho, table.device), group.maximize, norm).to(dtype)
-        values = _take(table.values, indices)
-        points = _to(values, dtype)
-        steps = list(torch._foreach_mul(_to(_take(table.grads, indices), dtype), scale))
-        if group.adaptive:
-            torch._foreach_mul_(steps, points)
-            torch._foreach_mul_(steps, points)
-        torch._foreach_add_(steps, points)
-        # Selected, not multiplied by zero: 0 * inf would be NaN.
-        moves.append((values, [torch.where(scale == 0, w, climbed) for w, climbed in zip(points, steps, strict=True)]))
-    if moves:  # everything is allocated: from here on nothing is left but to write
+    if table.climbing:
         torch._foreach_copy_(_take(table.backups, table.climbing), _take(table.values, table.climbing))
-    for values, climbed in moves:
-        torch._foreach_copy_(values, climbed)
+    try:
+        for group, indices in _by_group(table.climbing, table, options):
+            scale = climb_scale(as_scalar(group.rho, table.device), group.maximize, norm)
+            _climb_(_take(table.values, indices), _take(table.grads, indices), scale, group.adaptive)
+    except BaseException:
+        restore_(table)
+        raise
+
+
+def _climb_(values: Tensors, grads: Tensors, scale: Tensor, adaptive: bool) -> None:
+    dtype = opmath_dtype(values[0].dtype)
+    on_cpu = scale.device.type == "cpu"
+    if on_cpu and scale == 0:
+        return
+    if on_cpu and values[0].dtype == dtype and not adaptive:
+        torch._foreach_add_(values, grads, alpha=scale.item())
+        return
+    points = _to(values, dtype)
+    climbed = list(torch._foreach_mul(_to(grads, dtype), scale.to(dtype)))
+    if adaptive:
+        torch._foreach_mul_(climbed, points)
+        torch._foreach_mul_(climbed, points)
+    torch._foreach_add_(climbed, points)
+    if not on_cpu:
+        # Selected, not multiplied by zero: 0 * inf would be NaN.
+        climbed = [torch.where(scale == 0, w, moved) for w, moved in zip(points, climbed, strict=True)]
+    torch._foreach_copy_(values, climbed)
 
 
 def restore_(table: TensorTable) -> None:
@@ -63,10 +75,8 @@ def restore_and_sgd_(
 ) -> None:
     restore_(table)
     for group, indices in _by_group(table.present, table, options):
-        work = _Work(table, indices, grad_scale, found_inf, group.maximize)
+        work = _Work(table, indices, grad_scale, found_inf, group.maximize, group.weight_decay)
         lr = as_scalar(group.lr, table.device)
-        if group.weight_decay != 0:
-            torch._foreach_add_(work.grads, work.values, alpha=group.weight_decay)
         directions = work.grads
         if group.momentum != 0:
             (buffers,) = work.state
@@ -89,17 +99,18 @@ def restore_and_adam_(
 ) -> None:
     restore_(table)
     for group, indices in _by_group(table.present, table, options):
-        work = _Work(table, indices, grad_scale, found_inf, group.maximize)
+        coupled_decay = 0.0 if group.decoupled else group.weight_decay
+        work = _Work(table, indices, grad_scale, found_inf, group.maximize, coupled_decay)
         lr, beta1, beta2 = (as_scalar(x, table.device) for x in (group.lr, group.beta1, group.beta2))
         exp_avgs, exp_avg_sqs, *max_exp_avg_sqs = work.state
-        if group.weight_decay != 0:
-            if group.decoupled:
-                torch._foreach_mul_(work.values, _scalar(1 - lr * group.weight_decay, work.dtype))
-            else:
-                torch._foreach_add_(work.grads, work.values, alpha=group.weight_decay)
+        if group.decoupled and group.weight_decay != 0:
+            torch._foreach_mul_(work.values, _scalar(1 - lr * group.weight_decay, work.dtype))
         torch._foreach_lerp_(exp_avgs, work.grads, _scalar(1 - beta1, work.dtype))
         torch._foreach_mul_(exp_avg_sqs, _scalar(beta2, work.dtype))
-        _add_scaled_(exp_avg_sqs, list(torch._foreach_mul(work.grads, work.grads)), 1 - beta2)
+        if isinstance(beta2, Tensor):
+            _add_scaled_(exp_avg_sqs, list(torch._foreach_mul(work.grads, work.grads)), 1 - beta2)
+        else:
+            torch._foreach_addcmul_(exp_avg_sqs, work.grads, work.grads, value=1 - beta2)
         second_moments = exp_avg_sqs
         if group.amsgrad:
             (second_moments,) = max_exp_avg_sqs
@@ -123,6 +134,7 @@ class _Work:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         maximize: bool,
+        weight_decay: float,
     ) -> None:
         self.dtype = opmath_dtype(table.dtype)
         self._found_inf = found_inf
@@ -130,11 +142,14 @@ class _Work:
         self._stored = [_take(table.values, indices), *slots]
         copy = found_inf is not None or table.dtype != self.dtype
         self.values, *self.state = [_to(tensors, self.dtype, copy=copy) for tensors in self._stored]
-        self.grads = _to(_take(table.grads, indices), self.dtype, copy=True)
+        changed = grad_scale is not None or maximize or weight_decay != 0
+        self.grads = _to(_take(table.grads, indices), self.dtype, copy=changed)
         if grad_scale is not None:
             torch._foreach_mul_(self.grads, grad_scale.double().reciprocal().to(self.dtype).reshape(()))
         if maximize:
             torch._foreach_neg_(self.grads)
+        if weight_decay != 0:
+            torch._foreach_add_(self.grads, self.values, alpha=weight_decay)
         self._step_counts = table.steps
         self._indices = torch.tensor(indices, device=table.device)
         self.steps = table.steps[self._indices]
@@ -174,10 +189,6 @@ def _to(tensors: Tensors, dtype: torch.dtype, *, copy: bool = False) -> Tensors:
     copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
     torch._foreach_copy_(copies, tensors)
     return copies
-
-
-def _double(tensors: Tensors) -> Tensors:
-    return _to(tensors, torch.float64)
 
 
 def _scalar(value: Scalar, dtype: torch.dtype) -> Any:
