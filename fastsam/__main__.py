@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Runs the repository's benchmarks with pytest; returns its exit status."""
+    """Runs the repository's benchmarks with pytest, in the checkout's folder; returns pytest's exit status."""
     folder = Path(fastsam.__file__).resolve().parents[1] / "benchmarks"
     if not (folder / "conftest.py").is_file():
         print(
@@ -58,9 +58,8 @@ def bench(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", str(folder), "--benchmark", *arguments], check=False
-    ).returncode
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark", *arguments]
+    return subprocess.run(command, cwd=folder.parent, check=False).returncode
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -78,4 +77,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

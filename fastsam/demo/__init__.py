@@ -1,3 +1,109 @@
-"""``python -m fastsam demo``: SGD against FastSAM on digits with wrong labels; a table and a picture."""
+"""``python -m fastsam demo``: SGD against FastSAM on digits with wrong labels; a table and a picture.
+
+With four labels in ten wrong, a network that fits its training data learns mistakes by heart. What that costs shows how
+well an optimizer's minima generalise. For each seed every method gets the same split, wrong labels, initial weights and
+order of batches; momentum, weight decay and the learning rate's schedule are the same too, and its height is the one
+that suits the method best (``--sweep``).
+"""
 
 from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import mean
+
+import torch
+
+from fastsam.demo.data import NoisyDigits, load_noisy_digits
+from fastsam.demo.landscape import losses_along
+from fastsam.demo.methods import LEARNING_RATES, METHODS, Method
+from fastsam.demo.options import Options
+from fastsam.demo.report import results_table, sweep_table
+from fastsam.demo.train import Run, train
+
+EXTRAS = ("matplotlib", "sklearn", "tqdm")
+
+# Where the picture takes the loss around each solution.
+RADII = [0.15 * step for step in range(-6, 7)]
+DIRECTIONS = 3
+
+
+def run(options: Options) -> int:
+    """Runs the demo, prints its table and writes its picture; returns the exit status."""
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"the demo needs {', '.join(missing)}: pip install fastsam-optim[demo]", file=sys.stderr)
+        return 1
+    with _one_thread():
+        splits = [load_noisy_digits(options.noise, seed, options.device) for seed in range(options.seeds)]
+        if options.sweep:
+            _sweep(splits, options)
+        else:
+            _compare(splits, options)
+    return 0
+
+
+def _compare(splits: Sequence[NoisyDigits], options: Options) -> None:
+    from fastsam.demo.plot import draw
+
+    results = train_all(METHODS, splits, options)
+    print(f"\n{results_table(results, options)}\n", flush=True)
+    draw(results, _profiles(results, splits), RADII, options)
+    print(f"curves, and the loss around both solutions: {options.output}")
+
+
+def _sweep(splits: Sequence[NoisyDigits], options: Options) -> None:
+    accuracies: dict[Method, dict[float, float]] = {method: {} for method in METHODS}
+    for lr in LEARNING_RATES:
+        for method, runs in train_all(METHODS, splits, replace(options, lr=lr)).items():
+            accuracies[method][lr] = mean(run.test_accuracy[-1] for run in runs)
+    print(f"\ntest accuracy after the last epoch, %, mean of {options.seeds} seeds\n{sweep_table(accuracies)}")
+
+
+def train_all(methods: Sequence[Method], splits: Sequence[NoisyDigits], options: Options) -> dict[Method, list[Run]]:
+    """Trains every method on every split (``splits[seed]``), under one progress bar that counts passes."""
+    from tqdm import tqdm
+
+    results: dict[Method, list[Run]] = {method: [] for method in methods}
+    steps = options.epochs * -(-len(splits[0].train_labels) // options.batch_size)
+    total = len(splits) * sum(steps * method.epochs_factor * method.passes for method in methods)
+    with tqdm(total=total, unit="pass", mininterval=0.5, smoothing=0.05, dynamic_ncols=True) as bar:
+
+        def progress(passes: int, loss: float, accuracy: float | None) -> None:
+            bar.set_postfix(loss=f"{loss:.2f}", accuracy="-" if accuracy is None else f"{accuracy:.1f}%", refresh=False)
+            bar.update(passes)
+
+        for seed, data in enumerate(splits):
+            for method in methods:
+                bar.set_description(f"{method.name}, seed {seed + 1}/{len(splits)}", refresh=False)
+                results[method].append(train(method, data, seed, options, progress))
+    return results
+
+
+def _profiles(
+    results: Mapping[Method, Sequence[Run]], splits: Sequence[NoisyDigits]
+) -> dict[Method, list[list[float]]]:
+    """For each profiled method a line per split and direction; the directions are the same for all methods."""
+    return {
+        method: [
+            losses_along(run.model, data, RADII, DIRECTIONS * seed + number)
+            for seed, (run, data) in enumerate(zip(runs, splits, strict=True))
+            for number in range(DIRECTIONS)
+        ]
+        for method, runs in results.items()
+        if method.profiled
+    }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one CPU thread: for tensors this small, more cost time, on a busy machine a lot of it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -13,28 +14,29 @@ from fastsam.demo.data import NoisyDigits
 
 @torch.no_grad()
 def losses_along(model: nn.Module, data: NoisyDigits, radii: Sequence[float], seed: int) -> list[float]:
-    """The loss over all training images at ``w + radius * d``, for each radius; the model comes back as it was.
+    """The loss over all training images, wrong labels included, at ``w + radius * d`` for each radius.
+
+    Batch norm takes its statistics from the images at each point, as it does in training: with those of the solution
+    every loss a little away from it would explode, flat or not.
 
     Args:
-        model: in evaluation mode: batch norm keeps the statistics of the solution.
+        model: the solution ``w``; left as it is.
+        data: whose training images and labels are used.
         radii: in units of the weights: each filter of ``d`` has the norm of the same filter of ``w``.
-        seed: decides the gaussian ``d`` before that; the same for models of the same shapes.
+        seed: decides the gaussian ``d`` before it is normalised, equal for models of the same shapes.
     """
-    params = list(model.parameters())
-    solution = [param.clone() for param in params]
+    moved = copy.deepcopy(model).train()
     generator = torch.Generator().manual_seed(seed)
-    direction = [_filter_normalized(param, generator) for param in params]
+    direction = [_filter_normalised(param, generator) for param in model.parameters()]
     losses = []
     for radius in radii:
-        for param, weight, step in zip(params, solution, direction, strict=True):
+        for param, weight, step in zip(moved.parameters(), model.parameters(), direction, strict=True):
             param.copy_(weight + radius * step)
-        losses.append(F.cross_entropy(model(data.train_images), data.train_labels).item())
-    for param, weight in zip(params, solution, strict=True):
-        param.copy_(weight)
+        losses.append(F.cross_entropy(moved(data.train_images), data.train_labels).item())
     return losses
 
 
-def _filter_normalized(param: Tensor, generator: torch.Generator) -> Tensor:
+def _filter_normalised(param: Tensor, generator: torch.Generator) -> Tensor:
     """A gaussian direction for one parameter; zero for biases and batch norm's, as in the paper."""
     direction = torch.randn(param.shape, generator=generator).to(param.device)
     if param.dim() < 2:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +25,7 @@ class Options:
     epochs: int = 30
     batch_size: int = 16
     lr: float | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = "auto"
     output: Path = Path("fastsam-demo.png")
     sweep: bool = False
@@ -31,28 +33,48 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the demo's options to a parser."""
-    default = Options()
-    add = parser.add_argument
-    add("--noise", type=_number("in [0, 1]", lambda x: 0 <= x <= 1), default=default.noise, metavar="SHARE",
-        help="share of the training labels that are replaced by a wrong one (default: %(default)s)")  # fmt: skip
-    add("--rho", type=_number(">= 0", lambda x: x >= 0), default=default.rho,
-        help="radius of FastSAM's neighbourhood (default: %(default)s)")  # fmt: skip
-    add("--seeds", type=_count, default=default.seeds, metavar="N",
-        help="runs per method; a seed decides the split, the noise, the initial weights and the order of the "
-        "batches, the same for every method (default: %(default)s)")  # fmt: skip
-    add("--epochs", type=_count, default=default.epochs, metavar="N",
-        help="passes over the 900 training images; SGD is shown with twice as many too (default: %(default)s)")  # fmt: skip
-    add("--batch-size", type=_count, default=default.batch_size, metavar="N", help="images per step (default: %(default)s)")  # fmt: skip
-    add("--lr", type=_number("> 0", lambda x: x > 0), default=default.lr,
-        help="learning rate of every method (default: each one's best, from --sweep)")  # fmt: skip
-    add("--device", type=_device, default=default.device, help="torch device to train on (default: %(default)s)")
-    add("--backend", choices=("auto", *BACKENDS), default=default.backend,
-        help="FastSAM's backend (default: %(default)s, the fastest that can run)")  # fmt: skip
-    add("--output", type=Path, default=default.output, metavar="FILE", help="the picture, a PNG (default: %(default)s)")
-    add("--sweep", action="store_true",
-        help="instead, train every method at eight learning rates and print their accuracies; takes about 12 minutes")  # fmt: skip
-    add("--quick", action="store_true", help="one seed and two epochs, whatever else is asked: does everything work?")
+    """Adds the demo's options to a parser; their defaults are those of :class:`Options`."""
+
+    def add(name: str, description: str, **settings: Any) -> None:
+        parser.add_argument(name, help=description, **settings)
+
+    add(
+        "--noise",
+        "share of the training labels that are replaced by a wrong one (default: %(default)s)",
+        type=_number("in [0, 1]", lambda x: 0 <= x <= 1),
+        metavar="SHARE",
+    )
+    add("--rho", "radius of FastSAM's neighbourhood (default: %(default)s)", type=_number(">= 0", lambda x: x >= 0))
+    add(
+        "--seeds",
+        "runs of each method; a seed decides the split, the wrong labels, the initial weights and the order "
+        "of the batches, the same for every method (default: %(default)s)",
+        type=_count,
+        metavar="N",
+    )
+    add(
+        "--epochs",
+        "passes over the 900 training images; SGD is shown with twice as many too (default: %(default)s)",
+        type=_count,
+        metavar="N",
+    )
+    add("--batch-size", "images per step (default: %(default)s)", type=_count, metavar="N")
+    add(
+        "--lr",
+        "initial learning rate of every method (default: each one's best, see --sweep)",
+        type=_number("> 0", lambda x: x > 0),
+    )
+    add("--device", "torch device to train on (default: %(default)s)", type=_device)
+    add("--backend", "FastSAM's backend (default: %(default)s, the fastest that can run)", choices=("auto", *BACKENDS))
+    add("--output", "the picture, a PNG (default: %(default)s)", type=Path, metavar="FILE")
+    add(
+        "--sweep",
+        "train every method at each of eight learning rates and print a table of accuracies instead; takes "
+        "about 15 minutes",
+        action="store_true",
+    )
+    add("--quick", "one seed and two epochs, to see whether everything works", action="store_true")
+    parser.set_defaults(**vars(Options()))
 
 
 def to_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser) -> Options:
@@ -61,8 +83,8 @@ def to_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser) -
     options = Options(**values | ({"seeds": 1, "epochs": 2} if namespace.quick else {}))
     if options.output.suffix.lower() != ".png":
         parser.error(f"argument --output: must end in .png, got '{options.output}'")
-    if not options.output.absolute().parent.is_dir():
-        parser.error(f"argument --output: there is no folder '{options.output.parent}'")
+    if not os.access(options.output.absolute().parent, os.W_OK):
+        parser.error(f"argument --output: the folder '{options.output.parent}' is not there or cannot be written to")
     try:
         resolve(options.backend, options.device.type)
     except BackendUnavailable as reason:

@@ -18,7 +18,7 @@ from fastsam.demo.methods import Method
 from fastsam.demo.model import make_cnn
 from fastsam.demo.options import Options
 
-# Called after each step with the number of passes it took, its loss, and the last epoch's test accuracy (None at first).
+# Called after each step: the passes it took, its loss, and the last epoch's test accuracy (None in the first epoch).
 Progress = Callable[[int, float, "float | None"], None]
 
 
@@ -75,7 +75,11 @@ def train(method: Method, data: NoisyDigits, seed: int, options: Options, progre
     """Trains one network; the learning rate falls from ``method.lr`` to 0 along half a cosine.
 
     Args:
+        method: makes the optimizer.
+        data: to train and to test on; decides the device.
         seed: decides the initial weights and the order of the batches, the same for every method.
+        options: the demo's; ``options.lr`` goes before ``method.lr``.
+        progress: called after each step.
     """
     model = make_cnn(seed).to(data.train_images.device)
     optimizer = method.make_optimizer(model, options.lr or method.lr, options)

@@ -15,10 +15,10 @@ import torch
 
 import fastsam
 from fastsam.backends import BACKENDS, BackendUnavailable, load, resolve
-from fastsam.self_check import TOLERANCE, check_backend
+from fastsam.doctor.self_check import TOLERANCE, check_backend
 
 WIDTH = 100
-_COLUMN = 14
+_COLUMN = 15
 
 
 def run() -> int:
@@ -53,8 +53,11 @@ def _check(name: str, device: torch.device) -> tuple[str, str]:
     except Exception as error:  # whatever a broken backend raises is a finding, not the end of the report
         return "wrong", f"raised {type(error).__name__}: {error}"
     if outcome.ok:
-        return "ok", f"{outcome.steps} steps against {against}: error {outcome.error:.1f} of {TOLERANCE:.0f} ulp"
-    size = "bits differ that must be equal" if outcome.error == float("inf") else f"error {outcome.error:.3g} ulp"
+        return (
+            "ok",
+            f"{outcome.steps} steps against {against}: largest error {outcome.error:.1f} eps of {TOLERANCE:.0f}",
+        )
+    size = "bits differ that must be equal" if outcome.error == float("inf") else f"error {outcome.error:.3g} eps"
     return "wrong", f"{size} against {against}, {TOLERANCE:.0f} allowed: {outcome.where}"
 
 
@@ -126,7 +129,7 @@ def _extension() -> list[tuple[str, str]]:
         for key in ("CPU", "CUDA")
         if torch._C._dispatch_has_kernel_for_dispatch_key("fastsam::perturb_", key)
     ]
-    return [*rows, ("compiled for", ", ".join(kernels) or "nothing")]
+    return [*rows, ("kernels for", ", ".join(kernels) or "nothing")]
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> None:

@@ -1,0 +1,1 @@
+"""FastSAM's benchmarks: ``pytest benchmarks/ --benchmark``; how to read them: NOTES.md."""

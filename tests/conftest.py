@@ -1,0 +1,65 @@
+"""What every test shares: the devices, the backends, and which of them must be able to run."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsam.backends import BACKENDS, Backend, BackendUnavailable, load
+
+# The test modules import checks.py and oracle.py from this folder, which --import-mode=importlib leaves out.
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("checks", "oracle")
+
+# Backends that must be able to run: "native", on some device that is here; "native:cuda", on that one.
+REQUIRED = frozenset(filter(None, map(str.strip, os.environ.get("FASTSAM_REQUIRE_BACKENDS", "").split(","))))
+
+
+def pytest_configure():
+    if unknown := {entry.partition(":")[0] for entry in REQUIRED} - set(BACKENDS):
+        raise pytest.UsageError(f"FASTSAM_REQUIRE_BACKENDS: no such backend: {', '.join(sorted(unknown))}")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """A ``torch.device``; tests on one that is not here are skipped."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device):
+    """The name of a backend that can run on ``device``."""
+    name = request.param
+    if reason := _unavailable(name, device.type):
+        if _is_required(name, device.type):
+            pytest.fail(f"{name} is in FASTSAM_REQUIRE_BACKENDS but cannot run: {reason}")
+        pytest.skip(reason)
+    return name
+
+
+@pytest.fixture
+def operations(backend, device) -> Backend:
+    """The backend's module: the five operations."""
+    return load(backend, device.type)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def _unavailable(name, device_type):
+    try:
+        load(name, device_type)
+    except BackendUnavailable as reason:
+        return str(reason)
+    return ""
+
+
+def _is_required(name, device_type):
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return f"{name}:{device_type}" in REQUIRED or (name in REQUIRED and all(_unavailable(name, d) for d in here))

@@ -1,0 +1,142 @@
+"""``python -m fastsam doctor``: it finds what is wrong, says what cannot run, and is content with what is right."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+
+from fastsam import __main__ as command_line
+from fastsam import doctor
+from fastsam.backends import BackendUnavailable, foreach, reference, resolve
+from fastsam.doctor import self_check
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_dtype(request, monkeypatch):
+    """Quick: fp64 alone, small tensors, but for tests that ask for all."""
+    if "all_dtypes" not in request.fixturenames:
+        monkeypatch.setattr(self_check, "DTYPES", (torch.float64,))
+
+
+@pytest.fixture
+def all_dtypes():
+    return self_check.DTYPES
+
+
+def add_noise(size):
+    """A decorator for ``perturb_``: one element of the climb is off by ``size`` of itself."""
+
+    def decorate(perturb_):
+        def wrong(table, norm, options):
+            perturb_(table, norm, options)
+            param = next(p for p in table.params if p.numel() > 100)
+            param.data.view(-1)[-1] *= 1 + size
+
+        return wrong
+
+    return decorate
+
+
+def test_every_backend_that_can_run_is_right(backend, device, all_dtypes):
+    outcome = self_check.check_backend(backend, device)
+    assert outcome.ok, outcome
+    assert outcome.steps == len(all_dtypes) * len(self_check.BASES) * 2 * self_check.STEPS
+
+
+def test_content_report(capsys):
+    assert command_line.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:3] for line in printed.splitlines() if line.startswith("  ")}
+    assert rows["reference"] == rows["foreach"] == ["cpu", "ok"]
+    assert {"reference", "foreach", "native", "triton", "fastsam", "python", "torch"} <= set(rows)
+    assert torch.__version__ in printed
+    assert "all is well" in printed
+    assert max(map(len, printed.splitlines())) <= doctor.WIDTH
+
+
+def test_auto_is_what_resolve_picks(capsys):
+    command_line.main(["doctor"])
+    picked = resolve("auto", "cpu").__name__.rpartition(".")[2]
+    assert f"cpu          picks {picked}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1e-13, 0.1, float("nan")], ids=["a-few-ulp", "large", "nan"])
+def test_wrong_climb_is_found_and_named(size, monkeypatch, capsys):
+    monkeypatch.setattr(foreach, "perturb_", add_noise(size)(foreach.perturb_))
+    assert command_line.main(["doctor"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "foreach cpu wrong" in printed
+    assert "reference cpu ok" in printed
+    assert "climb, tensor 4 of shape (127,)" in printed
+    assert "WRONG: foreach on cpu" in printed
+
+
+def test_wrong_reference_is_found(monkeypatch):
+    monkeypatch.setattr(reference, "perturb_", add_noise(1e-13)(reference.perturb_))
+    assert not self_check.check_backend("reference", CPU).ok
+
+
+def test_restore_that_is_not_exact_is_found(monkeypatch):
+    def restore_(table):
+        correct(table)
+        table.params[0].data.mul_(1 + 2.3e-16)
+
+    correct = foreach.restore_
+    monkeypatch.setattr(foreach, "restore_", restore_)
+    outcome = self_check.check_backend("foreach", CPU)
+    assert outcome.error == float("inf")
+    assert "restore" in outcome.where
+
+
+@pytest.mark.parametrize("operation", ["restore_and_sgd_", "restore_and_adam_"])
+def test_update_that_does_nothing_is_found(operation, monkeypatch):
+    monkeypatch.setattr(foreach, operation, lambda table, *_: foreach.restore_(table))
+    assert not self_check.check_backend("foreach", CPU).ok
+
+
+def test_climb_on_nan_is_found(monkeypatch):
+    def perturb_(table, norm, options):
+        correct(table, torch.where(norm.isfinite(), norm, 1.0), options)
+
+    correct = foreach.perturb_
+    monkeypatch.setattr(foreach, "perturb_", perturb_)
+    outcome = self_check.check_backend("foreach", CPU)
+    assert outcome.error == float("inf")
+    assert f"step {self_check.NAN_STEP}, climb" in outcome.where
+
+
+def test_backend_that_raises_is_wrong(monkeypatch, capsys):
+    def perturb_(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(foreach, "perturb_", perturb_)
+    assert command_line.main(["doctor"]) == 1
+    assert "raised RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_unavailable_backend_gives_its_reason_and_is_no_error(monkeypatch, capsys):
+    def check(device_type):
+        raise BackendUnavailable("needs a full moon")
+
+    monkeypatch.setattr(foreach, "check", check)
+    assert command_line.main(["doctor"]) == 0
+    assert "unavailable  needs a full moon" in capsys.readouterr().out
+
+
+def test_missing_extension_says_what_it_costs(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastsam._C" else find_spec(name))
+    command_line.main(["doctor"])
+    printed = capsys.readouterr().out
+    assert "several times slower" in printed
+    assert "pip install --no-build-isolation --no-deps" in printed
+
+
+def test_logger_is_as_before():
+    logger = logging.getLogger("fastsam")
+    before = logger.disabled, logger.level, list(logger.handlers)
+    doctor.run()
+    assert (logger.disabled, logger.level, list(logger.handlers)) == before
