@@ -15,10 +15,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _one_dtype(request, monkeypatch):
-    """Quick: fp64 alone, small tensors, but for tests that ask for all."""
+def quick(request, monkeypatch):
+    """One dtype, but for tests that ask for all; one thread: on a busy machine several take a hundred times as long."""
     if "all_dtypes" not in request.fixturenames:
         monkeypatch.setattr(self_check, "DTYPES", (torch.float64,))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

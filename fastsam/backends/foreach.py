@@ -61,7 +61,7 @@ def _climb_(values: Tensors, grads: Tensors, scale: Tensor, adaptive: bool) -> N
     torch._foreach_add_(climbed, points)
     if not on_cpu:
         # Selected, not multiplied by zero: 0 * inf would be NaN.
-        climbed = [torch.where(scale == 0, w, moved) for w, moved in zip(points, climbed, strict=True)]
+        climbed = [torch.where(scale == 0, w, moved.to(w.dtype)) for w, moved in zip(values, climbed, strict=True)]
     torch._foreach_copy_(values, climbed)
 
 

@@ -46,7 +46,7 @@ def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) 
             if adaptive:
                 e = e * w_op * w_op
             # Selected, not multiplied by zero: 0 * inf would be NaN.
-            w.copy_(torch.where(scale == 0, w_op, w_op + e))
+            w.copy_(torch.where(scale == 0, w, (w_op + e).to(w.dtype)))
     except BaseException:
         restore_(table)
         raise
@@ -100,7 +100,7 @@ def _restore_and_update_(
 
 def _store(target: Tensor, result: Tensor, found_inf: Tensor | None) -> None:
     if target is not result:
-        target.copy_(result if found_inf is None else torch.where(found_inf != 0, target.to(result.dtype), result))
+        target.copy_(result if found_inf is None else torch.where(found_inf != 0, target, result.to(target.dtype)))
 
 
 def _present(tensor: Tensor | None) -> Tensor:
