@@ -42,12 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("benchmark"):
-        return
-    skip = pytest.mark.skip(reason="a benchmark: pytest benchmarks/ --benchmark")
-    for item in items:
-        if FOLDER in item.path.parents:
-            item.add_marker(skip)
+    mine = [item for item in items if FOLDER in item.path.parents]
+    if not config.getoption("benchmark"):
+        for item in mine:
+            item.add_marker(pytest.mark.skip(reason="a benchmark: pytest benchmarks/ --benchmark"))
+    elif config.pluginmanager.hasplugin("timeout"):
+        for item in mine:
+            item.add_marker(pytest.mark.timeout(0))  # on a busy machine slow, not wrong
 
 
 @pytest.fixture

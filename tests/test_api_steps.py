@@ -862,6 +862,27 @@ def test_any_operator_that_fails_before_the_update_changes_nothing(
     assert warm or len(allocations) >= (2 if base == "rmsprop" else 4)
 
 
+@pytest.mark.parametrize("base", FUSED_BASES)
+def test_all_state_is_allocated_before_any_is_put_in_place(backend, device, operations, monkeypatch, base):
+    """Of two tables the second must not run out of memory when the first one's state is there already."""
+    problem, ran = TwoDtypes(device), Operators()
+    optimizer = problem.optimizer(backend, base)
+    positions = {}
+    for module, name in [(TensorTable, "publish_state"), *((operations, name) for name in UPDATES)]:
+        run = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, n=name, run=run: (positions.setdefault(n, len(ran.names)), run(*a))[1]
+        )
+    problem.first_step(optimizer)
+    problem.backward()
+    with ran:
+        optimizer.second_step()
+    first = positions.pop("publish_state")
+    (last,) = positions.values()
+    assert any("zeros" in name for name in ran.names[:first])
+    assert [n for n in ran.names[first:last] if any(w in n for w in ("empty", "zeros", "clone", "_to_copy"))] == []
+
+
 # ---- Ctrl-C ----
 
 MOMENTS = ["before", "in-forward", "in-backward", "after"]

@@ -22,7 +22,7 @@ from fastsam.demo.landscape import losses_along
 from fastsam.demo.methods import LEARNING_RATES, METHODS, Method
 from fastsam.demo.options import Options
 from fastsam.demo.report import results_table, sweep_table
-from fastsam.demo.train import Run, train
+from fastsam.demo.train import Run, train_model
 
 EXTRAS = ("matplotlib", "sklearn", "tqdm")
 
@@ -37,7 +37,7 @@ def run(options: Options) -> int:
     if missing:
         print(f"the demo needs {', '.join(missing)}: pip install fastsam-optim[demo]", file=sys.stderr)
         return 1
-    with _one_thread():
+    with one_thread():
         splits = [load_noisy_digits(options.noise, seed, options.device) for seed in range(options.seeds)]
         if options.sweep:
             _sweep(splits, options)
@@ -79,7 +79,7 @@ def train_all(methods: Sequence[Method], splits: Sequence[NoisyDigits], options:
         for seed, data in enumerate(splits):
             for method in methods:
                 bar.set_description(f"{method.name}, seed {seed + 1}/{len(splits)}", refresh=False)
-                results[method].append(train(method, data, seed, options, progress))
+                results[method].append(train_model(method, data, seed, options, progress))
     return results
 
 
@@ -99,7 +99,7 @@ def _profiles(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Torch on one CPU thread: for tensors this small, more cost time, on a busy machine a lot of it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

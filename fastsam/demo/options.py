@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", "the picture, a PNG (default: %(default)s)", type=Path, metavar="FILE")
     add(
         "--sweep",
-        "train every method at each of eight learning rates and print a table of accuracies instead; takes "
+        "train every method at each of nine learning rates and print a table of accuracies instead; takes "
         "about 15 minutes",
         action="store_true",
     )

@@ -71,7 +71,7 @@ class _Stopwatch:
         return loss  # type: ignore[return-value]
 
 
-def train(method: Method, data: NoisyDigits, seed: int, options: Options, progress: Progress) -> Run:
+def train_model(method: Method, data: NoisyDigits, seed: int, options: Options, progress: Progress) -> Run:
     """Trains one network; the learning rate falls from ``method.lr`` to 0 along half a cosine.
 
     Args:
