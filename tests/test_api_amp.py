@@ -16,6 +16,15 @@ base_names = pytest.mark.parametrize("base", BASES)
 SCALE = 1024.0  # a power of two: scaling then changes no bit, and only a fault shows
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """In layers this small a second thread only waits, which on a busy machine takes seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def scaler_for(device, **options):
     return torch.amp.GradScaler(device.type, **{"init_scale": SCALE, "growth_interval": 1000, **options})
 

@@ -11,6 +11,15 @@ from torch import nn
 from fastsam import FastSAM
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """In layers this small a second thread only waits, which on a busy machine takes seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Reassigning(nn.BatchNorm1d):
     """A forward of its own, which puts new tensors in its buffers' places, as many hand-written layers do."""
 

@@ -78,7 +78,7 @@ def train_all(methods: Sequence[Method], splits: Sequence[NoisyDigits], options:
 
         for seed, data in enumerate(splits):
             for method in methods:
-                bar.set_description(f"{method.name}, seed {seed + 1}/{len(splits)}", refresh=False)
+                bar.set_description(f"{method.name}, seed {seed + 1}/{len(splits)}")
                 results[method].append(train_model(method, data, seed, options, progress))
     return results
 
