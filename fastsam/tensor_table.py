@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -53,6 +54,7 @@ class TensorTable:
         present: the indices of the parameters that have a gradient.
         climbing: the indices of those that the current climb moves.
         addresses: int64 ``(ROWS, n)`` on the CPU; 0 says "absent".
+        versions: one number per row of ``addresses``, another one whenever the row has changed.
         cache: what a backend keeps beside the table; it ends with it.
     """
 
@@ -80,6 +82,7 @@ class TensorTable:
         self._empty = [i for i, value in enumerate(self.values) if value.numel() == 0]
         self._rows = bytearray(8 * ROWS * n)
         self.addresses = torch.frombuffer(self._rows, dtype=torch.int64).view(ROWS, n)
+        self.versions = [0] * ROWS
         self.tensors = torch.tensor([[v.numel() for v in self.values], self.groups], dtype=torch.int64)
         self._write_row(PARAM, self.values)
         self._addresses = addresses(self.params)
@@ -237,11 +240,14 @@ class TensorTable:
     # ---- addresses and chunks ----
 
     def _write_row(self, row: int, tensors: list[Tensor] | list[Tensor | None], found: bytes | None = None) -> None:
-        size = 8 * len(tensors)
-        self._rows[row * size : (row + 1) * size] = addresses(tensors) if found is None else found
+        numbers = bytearray(addresses(tensors) if found is None else found)
         # An empty tensor may have the address 0, which says "absent". It has no chunk, so no address is ever used.
         for i in self._empty:
-            self.addresses[row, i] = 0 if tensors[i] is None else 1
+            numbers[8 * i : 8 * i + 8] = int(tensors[i] is not None).to_bytes(8, sys.byteorder)
+        kept = memoryview(self._rows)[row * len(numbers) : (row + 1) * len(numbers)]
+        if kept != numbers:
+            kept[:] = numbers
+            self.versions[row] += 1
 
     def chunks(self, size: int) -> Tensor:
         """The cut into chunks of at most ``size`` elements: int64 ``(count, 3)``: tensor, start, work before it."""
