@@ -244,9 +244,9 @@ class TensorTable:
         # An empty tensor may have the address 0, which says "absent". It has no chunk, so no address is ever used.
         for i in self._empty:
             numbers[8 * i : 8 * i + 8] = int(tensors[i] is not None).to_bytes(8, sys.byteorder)
-        kept = memoryview(self._rows)[row * len(numbers) : (row + 1) * len(numbers)]
-        if kept != numbers:
-            kept[:] = numbers
+        place = slice(row * len(numbers), (row + 1) * len(numbers))
+        if self._rows[place] != numbers:
+            self._rows[place] = numbers
             self.versions[row] += 1
 
     def chunks(self, size: int) -> Tensor:

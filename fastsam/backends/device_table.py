@@ -1,0 +1,159 @@
+"""What kernels read from device memory: a table's addresses, its chunks and the options, sent up only when they change."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fastsam.tensor_table import GRAD, ROWS, TensorTable
+
+# Uploads that may be captured into CUDA graphs (three in a step) before a step outside a capture makes room for more.
+CAPTURED_UPLOADS = 12
+
+# The most options that a group has: Adam's.
+_MAX_FIELDS = 8
+
+Options = Sequence[tuple[Any, ...]]
+
+
+class DeviceTable:
+    """The device's copies of one table, and the memory that operations on it need. Nothing here waits for the device.
+
+    Every upload goes through pinned memory of its own, which PyTorch's host allocator hands out again only when the
+    copy is done. A copy that is captured into a CUDA graph happens at each replay: it has a source and a target of its
+    own, which are not written again and live as long as the table.
+
+    Attributes:
+        chunks: int64 ``(count, 4)``: tensor, first element, length, parameter group. There is a row, of length 0, even
+            if no tensor has an element.
+        finished: int32, 0 between operations: how many programs of the present one are through.
+        no_scale: float32, 1: the gradients' scale without a scaler.
+        no_overflow: float32, 0.
+        uploads: how many copies were sent up, for tests.
+    """
+
+    def __init__(self, table: TensorTable, chunk_size: int) -> None:
+        if is_capturing(table.device):
+            refuse_capture("fastsam has not seen these parameters before")
+        self._table = table
+        rows = [
+            (i, start, min(chunk_size, value.numel() - start), table.groups[i])
+            for i, value in enumerate(table.values)
+            for start in range(0, value.numel(), chunk_size)
+        ]
+        self.chunks = torch.tensor(rows or [(0, 0, 0, table.groups[0])], dtype=torch.int64).to(table.device)
+        self.finished = torch.zeros((), dtype=torch.int32, device=table.device)
+        self.no_scale = torch.ones((), dtype=torch.float32, device=table.device)
+        self.no_overflow = torch.zeros((), dtype=torch.float32, device=table.device)
+        self.uploads = 0
+        self._rows = torch.zeros(table.addresses.shape, dtype=torch.int64, device=table.device)
+        self._versions = [-1] * ROWS
+        self._options: dict[str, tuple[bytes, Tensor]] = {}
+        self._tensor_options: dict[tuple[str, int, int], Tensor] = {}
+        self._spare: list[Tensor] = []
+        self._captured: list[Tensor] = []
+
+    def read(self, options: Options = ()) -> tuple[Tensor, Tensor]:
+        """The addresses, int64 ``(ROWS, n)``, and the options, two words for each of ``(groups, fields)``.
+
+        Raises:
+            RuntimeError: under capture, if anything but the gradients has changed since the last step outside.
+        """
+        words = self._pack(options)
+        if is_capturing(self._table.device):
+            return self._send_in_graph(words)
+        self._make_room_for_graphs()
+        self._send_rows()
+        return self._rows, self._send_options(type(options[0]).__name__, words) if options else self._rows
+
+    def _changed_rows(self) -> list[int]:
+        return [row for row in range(ROWS) if self._table.versions[row] != self._versions[row]]
+
+    def _send_rows(self) -> None:
+        if changed := self._changed_rows():
+            sent = slice(changed[0], changed[-1] + 1)
+            self._send(self._table.addresses[sent], self._rows[sent])
+            self._versions = list(self._table.versions)
+
+    def _send_options(self, name: str, words: bytes) -> Tensor:
+        sent, copy = self._options.get(name, (b"", self._rows))
+        if sent != words:
+            numbers = torch.frombuffer(bytearray(words), dtype=torch.int64)
+            if len(sent) != len(words):
+                copy = torch.empty(numbers.shape, dtype=torch.int64, device=self._table.device)
+            self._send(numbers, copy)
+            self._options[name] = words, copy
+        return copy
+
+    def _send(self, source: Tensor, target: Tensor) -> None:
+        if target.device.type != "cpu":
+            source = torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source)
+        target.copy_(source, non_blocking=True)
+        self.uploads += 1
+
+    # ---- options ----
+
+    def _pack(self, options: Options) -> bytes:
+        """A number and an address for each option. Tensors on the table's device are read there, when a kernel runs."""
+        fields = [
+            field
+            for group, values in enumerate(options)
+            for position, value in enumerate(values)
+            for field in self._entry(value, (type(values).__name__, group, position))
+        ]
+        return struct.pack("=" + "dq" * (len(fields) // 2), *fields)
+
+    def _entry(self, value: Any, key: tuple[str, int, int]) -> tuple[float, int]:
+        device = self._table.device
+        if not isinstance(value, Tensor) or (value.device.type == "cpu" and device.type != "cpu"):
+            return float(value), 0
+        value = value.detach()
+        if value.device != device or value.dtype not in (torch.float32, torch.float64):
+            copy = self._tensor_options.get(key)
+            if copy is None or copy.dtype != torch.float64:
+                copy = torch.empty((), dtype=torch.float64, device=device)
+            value = copy.copy_(value.reshape(()), non_blocking=True)
+        # Kept, so that what is read at the address is this tensor.
+        self._tensor_options[key] = value
+        return 0.0, value.data_ptr() | (value.dtype == torch.float64)
+
+    # ---- CUDA graphs ----
+
+    def _make_room_for_graphs(self) -> None:
+        if self._table.device.type != "cpu" and len(self._spare) < CAPTURED_UPLOADS:
+            size = self._table.addresses.numel() + 2 * _MAX_FIELDS * (max(self._table.groups) + 1)
+            memory = torch.empty((CAPTURED_UPLOADS, size), dtype=torch.int64, pin_memory=True)
+            self._spare += memory.unbind()
+
+    def _send_in_graph(self, words: bytes) -> tuple[Tensor, Tensor]:
+        if any(row != GRAD for row in self._changed_rows()):
+            refuse_capture("parameters, backups or state are not where they were")
+        if not self._spare:
+            refuse_capture("too many steps were captured since")
+        addresses = self._table.addresses.flatten()
+        numbers = torch.frombuffer(bytearray(words), dtype=torch.int64) if words else addresses[:0]
+        count = addresses.numel()
+        staging = self._spare.pop()[: count + numbers.numel()]
+        staging[:count], staging[count:] = addresses, numbers
+        copy = torch.empty(staging.shape, dtype=torch.int64, device=self._table.device)
+        copy.copy_(staging, non_blocking=True)
+        self._captured += [staging, copy]
+        self.uploads += 1
+        return copy[:count].view(ROWS, -1), copy[count:]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work for ``device`` goes into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(reason: str) -> NoReturn:
+    """Raises, and says what to do."""
+    raise RuntimeError(
+        f"this step cannot be captured into a CUDA graph: {reason}; run a step outside the capture first, and capture the "
+        "one after it"
+    )

@@ -1,0 +1,176 @@
+"""Launches the Triton kernels of kernels/: each operation one launch per table, with no upload in the steady state.
+
+Programs take one chunk each. The kernels are compiled once per dtype: counts, addresses and hyperparameters are data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions
+from fastsam.backends.device_table import DeviceTable, is_capturing, refuse_capture
+from fastsam.backends.scalars import opmath_dtype
+from fastsam.tensor_table import TensorTable
+
+OLDEST_TRITON = (3, 4)
+_INSTALL = "pip install 'triton>=3.4' (a build of PyTorch for GPUs brings its own)"
+
+_missing, _interpreted = "", False
+try:
+    import triton
+    import triton.language as tl
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        _missing = f"triton {triton.__version__} is older than 3.4; {_INSTALL}"
+    else:
+        from fastsam.kernels.address import INTERPRETED
+        from fastsam.kernels.norm import grad_norm_kernel
+        from fastsam.kernels.perturb import perturb_kernel
+        from fastsam.kernels.update import restore_and_adam_kernel, restore_and_sgd_kernel, restore_kernel
+
+        _interpreted = INTERPRETED.value
+        _LANGUAGE_DTYPES = {
+            torch.float32: tl.float32,
+            torch.float64: tl.float64,
+            torch.bfloat16: tl.bfloat16,
+            torch.float16: tl.float16,
+        }
+except ImportError as error:
+    _missing = f"triton cannot be imported ({error}); {_INSTALL}"
+
+WARPS = 4
+# What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
+# interpreter's time goes with the number of blocks.
+BLOCK_BYTES = 32768 if _interpreted else 4096
+
+# A table is cut into a few thousand chunks: enough to keep every multiprocessor busy to the end, and few enough that
+# finding one costs nothing beside walking it.
+_CHUNKS = 4096
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 4096, 65536
+
+
+def check(device_type: str) -> None:
+    if _missing:
+        raise BackendUnavailable(_missing)
+    if device_type == "cpu" and not _interpreted:
+        raise BackendUnavailable(
+            "Triton's kernels run on GPUs; on the CPU only in its interpreter, for tests: set TRITON_INTERPRET=1 before "
+            "fastsam is imported"
+        )
+    if device_type == "cuda" and _interpreted:
+        raise BackendUnavailable("Triton's interpreter (TRITON_INTERPRET=1) cannot read the memory of a GPU; unset it")
+    if device_type not in ("cpu", "cuda"):
+        raise BackendUnavailable(f"the Triton kernels are for CUDA and ROCm devices, not for {device_type!r}")
+
+
+def chunk_size(elements: int) -> int:
+    """How many elements a program gets at most, for a table of so many: a power of two."""
+    size = _SMALLEST_CHUNK
+    while size < _LARGEST_CHUNK and size * _CHUNKS < elements:
+        size *= 2
+    return size
+
+
+def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) -> Tensor:
+    copies = [_device_table(table) for table in tables]
+    counts = [len(copy.chunks) for copy in copies]
+    partials, norm = _reduction_memory(tables[0], sum(counts))
+    for position, (table, copy) in enumerate(zip(tables, copies, strict=True)):
+        addresses, packed = copy.read(options)
+        first = sum(counts[:position])
+        arguments = packed, partials, copies[0].finished, norm, len(table.params), first, sum(counts)
+        constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype], "FIELDS": len(options[0])}
+        _launch(grad_norm_kernel, table, copies[0].finished, (addresses, copy.chunks, *arguments), constants)
+    return norm
+
+
+def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
+    copy = _device_table(table)
+    addresses, packed = copy.read(options)
+    arguments = addresses, copy.chunks, packed, norm, len(table.params)
+    _launch(perturb_kernel, table, None, arguments, _constants(table, options))
+
+
+def restore_(table: TensorTable) -> None:
+    copy = _device_table(table)
+    addresses, _ = copy.read()
+    constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype]}
+    _launch(restore_kernel, table, None, (addresses, copy.chunks, len(table.params)), constants)
+
+
+def restore_and_sgd_(
+    table: TensorTable, options: Sequence[SGDOptions], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    _update(restore_and_sgd_kernel, table, options, grad_scale, found_inf)
+
+
+def restore_and_adam_(
+    table: TensorTable, options: Sequence[AdamOptions], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    _update(restore_and_adam_kernel, table, options, grad_scale, found_inf)
+
+
+def _update(
+    kernel: Any,
+    table: TensorTable,
+    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    copy = _device_table(table)
+    addresses, packed = copy.read(options)
+    grad_scale = copy.no_scale if grad_scale is None else grad_scale
+    found_inf = copy.no_overflow if found_inf is None else found_inf
+    arguments = packed, table.steps, grad_scale, found_inf, copy.finished, len(table.params)
+    _launch(kernel, table, copy.finished, (addresses, copy.chunks, *arguments), _constants(table, options))
+
+
+def _constants(table: TensorTable, options: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    dtype = _LANGUAGE_DTYPES[table.dtype]
+    return {"DTYPE": dtype, "OPMATH": _LANGUAGE_DTYPES[opmath_dtype(table.dtype)], "FIELDS": len(options[0])}
+
+
+def _launch(
+    kernel: Any, table: TensorTable, finished: Tensor | None, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """One program per chunk (``arguments[1]``); ``finished`` is what they count themselves by."""
+    grid = (len(arguments[1]),)
+    try:
+        with _on(table.device):
+            kernel[grid](*arguments, **constants, BLOCK=BLOCK_BYTES // table.dtype.itemsize, num_warps=WARPS)
+    except BaseException:
+        if finished is not None:
+            finished.zero_()
+        raise
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its arguments are on."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def _device_table(table: TensorTable) -> DeviceTable:
+    if "device table" not in table.cache:
+        size = chunk_size(sum(value.numel() for value in table.values))
+        table.cache["device table"] = DeviceTable(table, size)
+    copy: DeviceTable = table.cache["device table"]
+    return copy
+
+
+def _reduction_memory(table: TensorTable, count: int) -> tuple[Tensor, Tensor]:
+    """Float64: one partial for each of ``count`` chunks, and the norm."""
+    memory = table.cache.get("reduction memory")
+    if memory is None or len(memory[0]) != count:
+        if is_capturing(table.device):
+            refuse_capture("fastsam has not seen these parameters before")
+        partials = torch.empty(count, dtype=torch.float64, device=table.device)
+        memory = table.cache["reduction memory"] = partials, torch.empty((), dtype=torch.float64, device=table.device)
+    partials, norm = memory
+    return partials, norm
