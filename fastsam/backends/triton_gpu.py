@@ -46,12 +46,13 @@ except ImportError as error:
 WARPS = 4
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
 # interpreter's time goes with the number of blocks.
-BLOCK_BYTES = 32768 if _interpreted else 4096
+BLOCK_BYTES = 131072 if _interpreted else 4096
 
-# A table is cut into a few thousand chunks: enough to keep every multiprocessor busy to the end, and few enough that
-# finding one costs nothing beside walking it.
-_CHUNKS = 4096
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 4096, 65536
+# The most elements that a program gets. A small table is cut finer, into a few thousand chunks: enough to keep every
+# multiprocessor busy to the end.
+CHUNK_SIZE = 65536
+SMALLEST_CHUNK = CHUNK_SIZE if _interpreted else 4096
+_FEW_THOUSAND = 4096
 
 
 def check(device_type: str) -> None:
@@ -69,11 +70,16 @@ def check(device_type: str) -> None:
 
 
 def chunk_size(elements: int) -> int:
-    """How many elements a program gets at most, for a table of so many: a power of two."""
-    size = _SMALLEST_CHUNK
-    while size < _LARGEST_CHUNK and size * _CHUNKS < elements:
+    """How many elements a program gets at most, of a table of so many: a power of two."""
+    size = min(SMALLEST_CHUNK, CHUNK_SIZE)
+    while size < CHUNK_SIZE and size * _FEW_THOUSAND < elements:
         size *= 2
     return size
+
+
+def block_size(dtype: torch.dtype) -> int:
+    """How many elements a program walks at a time."""
+    return min(BLOCK_BYTES // dtype.itemsize, CHUNK_SIZE // 2)
 
 
 def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) -> Tensor:
@@ -142,7 +148,7 @@ def _launch(
     grid = (len(arguments[1]),)
     try:
         with _on(table.device):
-            kernel[grid](*arguments, **constants, BLOCK=BLOCK_BYTES // table.dtype.itemsize, num_warps=WARPS)
+            kernel[grid](*arguments, **constants, BLOCK=block_size(table.dtype), num_warps=WARPS)
     except BaseException:
         if finished is not None:
             finished.zero_()

@@ -1,0 +1,226 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and checks what came out.
+
+    python tools/compile_kernels.py                         every kernel, dtype and target, with the installed triton
+    python tools/compile_kernels.py --quick                 float32 and bfloat16 for one target of each vendor
+    python tools/compile_kernels.py --triton build/triton/3.6.0      with the triton in that folder, too
+
+Writes the PTX and cubin (NVIDIA) or amdgcn and hsaco (AMD) of each specialisation, report.json and a table. Fails where a
+register is spilled, or where there are fewer 16-byte accesses to global memory than the path of full blocks needs:
+wherever the compiler cannot prove an alignment it falls back to accesses of one element, in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+QUICK = {"targets": ("sm_90", "gfx942"), "dtypes": ("float32", "bfloat16")}
+
+POINTERS = {
+    "addresses_ptr": "*i64",
+    "chunks_ptr": "*i64",
+    "options_ptr": "*i64",
+    "partials_ptr": "*fp64",
+    "norm_ptr": "*fp64",
+    "steps_ptr": "*fp32",
+    "grad_scale_ptr": "*fp32",
+    "found_inf_ptr": "*fp32",
+    "finished_ptr": "*i32",
+}
+
+
+class Kernel(NamedTuple):
+    """Where a kernel is, and what its paths over full blocks read and write."""
+
+    module: str
+    fields: int
+    """Options per parameter group."""
+    accesses: tuple[int, ...]
+    """Tensors read plus tensors written, for each path."""
+
+
+KERNELS = {
+    "grad_norm_kernel": Kernel("norm", 3, (1, 2)),  # SAM, ASAM
+    "perturb_kernel": Kernel("perturb", 3, (4, 4)),  # SAM, ASAM
+    "restore_kernel": Kernel("update", 0, (2,)),
+    "restore_and_sgd_kernel": Kernel("update", 6, (2, 3, 5)),  # restore, without and with momentum
+    "restore_and_adam_kernel": Kernel("update", 8, (2, 7, 9)),  # restore, Adam, AMSGrad
+}
+
+Job = tuple[str, str, str]  # kernel, dtype, target
+
+
+def compile_job(job: Job, out: Path) -> dict[str, Any]:
+    """Compiles one specialisation into ``out`` and returns its entry of the report."""
+    import importlib
+
+    import torch
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastsam.backends.triton_gpu import WARPS, block_size
+
+    name, dtype_name, target_name = job
+    kernel = getattr(importlib.import_module(f"fastsam.kernels.{KERNELS[name].module}"), name)
+    dtype = getattr(torch, dtype_name)
+    block = block_size(dtype)
+    constants = {
+        "DTYPE": getattr(tl, dtype_name),
+        "OPMATH": tl.float64 if dtype == torch.float64 else tl.float32,
+        "FIELDS": KERNELS[name].fields,
+        "BLOCK": block,
+    }
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    signature = {key: "constexpr" if key in constants else POINTERS.get(key, "i32") for key in kernel.arg_names}
+    target = GPUTarget(*TARGETS[target_name])
+    begin = time.perf_counter()
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options={"num_warps": WARPS})
+    seconds = time.perf_counter() - begin
+
+    stem = out / f"triton-{triton.__version__}" / target_name / f"{name}-{dtype_name}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = []
+    for kind in ("ptx", "cubin", "amdgcn", "hsaco"):
+        if kind in compiled.asm:
+            content = compiled.asm[kind]
+            files.append(stem.with_suffix(f".{kind}"))
+            files[-1].write_bytes(content if isinstance(content, bytes) else content.encode())
+    measure = measure_nvidia if target.backend == "cuda" else measure_amd
+    registers, spills, wide = measure(files)
+    needed = sum(KERNELS[name].accesses) * (block * dtype.itemsize // (16 * WARPS * target.warp_size))
+    return {
+        "kernel": name,
+        "variant": f"block {block}, {WARPS} warps",
+        "dtype": dtype_name,
+        "target": target_name,
+        "triton": triton.__version__,
+        "registers": registers,
+        "spills": spills,
+        "wide_found": wide,
+        "wide_needed": needed,
+        "file": str(files[-1].relative_to(out)),
+        "seconds": round(seconds, 2),
+    }
+
+
+def measure_nvidia(files: list[Path]) -> tuple[int, int, int]:
+    """Registers, instructions that spill or reload, 16-byte accesses: from the machine code."""
+    import triton.backends.nvidia
+
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    (cubin,) = (str(file) for file in files if file.suffix == ".cubin")
+    usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    sass = subprocess.run([tools / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"\bREG:(\d+)", usage)
+    assert match, usage
+    return int(match[1]), len(re.findall(r"\b(?:STL|LDL)\b", sass)), len(re.findall(r"\b(?:LDG|STG)\.\S*\b128\b", sass))
+
+
+def measure_amd(files: list[Path]) -> tuple[int, int, int]:
+    """The same from amdgcn's text: vector registers, spilled registers, 16-byte accesses."""
+    (text,) = (file.read_text() for file in files if file.suffix == ".amdgcn")
+    counts = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+_count):\s+(\d+)", text, re.MULTILINE)}
+    wide = re.findall(r"^\s*(?:global|buffer|flat)_(?:load|store)_(?:dwordx4|b128)\b", text, re.MULTILINE)
+    return counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"], len(wide)
+
+
+def compile_share(arguments: argparse.Namespace) -> None:
+    """Every n-th of the jobs, one line of JSON each."""
+    index, count = map(int, arguments.share.split("/"))
+    for job in all_jobs(arguments)[index::count]:
+        print(json.dumps(compile_job(job, arguments.out)), flush=True)
+
+
+def all_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """What the arguments ask for."""
+    targets = arguments.targets or (QUICK["targets"] if arguments.quick else TARGETS)
+    dtypes = arguments.dtypes or (QUICK["dtypes"] if arguments.quick else DTYPES)
+    return [(kernel, dtype, target) for kernel in arguments.kernels or KERNELS for dtype in dtypes for target in targets]
+
+
+def run_share(folder: str, share: str, arguments: list[str], out: Path) -> list[dict[str, Any]]:
+    """``compile_share`` in a process of its own, with the triton in ``folder`` ("": the installed one)."""
+    path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
+    # Interpreted functions cannot be compiled.
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    environment.setdefault("TRITON_CACHE_DIR", str(out / "cache"))
+    command = [sys.executable, __file__, *arguments, "--share", share]
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise SystemExit(f"compile_kernels: {' '.join(command)} failed")
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def faults(entry: dict[str, Any]) -> list[str]:
+    """What is wrong with one specialisation."""
+    found = []
+    if entry["spills"]:
+        found.append("spills")
+    if entry["wide_found"] < entry["wide_needed"]:
+        found.append("not all accesses are wide")
+    return found
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """The report as text."""
+    head = f"{'kernel':24} {'dtype':9} {'target':7} {'triton':7} {'registers':>9} {'spills':>6} {'wide':>5} {'needed':>6}"
+    rows = [
+        f"{e['kernel']:24} {e['dtype']:9} {e['target']:7} {e['triton']:7} {e['registers']:9} {e['spills']:6} "
+        f"{e['wide_found']:5} {e['wide_needed']:6}  {', '.join(faults(e))}".rstrip()
+        for e in entries
+    ]
+    return "\n".join([head, *rows])
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/kernels"), help="where the results go")
+    parser.add_argument("--quick", action="store_true", help="one target of each vendor, two dtypes")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--triton", action="append", default=[], help="a folder with another triton; may be repeated")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS)
+    parser.add_argument("--share", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(command_line: list[str]) -> int:
+    """Returns the exit status."""
+    arguments = parse(command_line)
+    arguments.out = arguments.out.resolve()
+    if arguments.share:
+        compile_share(arguments)
+        return 0
+    begin = time.perf_counter()
+    shares = [(folder, f"{i}/{arguments.jobs}") for folder in ["", *arguments.triton] for i in range(arguments.jobs)]
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        parts = pool.map(lambda share: run_share(*share, command_line, arguments.out), shares)
+        entries = [entry for part in parts for entry in part]
+    entries.sort(key=lambda e: (e["triton"], e["target"], e["kernel"], e["dtype"]))
+    (arguments.out / "report.json").write_text(json.dumps(entries, indent=1) + "\n")
+    print(table(entries))
+    bad = sum(bool(faults(entry)) for entry in entries)
+    versions = ", ".join(sorted({entry["triton"] for entry in entries}))
+    print(
+        f"\n{len(entries)} specialisations under triton {versions} in {time.perf_counter() - begin:.0f} s, "
+        f"{bad} with faults; {arguments.out / 'report.json'}"
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
