@@ -1,0 +1,454 @@
+"""What is Triton's alone: launches and uploads, options read on the device, graphs, and what the compiler makes of a kernel."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import assert_same_bits, values
+
+from fastsam import FastSAM
+from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions, load
+from fastsam.tensor_table import Member, StateNames, TensorTable
+
+COMPILE = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
+SGD = SGDOptions(0.1, 0.9, 0.0, 0.0, False, False)
+CLIMB = ClimbOptions(0.05, False, False)
+
+
+
+@pytest.fixture
+def triton_gpu(device):
+    """The backend's module."""
+    try:
+        return load("triton", device.type)
+    except BackendUnavailable as reason:
+        if "triton" in os.environ.get("FASTSAM_REQUIRE_BACKENDS", ""):
+            pytest.fail(str(reason))
+        pytest.skip(str(reason))
+
+
+PARTIALS_BLOCK = 1024  # kernels/norm.py
+
+
+def make_table(shapes, dtype, device, groups=None):
+    """A table whose parameters have gradients and have begun to climb, over SGD's state."""
+    params = [values(shape, dtype, device, i) for i, shape in enumerate(shapes)]
+    groups = groups or [0] * len(params)
+    table = TensorTable(device, dtype, [Member(i, p, g) for i, (p, g) in enumerate(zip(params, groups, strict=True))])
+    give_grads(table)
+    table.begin_climb([True] * (max(groups) + 1))
+    names = [StateNames(("momentum_buffer",))] * (max(groups) + 1)
+    state = {param: {} for param in params}
+    table.publish_state(state, table.prepare_state(state, names))
+    return table
+
+
+def give_grads(table, seed=100):
+    """New gradients at new addresses."""
+    grads = [values(p.shape, table.dtype, table.device, seed + i) for i, p in enumerate(table.params)]
+    for param, grad in zip(table.params, grads, strict=True):
+        param.grad = grad
+    table.read_grads()
+
+
+def whole_step(triton_gpu, table, climb=CLIMB, sgd=SGD):
+    groups = max(table.groups) + 1
+    norm = triton_gpu.grad_norm([table], [climb] * groups)
+    triton_gpu.perturb_(table, norm, [climb] * groups)
+    triton_gpu.restore_and_sgd_(table, [sgd] * groups, None, None)
+
+
+def uploads(table):
+    return table.cache["device table"].uploads
+
+
+@pytest.fixture
+def launches(monkeypatch, triton_gpu):
+    """The names of the kernels that were launched, in their order."""
+    names = []
+    launch = triton_gpu._launch
+
+    def recorded(kernel, *arguments):
+        names.append(kernel.__name__)
+        launch(kernel, *arguments)
+
+    monkeypatch.setattr(triton_gpu, "_launch", recorded)
+    return names
+
+
+# ---- launches and uploads ----
+
+
+def test_a_step_is_three_launches_for_all_tensors_and_groups(triton_gpu, device, launches):
+    table = make_table([(5,), (7, 3), (), (0,), (300,)] * 3, torch.float32, device, groups=[0, 1, 2, 0, 1] * 3)
+    whole_step(triton_gpu, table)
+    assert launches == ["grad_norm_kernel", "perturb_kernel", "restore_and_sgd_kernel"]
+
+
+def test_a_steady_step_uploads_nothing(triton_gpu, device):
+    table = make_table([(5,), (7, 3)], torch.float32, device)
+    whole_step(triton_gpu, table)
+    before = uploads(table)
+    for _ in range(3):
+        table.read_grads()
+        whole_step(triton_gpu, table)
+    assert uploads(table) == before
+
+
+def test_new_gradients_and_new_options_are_one_upload_each(triton_gpu, device):
+    table = make_table([(5,), (7, 3)], torch.float32, device)
+    whole_step(triton_gpu, table)
+    before = uploads(table)
+    kept = [p.grad for p in table.params]
+    give_grads(table, seed=200)
+    assert all(p.grad.data_ptr() != g.data_ptr() for p, g in zip(table.params, kept, strict=True))
+    whole_step(triton_gpu, table)
+    assert uploads(table) == before + 1
+    whole_step(triton_gpu, table, CLIMB._replace(rho=0.1))
+    assert uploads(table) == before + 2
+    whole_step(triton_gpu, table, CLIMB._replace(rho=0.1), SGD._replace(lr=0.01))
+    assert uploads(table) == before + 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_options_on_the_device_are_read_there(triton_gpu, device, dtype):
+    """A schedule that writes to its tensor needs no upload, and gives the same bits as the number."""
+    rho, lr = (torch.zeros((), dtype=dtype, device=device) for _ in range(2))
+    by_tensor, by_number = (make_table([(5,), (7, 3)], torch.float32, device) for _ in range(2))
+    for step in range(3):
+        rho.fill_(0.5 + step)
+        lr.fill_(0.25 / (1 + step))
+        whole_step(triton_gpu, by_tensor, CLIMB._replace(rho=rho), SGD._replace(lr=lr))
+        whole_step(triton_gpu, by_number, CLIMB._replace(rho=float(rho)), SGD._replace(lr=float(lr)))
+        assert_same_bits(by_tensor.params, by_number.params, f"step {step}")
+    assert uploads(by_tensor) == 3  # the addresses, the climb's options, SGD's: once each
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64], ids=str)
+def test_options_in_other_dtypes(triton_gpu, device, dtype):
+    by_tensor, by_number = (make_table([(5,)], torch.float32, device) for _ in range(2))
+    for number in (1.0, 2.0):
+        lr = torch.tensor(number, dtype=dtype, device=device)
+        whole_step(triton_gpu, by_tensor, sgd=SGD._replace(lr=lr))
+        whole_step(triton_gpu, by_number, sgd=SGD._replace(lr=number))
+    assert_same_bits(by_tensor.params, by_number.params)
+
+
+# ---- what must survive an interruption ----
+
+
+def test_a_failed_launch_leaves_nothing_counted(triton_gpu, device, monkeypatch):
+    table = make_table([(5,), (7, 3)], torch.float32, device)
+    whole_step(triton_gpu, table)
+    copy = table.cache["device table"]
+
+    def fail(*arguments, **options):
+        copy.finished.fill_(1)
+        raise KeyboardInterrupt
+
+    class Failing:
+        def __getitem__(self, grid):
+            return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_gpu, "grad_norm_kernel", Failing())
+        with pytest.raises(KeyboardInterrupt):
+            triton_gpu.grad_norm([table], [CLIMB])
+    assert int(copy.finished) == 0
+    norm = float(triton_gpu.grad_norm([table], [CLIMB]))
+    assert norm == pytest.approx(math.hypot(*(float(p.grad.norm()) for p in table.params)), rel=1e-6)
+
+
+# ---- numbers ----
+
+
+def test_more_partials_than_are_added_at_a_time(triton_gpu, device, monkeypatch):
+    monkeypatch.setattr(triton_gpu, "CHUNK_SIZE", 4)
+    table = make_table([(4100,)], torch.float32, device)
+    norm = float(triton_gpu.grad_norm([table], [CLIMB]))
+    assert len(table.cache["device table"].chunks) == PARTIALS_BLOCK + 1
+    assert norm == pytest.approx(float(table.params[0].grad.double().norm()), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["ties", "anything"])
+def test_bfloat16_is_rounded_to_nearest_even(triton_gpu, device, kind):
+    """``w - lr * g`` with lr = -1 is one addition in float32, and one rounding."""
+    w = bfloat16_from_bits(torch.arange(0, 2**16, 5))
+    w = w[w.isfinite() & (w.abs() > 2.0**-100) & (w.abs() < 2.0**120)]
+    if kind == "ties":
+        # Half the distance to the next number, away from zero and towards it.
+        g = (torch.exp2(w.abs().float().log2().floor() - 8) * torch.tensor([1, -1]).repeat(len(w))[: len(w)]).bfloat16()
+    else:
+        g = bfloat16_from_bits(torch.randint(0, 2**16, (len(w),)))
+    table = make_table([w.shape], torch.bfloat16, device)
+    table.params[0].copy_(w)
+    table.params[0].grad.copy_(g)
+    table.begin_climb([False])
+    triton_gpu.restore_and_sgd_(table, [SGDOptions(-1.0, 0.0, 0.0, 0.0, False, False)], None, None)
+    expected = (w.float() + g.float()).bfloat16()
+    actual = table.params[0].cpu()
+    assert actual[expected.isnan()].isnan().all()
+    assert_same_bits(actual[~expected.isnan()], expected[~expected.isnan()])
+
+
+def bfloat16_from_bits(bits):
+    return (bits.to(torch.int32) << 16).view(torch.float32).bfloat16()
+
+
+def test_steps_beyond_float32_powers(triton_gpu, device):
+    """After a million steps the bias corrections are 1."""
+    options = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.0, False, False, False)
+    table = make_table([(3,)], torch.float32, device)
+    param = table.params[0]
+    state = {param: {"exp_avg": torch.ones_like(param), "exp_avg_sq": torch.ones_like(param)}}
+    state[param]["step"] = torch.tensor(1e6)
+    table.publish_state(state, table.prepare_state(state, [StateNames(("exp_avg", "exp_avg_sq"), "step")]))
+    param.grad.fill_(1.0)
+    before = param.clone()
+    triton_gpu.restore_and_adam_(table, [options], None, None)
+    assert torch.allclose(param, before - 0.1, rtol=1e-6)
+    assert float(table.steps[0]) == 1e6 + 1
+
+
+def test_chunks_of_large_tables_are_larger(triton_gpu):
+    smallest, largest = triton_gpu.SMALLEST_CHUNK, triton_gpu.CHUNK_SIZE
+    sizes = [triton_gpu.chunk_size(elements) for elements in (0, 10**6, 10**7, 10**8, 10**10)]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (smallest, largest)
+
+
+# ---- where it cannot run ----
+
+
+def test_without_triton_it_says_so():
+    code = """
+import sys
+sys.modules["triton"] = None
+from fastsam.backends import BackendUnavailable, load, resolve
+try:
+    load("triton", "cuda")
+except BackendUnavailable as reason:
+    assert "pip install" in str(reason), reason
+assert resolve("auto", "cuda").__name__ == "fastsam.backends.foreach"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("interpret", "device_type", "words"),
+    [("0", "cpu", "TRITON_INTERPRET=1"), ("1", "cuda", "unset it"), ("0", "mps", "'mps'")],
+    ids=["cpu", "gpu-interpreted", "mps"],
+)
+def test_where_it_cannot_run_it_says_why(interpret, device_type, words):
+    pytest.importorskip("triton")
+    code = f"""
+from fastsam.backends import BackendUnavailable, load
+try:
+    load("triton", {device_type!r})
+except BackendUnavailable as reason:
+    assert {words!r} in str(reason), reason
+else:
+    raise AssertionError("ran")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": interpret})
+
+
+# ---- what the compiler makes of it ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compiled_kernels_read_and_write_sixteen_bytes_at_a_time(tmp_path, target):
+    pytest.importorskip("triton")
+    if not COMPILE.exists():
+        pytest.skip("the tests run without the checkout, against an installed wheel")
+    command = [sys.executable, COMPILE, "--out", tmp_path, "--targets", target, "--dtypes", "bfloat16", "--jobs", "1"]
+    done = subprocess.run([*command, "--kernels", "perturb_kernel", "restore_kernel"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {entry["kernel"] for entry in report} == {"perturb_kernel", "restore_kernel"}
+    for entry in report:
+        assert entry["spills"] == 0
+        assert entry["wide_found"] >= entry["wide_needed"] > 0
+        assert (tmp_path / entry["file"]).stat().st_size > 0
+
+
+# ---- on a GPU: what an interpreter cannot show ----
+
+
+def make_training(base=torch.optim.SGD, device="cuda", **options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8)).to(device)
+    x, y = torch.randn(32, 16, device=device), torch.randn(32, 8, device=device)
+    optimizer = FastSAM(model.parameters(), base, backend="triton", **options)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    return model, optimizer, closure
+
+
+BASES = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "capturable": True}),
+}
+every_base = pytest.mark.parametrize(("base", "options"), BASES.values(), ids=BASES)
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return load("triton", "cuda")
+
+
+@pytest.fixture
+def no_sync(gpu):
+    """Any wait for the device raises, from when the fixture's value is called on."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@every_base
+def test_a_step_does_not_wait_for_the_device(no_sync, base, options):
+    lr = torch.tensor(options["lr"], device="cuda")
+    _, optimizer, closure = make_training(base, **{**options, "lr": lr})
+    optimizer.step(closure)
+    no_sync()
+    for _ in range(3):
+        optimizer.step(closure)
+
+
+@pytest.mark.gpu
+def test_the_device_sees_three_kernels_and_no_copy(gpu):
+    model, optimizer, closure = make_training(lr=0.1, momentum=0.9)
+    optimizer.step(closure)
+    closure()
+    with torch.profiler.profile() as profile:
+        optimizer.first_step(zero_grad=False)
+        optimizer.second_step()
+        torch.cuda.synchronize()
+    seen = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    seen = [name for name in seen if "ynchronize" not in name]
+    # The second pass's gradients are the first's here, where `step` read others: one row goes up, once.
+    assert [name for name in seen if name.endswith("_kernel")] == [
+        "grad_norm_kernel",
+        "perturb_kernel",
+        "restore_and_sgd_kernel",
+    ]
+    assert len(seen) <= 4, seen
+
+
+@pytest.mark.gpu
+@every_base
+def test_a_captured_step_replays_as_it_would_have_run(gpu, base, options):
+    """Over 10 steps, bit for bit, with lr and rho changed on the way through their tensors."""
+
+    def schedule(optimizer, step):
+        optimizer.param_groups[0]["lr"].fill_(options["lr"] / (1 + step))
+        optimizer.param_groups[0]["rho"].fill_(0.05 * (1 + step))
+
+    def start():
+        tensors = {"lr": torch.tensor(options["lr"], device="cuda"), "rho": torch.tensor(0.05, device="cuda")}
+        model, optimizer, closure = make_training(base, **{**options, **tensors})
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                optimizer.step(closure)
+        torch.cuda.current_stream().wait_stream(stream)
+        return model, optimizer, closure
+
+    eager_model, eager, eager_closure = start()
+    for step in range(10):
+        schedule(eager, step)
+        eager.step(eager_closure)
+    model, optimizer, closure = start()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step(closure)
+    for step in range(10):
+        schedule(optimizer, step)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits([*model.parameters()], [*eager_model.parameters()])
+
+
+@pytest.mark.gpu
+def test_eager_steps_do_not_disturb_a_graph(gpu):
+    """A replay after an eager step, whose gradients lie elsewhere, uses the addresses that it was captured with."""
+    model, optimizer, closure = make_training(lr=0.1)
+    optimizer.step(closure)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step(closure)
+    graph.replay()
+    ballast = [torch.randn(64, 16, device="cuda") for _ in range(5)]
+    optimizer.step(closure)
+    graph.replay()
+    other, reference, other_closure = make_training(lr=0.1)
+    for _ in range(4):
+        reference.step(other_closure)
+    torch.cuda.synchronize()
+    assert ballast
+    assert_same_bits([*model.parameters()], [*other.parameters()])
+
+
+@pytest.mark.gpu
+def test_a_capture_without_a_step_before_it_is_refused(gpu):
+    _, optimizer, closure = make_training(lr=0.1)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        closure()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="run a step outside the capture first"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step(closure)
+
+
+@pytest.mark.gpu
+@every_base
+def test_a_step_on_a_side_stream(gpu, base, options):
+    results = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        model, optimizer, closure = make_training(base, **options)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(5):
+                optimizer.step(closure)
+        torch.cuda.current_stream().wait_stream(stream)
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert_same_bits(*results)
+
+
+@pytest.mark.gpu
+def test_a_changed_number_compiles_nothing(gpu):
+    _, optimizer, closure = make_training(lr=0.1, momentum=0.9)
+    optimizer.step(closure)
+    kernels = (gpu.grad_norm_kernel, gpu.perturb_kernel, gpu.restore_and_sgd_kernel)
+    before = [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+    for number in (1.0, 0.5, 1, 0.0, 16):
+        optimizer.param_groups[0].update(lr=number * 0.01, rho=number, weight_decay=number / 100)
+        optimizer.step(closure)
+    assert [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels] == before
+
+
+@pytest.mark.gpu
+def test_two_devices_have_one_norm_and_a_bucket_each(gpu):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    weights = [torch.nn.Parameter(torch.ones(1000, device=f"cuda:{i}")) for i in range(2)]
+    optimizer = FastSAM(weights, lr=0.1, rho=1.0, backend="triton")
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 2.0)
+    optimizer.first_step()
+    for weight in weights:
+        assert torch.allclose(weight.detach().cpu(), torch.full((1000,), 1 + 1 / math.sqrt(2000)), rtol=1e-6)
