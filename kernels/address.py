@@ -1,4 +1,4 @@
-"""Addresses: which chunk a program has, where its tensors lie, how its pointers are typed, and who is the last to finish."""
+"""Which chunk a program has, where its tensors lie, how its pointers are typed, and which program is the last."""
 
 import triton
 import triton.language as tl
@@ -38,6 +38,7 @@ def whole_blocks(length, addresses, BLOCK: tl.constexpr):
     Args:
         length: elements of the chunk.
         addresses: of all roles that take part, or-ed together: wide accesses need all of them aligned.
+        BLOCK: elements that are walked at a time.
     """
     return tl.where((addresses & (ACCESS_BYTES - 1)) == 0, length // BLOCK * BLOCK, 0)
 
@@ -56,14 +57,20 @@ def pointer(address, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def read_number(options_ptr, index):
+    """Entry ``index`` of a table of options, in float64, for an option that is always a number."""
+    return tl.load(options_ptr + 2 * index).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def read_option(options_ptr, index):
-    """Number ``index`` of a table of options, in float64.
+    """Entry ``index`` of a table of options, in float64.
 
     An entry is two words: the number, and the address of a tensor to read it from instead, or 0. The address is odd if
     that tensor is float64, else it is float32.
     """
-    number = tl.load(options_ptr + 2 * index).to(tl.float64, bitcast=True)
     address = tl.load(options_ptr + 2 * index + 1)
+    number = read_number(options_ptr, index)
     is_double = (address & 1) != 0
     single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=(address != 0) & (is_double == 0), other=0.0)
     double = tl.load((address & -2).to(tl.pointer_type(tl.float64)), mask=is_double, other=0.0)

@@ -9,7 +9,7 @@ from .address import INTERPRETED
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """``value`` in ``DTYPE``, to the nearest, ties to even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         # The interpreter's own cast cuts bits off.
         bits = value.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)

@@ -1,10 +1,20 @@
-"""``||g||_2`` over tables of tensors (adaptive: of ``|w| * g``), in float64: a partial per chunk, summed in a fixed order."""
+"""``||g||_2`` over tables of tensors (adaptive: ``|w| * g``): float64 partials per chunk, added in a fixed order."""
 
 import triton
 import triton.language as tl
 
-from .address import BACKUP, GRAD, PARAM, element_address, is_last_to_finish, pointer, read_chunk, read_option
-from .address import whole_blocks, wide_pointer
+from .address import (
+    BACKUP,
+    GRAD,
+    PARAM,
+    element_address,
+    is_last_to_finish,
+    pointer,
+    read_chunk,
+    read_number,
+    whole_blocks,
+    wide_pointer,
+)
 
 # Partials that are added up at a time.
 PARTIALS_BLOCK: tl.constexpr = tl.constexpr(1024)
@@ -100,7 +110,7 @@ def grad_norm_kernel(
     grad = element_address(addresses_ptr, GRAD, tensor, tensor_count, start, DTYPE)
     backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, DTYPE)
     climbing_length = tl.where((grad != 0) & (backup != 0), length, 0)
-    if read_option(options_ptr, group * FIELDS + 1) != 0:
+    if read_number(options_ptr, group * FIELDS + 1) != 0:
         partial = _square_sum(param, grad, climbing_length, DTYPE, True, BLOCK)
     else:
         partial = _square_sum(param, grad, climbing_length, DTYPE, False, BLOCK)

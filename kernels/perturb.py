@@ -3,7 +3,18 @@
 import triton
 import triton.language as tl
 
-from .address import BACKUP, GRAD, PARAM, element_address, pointer, read_chunk, read_option, whole_blocks, wide_pointer
+from .address import (
+    BACKUP,
+    GRAD,
+    PARAM,
+    element_address,
+    pointer,
+    read_chunk,
+    read_number,
+    read_option,
+    whole_blocks,
+    wide_pointer,
+)
 from .arithmetic import rounded
 
 
@@ -92,9 +103,9 @@ def perturb_kernel(
     backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, DTYPE)
     if (grad != 0) & (backup != 0):
         rho = read_option(options_ptr, group * FIELDS)
-        maximize = read_option(options_ptr, group * FIELDS + 2)
+        maximize = read_number(options_ptr, group * FIELDS + 2)
         scale = _climb_scale(tl.load(norm_ptr), rho, maximize).to(OPMATH)
-        if read_option(options_ptr, group * FIELDS + 1) != 0:
+        if read_number(options_ptr, group * FIELDS + 1) != 0:
             _perturb_chunk(param, backup, grad, length, scale, DTYPE, True, BLOCK)
         else:
             _perturb_chunk(param, backup, grad, length, scale, DTYPE, False, BLOCK)

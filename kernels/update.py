@@ -3,8 +3,20 @@
 import triton
 import triton.language as tl
 
-from .address import BACKUP, GRAD, PARAM, STATE, element_address, is_last_to_finish, pointer, read_chunk, read_option
-from .address import whole_blocks, wide_pointer
+from .address import (
+    BACKUP,
+    GRAD,
+    PARAM,
+    STATE,
+    element_address,
+    is_last_to_finish,
+    pointer,
+    read_chunk,
+    read_number,
+    read_option,
+    whole_blocks,
+    wide_pointer,
+)
 from .arithmetic import power, quotient, rounded, square_root
 
 # Tensors whose steps are advanced at a time.
@@ -119,18 +131,18 @@ def _sgd_chunk(
 
 @triton.jit
 def _read_sgd_options(options_ptr, first, grad_scale_ptr, is_first_step, OPMATH: tl.constexpr):
-    momentum, dampening = read_option(options_ptr, first + 1), read_option(options_ptr, first + 2)
+    momentum, dampening = read_number(options_ptr, first + 1), read_number(options_ptr, first + 2)
     # On a tensor's first step the buffer becomes the gradient: 0 * buffer would keep what an unwritten one holds, so
     # buffers start as zeros.
     grad_weight = tl.where(is_first_step, 1.0, 1.0 - dampening)
-    grad_factor = _grad_factor(grad_scale_ptr, read_option(options_ptr, first + 5))
+    grad_factor = _grad_factor(grad_scale_ptr, read_number(options_ptr, first + 5))
     return (
         read_option(options_ptr, first).to(OPMATH),
         momentum.to(OPMATH),
         grad_weight.to(OPMATH),
-        read_option(options_ptr, first + 3).to(OPMATH),
+        read_number(options_ptr, first + 3).to(OPMATH),
         grad_factor.to(OPMATH),
-        read_option(options_ptr, first + 4) != 0,
+        read_number(options_ptr, first + 4) != 0,
     )
 
 
@@ -194,9 +206,9 @@ def restore_and_sgd_kernel(
             _sgd_chunk(param, source, grad, buffer, length, options, DTYPE, False, BLOCK)
     elif backup != 0:
         _restore_chunk(param, backup, length, DTYPE, BLOCK)
-    if is_last_to_finish(finished_ptr, tl.num_programs(0)):
-        if is_committed:
-            _advance_steps(steps_ptr, addresses_ptr, tensor_count)
+    is_last = is_last_to_finish(finished_ptr, tl.num_programs(0))
+    if is_last & is_committed:
+        _advance_steps(steps_ptr, addresses_ptr, tensor_count)
 
 
 # ---- Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), AMSGrad, AdamW (https://arxiv.org/abs/1711.05101) ----
@@ -284,15 +296,15 @@ def _adam_chunk(
 def _read_adam_options(options_ptr, first, grad_scale_ptr, step, OPMATH: tl.constexpr):
     lr = read_option(options_ptr, first)
     beta1, beta2 = read_option(options_ptr, first + 1), read_option(options_ptr, first + 2)
-    weight_decay, is_decoupled = read_option(options_ptr, first + 4), read_option(options_ptr, first + 5) != 0
-    grad_factor = _grad_factor(grad_scale_ptr, read_option(options_ptr, first + 7))
+    weight_decay, is_decoupled = read_number(options_ptr, first + 4), read_number(options_ptr, first + 5) != 0
+    grad_factor = _grad_factor(grad_scale_ptr, read_number(options_ptr, first + 7))
     # Bias corrections in float64: 1 - 0.999 has 14 bits left in float32.
     return (
         (lr / (1.0 - power(beta1, step))).to(OPMATH),
         (1.0 - beta1).to(OPMATH),
         beta2.to(OPMATH),
         (1.0 - beta2).to(OPMATH),
-        read_option(options_ptr, first + 3).to(OPMATH),
+        read_number(options_ptr, first + 3).to(OPMATH),
         tl.where(is_decoupled, 0.0, weight_decay).to(OPMATH),
         tl.where(is_decoupled, 1.0 - lr * weight_decay, 1.0).to(OPMATH),
         (1.0 / tl.sqrt(1.0 - power(beta2, step))).to(OPMATH),
@@ -348,6 +360,6 @@ def restore_and_adam_kernel(
             _adam_chunk(param, source, grad, mean, square, largest, length, options, DTYPE, False, BLOCK)
     elif backup != 0:
         _restore_chunk(param, backup, length, DTYPE, BLOCK)
-    if is_last_to_finish(finished_ptr, tl.num_programs(0)):
-        if is_committed:
-            _advance_steps(steps_ptr, addresses_ptr, tensor_count)
+    is_last = is_last_to_finish(finished_ptr, tl.num_programs(0))
+    if is_last & is_committed:
+        _advance_steps(steps_ptr, addresses_ptr, tensor_count)

@@ -1,4 +1,4 @@
-"""What kernels read from device memory: a table's addresses, its chunks and the options, sent up only when they change."""
+"""What kernels read from device memory: a table's addresses, its chunks, the options; sent up only when they change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ CAPTURED_UPLOADS = 12
 # The most options that a group has: Adam's.
 _MAX_FIELDS = 8
 
-Options = Sequence[tuple[Any, ...]]
+# The options that kernels read from a tensor on the device where there is one.
+TENSOR_OPTIONS = frozenset({"rho", "lr", "beta1", "beta2"})
+
+Options = Sequence[Any]
+"""One NamedTuple per parameter group."""
 
 
 class DeviceTable:
@@ -53,7 +57,7 @@ class DeviceTable:
         self._rows = torch.zeros(table.addresses.shape, dtype=torch.int64, device=table.device)
         self._versions = [-1] * ROWS
         self._options: dict[str, tuple[bytes, Tensor]] = {}
-        self._tensor_options: dict[tuple[str, int, int], Tensor] = {}
+        self._tensor_options: dict[tuple[str, int, str], Tensor] = {}
         self._spare: list[Tensor] = []
         self._captured: list[Tensor] = []
 
@@ -102,14 +106,15 @@ class DeviceTable:
         fields = [
             field
             for group, values in enumerate(options)
-            for position, value in enumerate(values)
-            for field in self._entry(value, (type(values).__name__, group, position))
+            for name, value in zip(values._fields, values, strict=True)
+            for field in self._entry(value, (type(values).__name__, group, name))
         ]
         return struct.pack("=" + "dq" * (len(fields) // 2), *fields)
 
-    def _entry(self, value: Any, key: tuple[str, int, int]) -> tuple[float, int]:
+    def _entry(self, value: Any, key: tuple[str, int, str]) -> tuple[float, int]:
         device = self._table.device
-        if not isinstance(value, Tensor) or (value.device.type == "cpu" and device.type != "cpu"):
+        on_the_host = value.device.type == "cpu" != device.type if isinstance(value, Tensor) else True
+        if on_the_host or key[-1] not in TENSOR_OPTIONS:
             return float(value), 0
         value = value.detach()
         if value.device != device or value.dtype not in (torch.float32, torch.float64):
@@ -154,6 +159,6 @@ def is_capturing(device: torch.device) -> bool:
 def refuse_capture(reason: str) -> NoReturn:
     """Raises, and says what to do."""
     raise RuntimeError(
-        f"this step cannot be captured into a CUDA graph: {reason}; run a step outside the capture first, and capture the "
-        "one after it"
+        f"this step cannot be captured into a CUDA graph: {reason}; run a step outside the capture first, and "
+        "capture the one after it"
     )

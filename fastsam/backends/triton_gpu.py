@@ -20,28 +20,34 @@ from fastsam.tensor_table import TensorTable
 OLDEST_TRITON = (3, 4)
 _INSTALL = "pip install 'triton>=3.4' (a build of PyTorch for GPUs brings its own)"
 
-_missing, _interpreted = "", False
-try:
-    import triton
+
+def find_obstacle() -> str:
+    """Why the kernels cannot be used here, or an empty text."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); {_INSTALL}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is older than 3.4; {_INSTALL}"
+    return ""
+
+
+_obstacle, _interpreted = find_obstacle(), False
+if not _obstacle:
     import triton.language as tl
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
-        _missing = f"triton {triton.__version__} is older than 3.4; {_INSTALL}"
-    else:
-        from fastsam.kernels.address import INTERPRETED
-        from fastsam.kernels.norm import grad_norm_kernel
-        from fastsam.kernels.perturb import perturb_kernel
-        from fastsam.kernels.update import restore_and_adam_kernel, restore_and_sgd_kernel, restore_kernel
+    from fastsam.kernels.address import INTERPRETED
+    from fastsam.kernels.norm import grad_norm_kernel
+    from fastsam.kernels.perturb import perturb_kernel
+    from fastsam.kernels.update import restore_and_adam_kernel, restore_and_sgd_kernel, restore_kernel
 
-        _interpreted = INTERPRETED.value
-        _LANGUAGE_DTYPES = {
-            torch.float32: tl.float32,
-            torch.float64: tl.float64,
-            torch.bfloat16: tl.bfloat16,
-            torch.float16: tl.float16,
-        }
-except ImportError as error:
-    _missing = f"triton cannot be imported ({error}); {_INSTALL}"
+    _interpreted = INTERPRETED.value
+    _LANGUAGE_DTYPES = {
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }
 
 WARPS = 4
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
@@ -56,12 +62,12 @@ _FEW_THOUSAND = 4096
 
 
 def check(device_type: str) -> None:
-    if _missing:
-        raise BackendUnavailable(_missing)
+    if _obstacle:
+        raise BackendUnavailable(_obstacle)
     if device_type == "cpu" and not _interpreted:
         raise BackendUnavailable(
-            "Triton's kernels run on GPUs; on the CPU only in its interpreter, for tests: set TRITON_INTERPRET=1 before "
-            "fastsam is imported"
+            "Triton's kernels run on GPUs; on the CPU only in its interpreter, for tests: set TRITON_INTERPRET=1 "
+            "before fastsam is imported"
         )
     if device_type == "cuda" and _interpreted:
         raise BackendUnavailable("Triton's interpreter (TRITON_INTERPRET=1) cannot read the memory of a GPU; unset it")
