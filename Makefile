@@ -2,13 +2,16 @@
 #
 #   make test ARGS="-k native"        ARGS goes to the program that runs
 #   make demo PYTHON=python3.12       the interpreter that .venv is made from
+#   make kernels QUICK=1              two dtypes, one GPU of each vendor, one Triton
 
 PYTHON ?= python3
 THREADS ?= 2
+# Other releases of Triton that the kernels must compile with, beside the one in requirements/test.txt.
+OTHER_TRITON ?= 3.6.0
 
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-REQUIRED := FASTSAM_REQUIRE_BACKENDS=reference,foreach,native
+REQUIRED := FASTSAM_REQUIRE_BACKENDS=reference,foreach,native,triton
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
 # What stands when a part of the set-up is done; touched last, so that a failure is tried again.
@@ -18,7 +21,7 @@ EXTENSION := .venv/.extension
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench lint format wheel compat clean
+.PHONY: help setup demo test bench kernels lint format wheel compat clean
 
 help:  ## This list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -33,6 +36,18 @@ test: $(EXTENSION)  ## The test suite
 
 bench: $(EXTENSION)  ## The benchmarks, on THREADS=2 threads
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
+
+# A release that cannot be had is left out; the last line printed names those that were used.
+kernels: $(PACKAGE)  ## Compile the Triton kernels for every GPU, without one; a table; QUICK=1: a part
+ifndef QUICK
+	for version in $(OTHER_TRITON); do \
+	  test -d build/triton/$$version || \
+	  $(BIN)/python $(PIP_INSTALL) --no-deps --target build/triton/$$version triton==$$version || \
+	  rm -rf build/triton/$$version; \
+	done
+endif
+	$(BIN)/python tools/compile_kernels.py \
+	  $(if $(QUICK),--quick,$(addprefix --triton build/triton/,$(OTHER_TRITON))) $(ARGS)
 
 lint: $(DEPENDENCIES)  ## Formatting, ruff and mypy; changes nothing
 	$(BIN)/ruff check

@@ -1,5 +1,6 @@
 """What every test shares: the devices, the backends, and which of them must be able to run."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from fastsam.backends import BACKENDS, Backend, BackendUnavailable, load
 # The test modules import checks.py and oracle.py from this folder, which --import-mode=importlib leaves out.
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("checks", "oracle")
+importlib.import_module("triton_interpreter").set_up()
 
 # Backends that must be able to run: "native", on some device that is here; "native:cuda", on that one.
 REQUIRED = frozenset(filter(None, map(str.strip, os.environ.get("FASTSAM_REQUIRE_BACKENDS", "").split(","))))

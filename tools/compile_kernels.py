@@ -218,8 +218,12 @@ def main(command_line: list[str]) -> int:
     if arguments.share:
         compile_share(arguments)
         return 0
+    absent = [folder for folder in arguments.triton if not (Path(folder) / "triton").is_dir()]
+    for folder in absent:
+        print(f"compile_kernels: there is no triton in {folder}: left out", file=sys.stderr)
+    folders = ["", *(folder for folder in arguments.triton if folder not in absent)]
     begin = time.perf_counter()
-    shares = [(folder, f"{i}/{arguments.jobs}") for folder in ["", *arguments.triton] for i in range(arguments.jobs)]
+    shares = [(folder, f"{i}/{arguments.jobs}") for folder in folders for i in range(arguments.jobs)]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         parts = pool.map(lambda share: run_share(*share, command_line, arguments.out), shares)
         entries = [entry for part in parts for entry in part]
