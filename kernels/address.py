@@ -93,3 +93,6 @@ def is_last_to_finish(finished_ptr, program_count):
 
 # Not compiled: the functions above run as Python, for tests.
 INTERPRETED: tl.constexpr = tl.constexpr(not isinstance(pointer, JITFunction))
+
+# Masked accesses are of one element each, and every one has a mask: in smaller blocks they fit into registers.
+NARROW: tl.constexpr = tl.constexpr(1 if INTERPRETED else 4)

@@ -6,6 +6,7 @@ import triton.language as tl
 from .address import (
     BACKUP,
     GRAD,
+    NARROW,
     PARAM,
     element_address,
     is_last_to_finish,
@@ -46,10 +47,12 @@ def _square_sum(param_address, grad_address, length, DTYPE: tl.constexpr, ADAPTI
     for start in range(0, whole, BLOCK):
         sums += _square_block(param_ptr + start + lanes, grad_ptr + start + lanes, None, ADAPTIVE)
     param_ptr, grad_ptr = pointer(param_address, DTYPE), pointer(grad_address, DTYPE)
-    for start in range(whole, length, BLOCK):
+    tail_sums = tl.zeros([BLOCK // NARROW], tl.float64)
+    lanes = tl.arange(0, BLOCK // NARROW)
+    for start in range(whole, length, BLOCK // NARROW):
         at = start + lanes
-        sums += _square_block(param_ptr + at, grad_ptr + at, at < length, ADAPTIVE)
-    return tl.sum(sums)
+        tail_sums += _square_block(param_ptr + at, grad_ptr + at, at < length, ADAPTIVE)
+    return tl.sum(sums) + tl.sum(tail_sums)
 
 
 @triton.jit

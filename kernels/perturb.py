@@ -6,6 +6,7 @@ import triton.language as tl
 from .address import (
     BACKUP,
     GRAD,
+    NARROW,
     PARAM,
     element_address,
     pointer,
@@ -63,7 +64,8 @@ def _perturb_chunk(
         _perturb_block(param_ptr + at, backup_ptr + at, grad_ptr + at, scale, None, ADAPTIVE)
     param_ptr, backup_ptr = pointer(param_address, DTYPE), pointer(backup_address, DTYPE)
     grad_ptr = pointer(grad_address, DTYPE)
-    for start in range(whole, length, BLOCK):
+    lanes = tl.arange(0, BLOCK // NARROW)
+    for start in range(whole, length, BLOCK // NARROW):
         at = start + lanes
         _perturb_block(param_ptr + at, backup_ptr + at, grad_ptr + at, scale, at < length, ADAPTIVE)
 

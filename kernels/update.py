@@ -6,6 +6,7 @@ import triton.language as tl
 from .address import (
     BACKUP,
     GRAD,
+    NARROW,
     PARAM,
     STATE,
     element_address,
@@ -34,7 +35,8 @@ def _restore_chunk(param_address, backup_address, length, DTYPE: tl.constexpr, B
     for start in range(0, whole, BLOCK):
         tl.store(param_ptr + start + lanes, tl.load(backup_ptr + start + lanes))
     param_ptr, backup_ptr = pointer(param_address, DTYPE), pointer(backup_address, DTYPE)
-    for start in range(whole, length, BLOCK):
+    lanes = tl.arange(0, BLOCK // NARROW)
+    for start in range(whole, length, BLOCK // NARROW):
         at = start + lanes
         tl.store(param_ptr + at, tl.load(backup_ptr + at, mask=at < length), mask=at < length)
 
@@ -124,7 +126,8 @@ def _sgd_chunk(
         _sgd_block(param_ptr + at, source_ptr + at, grad_ptr + at, buffer_ptr + at, options, None, MOMENTUM)
     param_ptr, source_ptr = pointer(param_address, DTYPE), pointer(source_address, DTYPE)
     grad_ptr, buffer_ptr = pointer(grad_address, DTYPE), pointer(buffer_address, DTYPE)
-    for start in range(whole, length, BLOCK):
+    lanes = tl.arange(0, BLOCK // NARROW)
+    for start in range(whole, length, BLOCK // NARROW):
         at = start + lanes
         _sgd_block(param_ptr + at, source_ptr + at, grad_ptr + at, buffer_ptr + at, options, at < length, MOMENTUM)
 
@@ -288,7 +291,8 @@ def _adam_chunk(
         pointer(exp_avg_sq_address, DTYPE),
         pointer(max_exp_avg_sq_address, DTYPE),
     )
-    for start in range(whole, length, BLOCK):
+    lanes = tl.arange(0, BLOCK // NARROW)
+    for start in range(whole, length, BLOCK // NARROW):
         _adam_block(narrow, start + lanes, options, start + lanes < length, AMSGRAD)
 
 

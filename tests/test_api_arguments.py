@@ -15,9 +15,9 @@ from torch import nn
 
 import fastsam
 from fastsam import BackendUnavailable, FastSAM, backends
-from fastsam.backends import foreach, native, reference
+from fastsam.backends import foreach, native, reference, triton_gpu
 
-MODULES = {"reference": reference, "foreach": foreach, "native": native}
+MODULES = {"reference": reference, "foreach": foreach, "native": native, "triton": triton_gpu}
 
 
 def make_params(device="cpu"):

@@ -125,7 +125,7 @@ def test_options_on_the_device_are_read_there(triton_gpu, device, dtype):
         whole_step(triton_gpu, by_tensor, CLIMB._replace(rho=rho), SGD._replace(lr=lr))
         whole_step(triton_gpu, by_number, CLIMB._replace(rho=float(rho)), SGD._replace(lr=float(lr)))
         assert_same_bits(by_tensor.params, by_number.params, f"step {step}")
-    assert uploads(by_tensor) == 3  # the addresses, the climb's options, SGD's: once each
+    assert uploads(by_tensor) == 4  # the chunks, the addresses, the climb's options, SGD's: once each
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64], ids=str)

@@ -49,11 +49,12 @@ class DeviceTable:
             for i, value in enumerate(table.values)
             for start in range(0, value.numel(), chunk_size)
         ]
-        self.chunks = torch.tensor(rows or [(0, 0, 0, table.groups[0])], dtype=torch.int64).to(table.device)
+        self.chunks = torch.empty((max(len(rows), 1), 4), dtype=torch.int64, device=table.device)
         self.finished = torch.zeros((), dtype=torch.int32, device=table.device)
         self.no_scale = torch.ones((), dtype=torch.float32, device=table.device)
         self.no_overflow = torch.zeros((), dtype=torch.float32, device=table.device)
         self.uploads = 0
+        self._send(torch.tensor(rows or [(0, 0, 0, table.groups[0])], dtype=torch.int64), self.chunks)
         self._rows = torch.zeros(table.addresses.shape, dtype=torch.int64, device=table.device)
         self._versions = [-1] * ROWS
         self._options: dict[str, tuple[bytes, Tensor]] = {}

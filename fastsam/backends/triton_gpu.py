@@ -50,6 +50,8 @@ if not _obstacle:
     }
 
 WARPS = 4
+# Said, not left to a default that changes from one Triton to the next: the same bits under all of them.
+COMPILE_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
 # interpreter's time goes with the number of blocks.
 BLOCK_BYTES = 131072 if _interpreted else 4096
@@ -154,7 +156,7 @@ def _launch(
     grid = (len(arguments[1]),)
     try:
         with _on(table.device):
-            kernel[grid](*arguments, **constants, BLOCK=block_size(table.dtype), num_warps=WARPS)
+            kernel[grid](*arguments, **constants, BLOCK=block_size(table.dtype), **COMPILE_OPTIONS)
     except BaseException:
         if finished is not None:
             finished.zero_()
@@ -163,6 +165,9 @@ def _launch(
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whatever its arguments are on."""
+    if _interpreted:
+        # What its interpreter does with tensors is no more PyTorch's business than what a kernel does.
+        return torch._C._DisableTorchDispatch()
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return nullcontext()
