@@ -11,20 +11,21 @@ OTHER_TRITON ?= 3.6.0
 
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-REQUIRED := FASTSAM_REQUIRE_BACKENDS=reference,foreach,native,triton
+REQUIRED := FASTSAM_REQUIRE_BACKENDS=reference,foreach,native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
 # What stands when a part of the set-up is done; touched last, so that a failure is tried again.
 DEPENDENCIES := .venv/.dependencies
 PACKAGE := .venv/.package
 EXTENSION := .venv/.extension
+TRITON := .venv/.triton
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench kernels lint format wheel compat clean
+.PHONY: help setup demo test bench test-triton kernels lint format wheel compat clean
 
 help:  ## This list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
 
 setup: $(EXTENSION)  ## Only the set-up: .venv with everything in it
 
@@ -38,7 +39,14 @@ bench: $(EXTENSION)  ## The benchmarks, on THREADS=2 threads
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
 
 # A release that cannot be had is left out; the last line printed names those that were used.
-kernels: $(PACKAGE)  ## Compile the Triton kernels for every GPU, without one; a table; QUICK=1: a part
+$(TRITON): requirements/triton.txt | $(DEPENDENCIES)
+	$(BIN)/python $(PIP_INSTALL) -r requirements/triton.txt
+	touch $@
+
+test-triton: $(EXTENSION) $(TRITON)  ## The tests of the Triton backend, in Triton's interpreter
+	FASTSAM_REQUIRE_BACKENDS=triton $(BIN)/pytest -k triton $(ARGS)
+
+kernels: $(PACKAGE) $(TRITON)  ## Compile the Triton kernels for every GPU, without one; a table; QUICK=1: a part
 ifndef QUICK
 	for version in $(OTHER_TRITON); do \
 	  test -d build/triton/$$version || \
