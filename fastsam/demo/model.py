@@ -7,7 +7,7 @@ from torch import nn
 
 
 def make_cnn(seed: int) -> nn.Module:
-    """Builds a CNN of six convolutions with batch norm, for images of shape (n, 1, 8, 8); 91,000 parameters.
+    """Builds a CNN of six convolutions with batch norm, for images of shape (n, 1, 8, 8); 82,000 parameters.
 
     Args:
         seed: decides the initial weights; the global random state stays as it is.
