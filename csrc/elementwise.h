@@ -36,9 +36,15 @@ using opmath_t = typename OpMath<scalar_t>::type;
 // ---- the climb (Foret et al. 2021, eq. 2; adaptive: Kwon et al. 2021 with T = |w|) ----
 
 struct ClimbOptions {
+  static constexpr int kFields = 3;
   double rho;
   bool adaptive;
   bool maximize;
+
+  template <typename Row>
+  FASTSAM_HOST_DEVICE static ClimbOptions read(const Row& row) {
+    return {row[0], row[1] != 0, row[2] != 0};
+  }
 };
 
 // rho / (||g|| + 1e-12), signed; 0 where the norm is not finite, which every caller takes as "leave w alone".
@@ -64,12 +70,18 @@ FASTSAM_HOST_DEVICE T climbed(T param, T grad, T scale, bool adaptive) {
 // ---- base updates: torch.optim's for-loops, one element ----
 
 struct SgdOptions {
+  static constexpr int kFields = 6;
   double lr;
   double momentum;
   double dampening;
   double weight_decay;
   bool nesterov;
   bool maximize;
+
+  template <typename Row>
+  FASTSAM_HOST_DEVICE static SgdOptions read(const Row& row) {
+    return {row[0], row[1], row[2], row[3], row[4] != 0, row[5] != 0};
+  }
 };
 
 template <typename T>
@@ -105,6 +117,7 @@ struct SgdStep {
 };
 
 struct AdamOptions {
+  static constexpr int kFields = 8;
   double lr;
   double beta1;
   double beta2;
@@ -113,6 +126,11 @@ struct AdamOptions {
   bool decoupled;
   bool amsgrad;
   bool maximize;
+
+  template <typename Row>
+  FASTSAM_HOST_DEVICE static AdamOptions read(const Row& row) {
+    return {row[0], row[1], row[2], row[3], row[4], row[5] != 0, row[6] != 0, row[7] != 0};
+  }
 };
 
 template <typename T>
@@ -140,6 +158,11 @@ struct AdamStep {
     // torch.lerp's two forms: exact at both ends.
     exp_avg = grad_weight < T(0.5) ? exp_avg + grad_weight * (g - exp_avg) : g - (g - exp_avg) * (T(1) - grad_weight);
     exp_avg_sq = beta2 * exp_avg_sq + square_weight * g * g;
+  }
+
+  // amsgrad's maximum; a NaN in either stays one, as in torch.maximum.
+  FASTSAM_HOST_DEVICE static T larger(T previous, T square) {
+    return previous > square || previous != previous ? previous : square;
   }
 
   FASTSAM_HOST_DEVICE T update(T param, T exp_avg, T second_moment) const {

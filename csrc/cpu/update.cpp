@@ -53,9 +53,7 @@ FASTSAM_MULTIVERSION void amsgrad(scalar_t* __restrict__ result, const scalar_t*
     const T w = static_cast<T>(param[i]);
     T mean = static_cast<T>(exp_avg[i]), square = static_cast<T>(exp_avg_sq[i]);
     step.moments(w, static_cast<T>(grad[i]), mean, square);
-    const T previous = static_cast<T>(max_exp_avg_sq[i]);
-    // Written so that a NaN in either stays one, as in torch.maximum.
-    const T largest = previous > square || previous != previous ? previous : square;
+    const T largest = step.larger(static_cast<T>(max_exp_avg_sq[i]), square);
     exp_avg[i] = static_cast<scalar_t>(mean);
     exp_avg_sq[i] = static_cast<scalar_t>(square);
     max_exp_avg_sq[i] = static_cast<scalar_t>(largest);
