@@ -50,8 +50,8 @@ if not _obstacle:
     }
 
 WARPS = 4
-# Said, not left to a default that changes from one Triton to the next: the same bits under all of them.
-COMPILE_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+# The most that Adam needs. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills.
+REGISTERS = 128
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
 # interpreter's time goes with the number of blocks.
 BLOCK_BYTES = 131072 if _interpreted else 4096
@@ -61,6 +61,16 @@ BLOCK_BYTES = 131072 if _interpreted else 4096
 CHUNK_SIZE = 65536
 SMALLEST_CHUNK = CHUNK_SIZE if _interpreted else 4096
 _FEW_THOUSAND = 4096
+
+
+def compile_options(*, nvidia: bool) -> dict[str, Any]:
+    """What Triton is told beside the kernels' arguments."""
+    # Fusion is said, not left to a default that changes from one Triton to the next: the same bits under all of them.
+    options = {"num_warps": WARPS, "enable_fp_fusion": True}
+    return {**options, "maxnreg": REGISTERS} if nvidia else options
+
+
+_COMPILE_OPTIONS = compile_options(nvidia=torch.version.hip is None)
 
 
 def check(device_type: str) -> None:
@@ -154,7 +164,7 @@ def _constants(table: TensorTable, options: Sequence[tuple[Any, ...]]) -> dict[s
 def _launch(kernel: Any, table: TensorTable, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     """One program per chunk (``arguments[1]``)."""
     with _on(table.device):
-        kernel[(len(arguments[1]),)](*arguments, **constants, BLOCK=block_size(table.dtype), **COMPILE_OPTIONS)
+        kernel[(len(arguments[1]),)](*arguments, **constants, BLOCK=block_size(table.dtype), **_COMPILE_OPTIONS)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
