@@ -141,26 +141,56 @@ def test_options_in_other_dtypes(triton_gpu, device, dtype):
 # ---- what must survive an interruption ----
 
 
-def test_a_failed_launch_leaves_nothing_counted(triton_gpu, device, monkeypatch):
-    table = make_table([(5,), (7, 3)], torch.float32, device)
-    whole_step(triton_gpu, table)
-    copy = table.cache["device table"]
+def cut_off(triton_gpu, monkeypatch, after):
+    """Ctrl-C when ``after`` kernels have been launched."""
+    launched = []
+    launch = triton_gpu._launch
 
-    def fail(*arguments, **options):
-        copy.finished.fill_(1)
+    def interrupted(*arguments):
+        if len(launched) == after:
+            raise KeyboardInterrupt
+        launched.append(1)
+        launch(*arguments)
+
+    monkeypatch.setattr(triton_gpu, "_launch", interrupted)
+
+
+def test_a_norm_that_was_cut_off_disturbs_nothing_after_it(triton_gpu, device, monkeypatch):
+    """The programs of all tables count themselves: half of them have, when the second table's launch does not come."""
+    tables = [make_table([(5,), (7, 3)], dtype, device) for dtype in (torch.float32, torch.float64)]
+    triton_gpu.grad_norm(tables, [CLIMB])
+    with monkeypatch.context() as patch:
+        cut_off(triton_gpu, patch, after=1)
+        with pytest.raises(KeyboardInterrupt):
+            triton_gpu.grad_norm(tables, [CLIMB])
+    for table in tables:
+        triton_gpu.restore_and_sgd_(table, [SGD], None, None)
+        assert table.steps.tolist() == [1, 1]
+        give_grads(table, seed=300)
+    for _ in range(2):
+        norm = float(triton_gpu.grad_norm(tables, [CLIMB]))
+        expected = math.hypot(*(float(p.grad.double().norm()) for table in tables for p in table.params))
+        assert norm == pytest.approx(expected, rel=1e-12)
+
+
+def test_options_whose_upload_was_cut_off_are_sent_again(triton_gpu, device, monkeypatch):
+    cut, other = (make_table([(5,), (7, 3)], torch.float32, device) for _ in range(2))
+    whole_step(triton_gpu, cut)
+    whole_step(triton_gpu, other)
+    copy = cut.cache["device table"]
+    send = copy._send
+
+    def interrupted(*arguments):
+        send(*arguments)
         raise KeyboardInterrupt
 
-    class Failing:
-        def __getitem__(self, grid):
-            return fail
-
     with monkeypatch.context() as patch:
-        patch.setattr(triton_gpu, "grad_norm_kernel", Failing())
+        patch.setattr(copy, "_send", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            triton_gpu.grad_norm([table], [CLIMB])
-    assert int(copy.finished) == 0
-    norm = float(triton_gpu.grad_norm([table], [CLIMB]))
-    assert norm == pytest.approx(math.hypot(*(float(p.grad.norm()) for p in table.params)), rel=1e-6)
+            copy.read([SGD._replace(lr=0.7)])
+    whole_step(triton_gpu, cut)
+    whole_step(triton_gpu, other)
+    assert_same_bits(cut.params, other.params)
 
 
 # ---- numbers ----

@@ -77,7 +77,7 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastsam.backends.triton_gpu import COMPILE_OPTIONS, WARPS, block_size
+    from fastsam.backends.triton_gpu import WARPS, block_size, compile_options
 
     name, dtype_name, target_name = job
     kernel = getattr(importlib.import_module(f"fastsam.kernels.{KERNELS[name].module}"), name)
@@ -93,7 +93,8 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
     signature = {key: "constexpr" if key in constants else POINTERS.get(key, "i32") for key in kernel.arg_names}
     target = GPUTarget(*TARGETS[target_name])
     begin = time.perf_counter()
-    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options=COMPILE_OPTIONS)
+    options = compile_options(nvidia=target.backend == "cuda")
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
     seconds = time.perf_counter() - begin
 
     stem = out / f"triton-{triton.__version__}" / target_name / f"{name}-{dtype_name}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -34,7 +35,6 @@ class DeviceTable:
     Attributes:
         chunks: int64 ``(count, 4)``: tensor, first element, length, parameter group. There is a row, of length 0, even
             if no tensor has an element.
-        finished: int32, 0 between operations: how many programs of the present one are through.
         no_scale: float32, 1: the gradients' scale without a scaler.
         no_overflow: float32, 0.
         uploads: how many copies were sent up, for tests.
@@ -50,7 +50,8 @@ class DeviceTable:
             for start in range(0, value.numel(), chunk_size)
         ]
         self.chunks = torch.empty((max(len(rows), 1), 4), dtype=torch.int64, device=table.device)
-        self.finished = torch.zeros((), dtype=torch.int32, device=table.device)
+        self._finished = torch.zeros((), dtype=torch.int32, device=table.device)
+        self._was_cut_off = False
         self.no_scale = torch.ones((), dtype=torch.float32, device=table.device)
         self.no_overflow = torch.zeros((), dtype=torch.float32, device=table.device)
         self.uploads = 0
@@ -61,6 +62,19 @@ class DeviceTable:
         self._tensor_options: dict[tuple[str, int, str], Tensor] = {}
         self._spare: list[Tensor] = []
         self._captured: list[Tensor] = []
+
+    @contextmanager
+    def counting(self) -> Iterator[Tensor]:
+        """For the launches of one operation: an int32, 0, by which their programs count themselves, back to 0.
+
+        An exception between or during them (a Ctrl-C, say) leaves the count anywhere; the next operation resets it.
+        """
+        was_cut_off, self._was_cut_off = self._was_cut_off, True
+        if was_cut_off:
+            self._finished.zero_()
+        yield self._finished
+        # What is captured has not happened yet.
+        self._was_cut_off = was_cut_off and is_capturing(self._table.device)
 
     def read(self, options: Options = ()) -> tuple[Tensor, Tensor]:
         """The addresses, int64 ``(ROWS, n)``, and the options, two words for each of ``(groups, fields)``.
@@ -90,6 +104,8 @@ class DeviceTable:
             numbers = torch.frombuffer(bytearray(words), dtype=torch.int64)
             if len(sent) != len(words):
                 copy = torch.empty(numbers.shape, dtype=torch.int64, device=self._table.device)
+            # Until the copy is sent, it may hold anything.
+            self._options.pop(name, None)
             self._send(numbers, copy)
             self._options[name] = words, copy
         return copy

@@ -50,8 +50,8 @@ if not _obstacle:
     }
 
 WARPS = 4
-# Said, not left to a default that changes from one Triton to the next: the same bits under all of them.
-COMPILE_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+# The most that Adam needs. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills.
+REGISTERS = 128
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
 # interpreter's time goes with the number of blocks.
 BLOCK_BYTES = 131072 if _interpreted else 4096
@@ -61,6 +61,16 @@ BLOCK_BYTES = 131072 if _interpreted else 4096
 CHUNK_SIZE = 65536
 SMALLEST_CHUNK = CHUNK_SIZE if _interpreted else 4096
 _FEW_THOUSAND = 4096
+
+
+def compile_options(*, nvidia: bool) -> dict[str, Any]:
+    """What Triton is told beside the kernels' arguments."""
+    # Fusion is said, not left to a default that changes from one Triton to the next: the same bits under all of them.
+    options = {"num_warps": WARPS, "enable_fp_fusion": True}
+    return {**options, "maxnreg": REGISTERS} if nvidia else options
+
+
+_COMPILE_OPTIONS = compile_options(nvidia=torch.version.hip is None)
 
 
 def check(device_type: str) -> None:
@@ -94,12 +104,13 @@ def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) ->
     copies = [_device_table(table) for table in tables]
     counts = [len(copy.chunks) for copy in copies]
     partials, norm = _reduction_memory(tables[0], sum(counts))
-    for position, (table, copy) in enumerate(zip(tables, copies, strict=True)):
-        addresses, packed = copy.read(options)
-        first = sum(counts[:position])
-        arguments = packed, partials, copies[0].finished, norm, len(table.params), first, sum(counts)
-        constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype], "FIELDS": len(options[0])}
-        _launch(grad_norm_kernel, table, copies[0].finished, (addresses, copy.chunks, *arguments), constants)
+    with copies[0].counting() as finished:
+        for position, (table, copy) in enumerate(zip(tables, copies, strict=True)):
+            addresses, packed = copy.read(options)
+            first = sum(counts[:position])
+            arguments = packed, partials, finished, norm, len(table.params), first, sum(counts)
+            constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype], "FIELDS": len(options[0])}
+            _launch(grad_norm_kernel, table, (addresses, copy.chunks, *arguments), constants)
     return norm
 
 
@@ -107,14 +118,14 @@ def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) 
     copy = _device_table(table)
     addresses, packed = copy.read(options)
     arguments = addresses, copy.chunks, packed, norm, len(table.params)
-    _launch(perturb_kernel, table, None, arguments, _constants(table, options))
+    _launch(perturb_kernel, table, arguments, _constants(table, options))
 
 
 def restore_(table: TensorTable) -> None:
     copy = _device_table(table)
     addresses, _ = copy.read()
     constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype]}
-    _launch(restore_kernel, table, None, (addresses, copy.chunks, len(table.params)), constants)
+    _launch(restore_kernel, table, (addresses, copy.chunks, len(table.params)), constants)
 
 
 def restore_and_sgd_(
@@ -140,8 +151,9 @@ def _update(
     addresses, packed = copy.read(options)
     grad_scale = copy.no_scale if grad_scale is None else grad_scale
     found_inf = copy.no_overflow if found_inf is None else found_inf
-    arguments = packed, table.steps, grad_scale, found_inf, copy.finished, len(table.params)
-    _launch(kernel, table, copy.finished, (addresses, copy.chunks, *arguments), _constants(table, options))
+    with copy.counting() as finished:
+        arguments = packed, table.steps, grad_scale, found_inf, finished, len(table.params)
+        _launch(kernel, table, (addresses, copy.chunks, *arguments), _constants(table, options))
 
 
 def _constants(table: TensorTable, options: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
@@ -149,18 +161,10 @@ def _constants(table: TensorTable, options: Sequence[tuple[Any, ...]]) -> dict[s
     return {"DTYPE": dtype, "OPMATH": _LANGUAGE_DTYPES[opmath_dtype(table.dtype)], "FIELDS": len(options[0])}
 
 
-def _launch(
-    kernel: Any, table: TensorTable, finished: Tensor | None, arguments: tuple[Any, ...], constants: dict[str, Any]
-) -> None:
-    """One program per chunk (``arguments[1]``); ``finished`` is what they count themselves by."""
-    grid = (len(arguments[1]),)
-    try:
-        with _on(table.device):
-            kernel[grid](*arguments, **constants, BLOCK=block_size(table.dtype), **COMPILE_OPTIONS)
-    except BaseException:
-        if finished is not None:
-            finished.zero_()
-        raise
+def _launch(kernel: Any, table: TensorTable, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """One program per chunk (``arguments[1]``)."""
+    with _on(table.device):
+        kernel[(len(arguments[1]),)](*arguments, **constants, BLOCK=block_size(table.dtype), **_COMPILE_OPTIONS)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
