@@ -68,7 +68,7 @@ double read_scalar(const std::optional<Tensor>& scalar, double otherwise, const 
 }
 
 void grad_norm_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                   std::optional<Tensor>, std::optional<Tensor>, Tensor options, Tensor partials, Tensor norm,
+                   std::optional<Tensor>, Tensor options, Tensor partials, Tensor norm, std::optional<Tensor>,
                    bool first, bool last) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
   const auto groups = read_options<ClimbOptions>(options, table);
@@ -83,7 +83,7 @@ void grad_norm_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chun
 }
 
 void perturb_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                 std::optional<Tensor>, std::optional<Tensor>, Tensor options, Tensor norm) {
+                 std::optional<Tensor>, Tensor options, Tensor norm) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
   const auto groups = read_options<ClimbOptions>(options, table);
   check_cpu(norm, ScalarType::Double, "norm");
@@ -92,13 +92,13 @@ void perturb_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_
 }
 
 void restore_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                 std::optional<Tensor>, std::optional<Tensor>) {
+                 std::optional<Tensor>) {
   cpu::restore_(read_table(addresses, tensors, chunks, chunk_size), dtype);
 }
 
 void restore_and_sgd_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                         std::optional<Tensor>, std::optional<Tensor>, Tensor options, Tensor steps,
-                         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                         std::optional<Tensor>, Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
+                         std::optional<Tensor> found_inf, std::optional<Tensor>) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
   const auto groups = read_options<SgdOptions>(options, table);
   for (int64_t i = 0; i < table.tensor_count; ++i) {
@@ -112,8 +112,8 @@ void restore_and_sgd_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_
 }
 
 void restore_and_adam_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                          std::optional<Tensor>, std::optional<Tensor>, Tensor options, Tensor steps,
-                          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                          std::optional<Tensor>, Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
+                          std::optional<Tensor> found_inf, std::optional<Tensor>) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
   const auto groups = read_options<AdamOptions>(options, table);
   check_moments(table);
@@ -132,12 +132,13 @@ void restore_and_adam_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64
 
 #define FASTSAM_TABLE                                                                   \
   "Tensor addresses, Tensor tensors, Tensor chunks, int chunk_size, ScalarType dtype, " \
-  "Tensor? device_addresses, Tensor? finished"
-#define FASTSAM_UPDATE FASTSAM_TABLE ", Tensor options, Tensor(a!) steps, Tensor? grad_scale, Tensor? found_inf"
+  "Tensor? device_addresses"
+#define FASTSAM_UPDATE \
+  FASTSAM_TABLE ", Tensor options, Tensor(a!) steps, Tensor? grad_scale, Tensor? found_inf, Tensor(b!)? finished"
 
 STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def("grad_norm_(" FASTSAM_TABLE
-        ", Tensor options, Tensor(a!) partials, Tensor(b!) norm, bool first, bool last) -> ()");
+        ", Tensor options, Tensor(a!) partials, Tensor(b!) norm, Tensor(c!)? finished, bool first, bool last) -> ()");
   m.def("perturb_(" FASTSAM_TABLE ", Tensor options, Tensor norm) -> ()");
   m.def("restore_(" FASTSAM_TABLE ") -> ()");
   m.def("restore_and_sgd_(" FASTSAM_UPDATE ") -> ()");

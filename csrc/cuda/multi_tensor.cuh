@@ -10,7 +10,11 @@
 
 namespace fastsam::cuda {
 
-constexpr int kThreads = 256;
+// Of a block. The tests run the kernels on the CPU, with fewer.
+#ifndef FASTSAM_CUDA_THREADS
+#define FASTSAM_CUDA_THREADS 256
+#endif
+constexpr int kThreads = FASTSAM_CUDA_THREADS;
 
 // A functor has kReads and kWrites, the tensors that it reads and writes of each chunk, and
 //   void operator()(const scalar_t (&read)[kReads], scalar_t (&written)[...])
@@ -51,7 +55,9 @@ __device__ __forceinline__ void store_vector(scalar_t* address, const Vector<sca
 
 // Vectors that a thread loads of each tensor before it computes: enough bytes in flight, few enough registers.
 template <typename Functor>
-constexpr int kUnrollFor = Functor::kReads == 1 ? 4 : Functor::kReads <= 3 ? 2 : 1;
+constexpr int kUnrollFor = Functor::kReads == 1   ? 4
+                           : Functor::kReads <= 3 ? 2
+                                                  : 1;
 
 template <typename scalar_t, typename Functor, int kReads, int kWrites>
 __device__ __forceinline__ void walk_one_by_one(Functor& functor, const Operands<scalar_t, kReads, kWrites>& at,
@@ -131,7 +137,7 @@ __device__ __forceinline__ void walk(Functor& functor, const Operands<scalar_t, 
 template <typename Make>
 __device__ __forceinline__ auto once_per_block(const Make& make) {
   using Value = decltype(make());
-  __shared__ alignas(Value) unsigned char memory[sizeof(Value)];
+  alignas(Value) __shared__ unsigned char memory[sizeof(Value)];
   if (threadIdx.x == 0) new (memory) Value(make());
   __syncthreads();
   return *reinterpret_cast<const Value*>(memory);
@@ -169,11 +175,12 @@ class Ticket {
 // The sum over the threads of a block, in the same order every time; for the first thread.
 __device__ inline double block_sum(double value) {
   __shared__ double sums[kThreads];
-  sums[threadIdx.x] = value;
+  const int thread = threadIdx.x;
+  sums[thread] = value;
   __syncthreads();
 #pragma unroll
   for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    if (thread < half) sums[thread] += sums[thread + half];
     __syncthreads();
   }
   return sums[0];

@@ -65,11 +65,12 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void grad_norm_(const Call& call, const DeviceOption* options, double* partials, double* norm, bool first, bool last) {
+void grad_norm_(const Call& call, const DeviceOption* options, double* partials, double* norm, int* finished,
+                bool first, bool last) {
   dispatch(call.dtype, [&](auto type) {
     using scalar_t = decltype(type);
     launch_over_tensors(call, "grad_norm_", Order::kForward,
-                        NormArguments{options, partials, norm, call.finished, first, last},
+                        NormArguments{options, partials, norm, finished, first, last},
                         [](auto capacity) { return &grad_norm_kernel<scalar_t, decltype(capacity)::value>; });
   });
 }

@@ -58,9 +58,9 @@ TensorTable read_host_table(const Tensor& addresses, const Tensor& tensors, int6
 class Operation {
  public:
   Operation(const Tensor& addresses, const Tensor& tensors, const Tensor& chunks, int64_t chunk_size, ScalarType dtype,
-            const std::optional<Tensor>& device_addresses, const std::optional<Tensor>& finished)
-      : device(check_present(device_addresses, finished)),
-        call{read_host_table(addresses, tensors, chunk_size), {}, dtype, nullptr, nullptr},
+            const std::optional<Tensor>& device_addresses)
+      : device(find_device(device_addresses)),
+        call{read_host_table(addresses, tensors, chunk_size), {}, dtype, nullptr},
         guard_(device) {
     const int64_t n = call.table.tensor_count;
     check_device(chunks, ScalarType::Long, "chunks", device);
@@ -70,7 +70,6 @@ class Operation {
                     rows, ", 4]");
     call.device = {device_pointer<int64_t>(*device_addresses, ScalarType::Long, "device_addresses", device, kRoles * n),
                    chunks.const_data_ptr<int64_t>(), n};
-    call.finished = device_pointer<int>(*finished, ScalarType::Int, "finished", device, 1);
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastsam: this PyTorch has no CUDA streams");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
@@ -86,20 +85,25 @@ class Operation {
     return static_cast<const DeviceOption*>(options.data_ptr());
   }
 
+  int* counter(const std::optional<Tensor>& finished) const {
+    STD_TORCH_CHECK(finished.has_value(), "fastsam: on CUDA, finished must be given");
+    return device_pointer<int>(*finished, ScalarType::Int, "finished", device, 1);
+  }
+
   Update update(const DeviceOption* options, const Tensor& steps, const std::optional<Tensor>& grad_scale,
-                const std::optional<Tensor>& found_inf) const {
+                const std::optional<Tensor>& found_inf, const std::optional<Tensor>& finished) const {
     return {options, device_pointer<float>(steps, ScalarType::Float, "steps", device, call.table.tensor_count),
-            scalar_pointer(grad_scale, "grad_scale", device), scalar_pointer(found_inf, "found_inf", device)};
+            scalar_pointer(grad_scale, "grad_scale", device), scalar_pointer(found_inf, "found_inf", device),
+            counter(finished)};
   }
 
   const int32_t device;
   Call call;
 
  private:
-  static int32_t check_present(const std::optional<Tensor>& device_addresses, const std::optional<Tensor>& finished) {
-    STD_TORCH_CHECK(device_addresses.has_value() && finished.has_value(),
-                    "fastsam: on CUDA, device_addresses and finished must be given");
-    STD_TORCH_CHECK(device_addresses->is_cuda(), "fastsam: device_addresses must be on a CUDA device");
+  static int32_t find_device(const std::optional<Tensor>& device_addresses) {
+    STD_TORCH_CHECK(device_addresses.has_value() && device_addresses->is_cuda(),
+                    "fastsam: device_addresses must be on a CUDA device");
     return device_addresses->get_device_index();
   }
 
@@ -107,41 +111,44 @@ class Operation {
 };
 
 void grad_norm_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                    std::optional<Tensor> device_addresses, std::optional<Tensor> finished, Tensor options,
-                    Tensor partials, Tensor norm, bool first, bool last) {
-  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, finished);
+                    std::optional<Tensor> device_addresses, Tensor options, Tensor partials, Tensor norm,
+                    std::optional<Tensor> finished, bool first, bool last) {
+  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses);
   grad_norm_(operation.call, operation.options<ClimbOptions>(options),
              device_pointer<double>(partials, ScalarType::Double, "partials", operation.device, chunks.size(0)),
-             device_pointer<double>(norm, ScalarType::Double, "norm", operation.device, 1), first, last);
+             device_pointer<double>(norm, ScalarType::Double, "norm", operation.device, 1), operation.counter(finished),
+             first, last);
 }
 
 void perturb_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                  std::optional<Tensor> device_addresses, std::optional<Tensor> finished, Tensor options, Tensor norm) {
-  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, finished);
+                  std::optional<Tensor> device_addresses, Tensor options, Tensor norm) {
+  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses);
   perturb_(operation.call, operation.options<ClimbOptions>(options),
            device_pointer<double>(norm, ScalarType::Double, "norm", operation.device, 1));
 }
 
 void restore_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                  std::optional<Tensor> device_addresses, std::optional<Tensor> finished) {
-  restore_(Operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, finished).call);
+                  std::optional<Tensor> device_addresses) {
+  restore_(Operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses).call);
 }
 
 void restore_and_sgd_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                          std::optional<Tensor> device_addresses, std::optional<Tensor> finished, Tensor options,
-                          Tensor steps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, finished);
+                          std::optional<Tensor> device_addresses, Tensor options, Tensor steps,
+                          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                          std::optional<Tensor> finished) {
+  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses);
   const DeviceOption* groups = operation.options<SgdOptions>(options);
-  restore_and_sgd_(operation.call, operation.update(groups, steps, grad_scale, found_inf));
+  restore_and_sgd_(operation.call, operation.update(groups, steps, grad_scale, found_inf, finished));
 }
 
 void restore_and_adam_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                           std::optional<Tensor> device_addresses, std::optional<Tensor> finished, Tensor options,
-                           Tensor steps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
-  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, finished);
+                           std::optional<Tensor> device_addresses, Tensor options, Tensor steps,
+                           std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                           std::optional<Tensor> finished) {
+  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses);
   check_moments(operation.call.table);
   const DeviceOption* groups = operation.options<AdamOptions>(options);
-  restore_and_adam_(operation.call, operation.update(groups, steps, grad_scale, found_inf));
+  restore_and_adam_(operation.call, operation.update(groups, steps, grad_scale, found_inf, finished));
 }
 
 }  // namespace

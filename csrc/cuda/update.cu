@@ -7,11 +7,6 @@
 namespace fastsam::cuda {
 namespace {
 
-struct UpdateArguments {
-  Update update;
-  int* finished;
-};
-
 // Functors read w (or its backup), the gradient and the state, and write w and the state. The gradient, the backup and
 // the state are not read again before the next step; w is, by the next forward pass.
 template <typename scalar_t, bool kMomentum>
@@ -112,15 +107,15 @@ __device__ __forceinline__ AdamStep<T> make_step(const AdamOptions& options, dou
 template <typename Arguments>
 __device__ __forceinline__ void advance_steps(const Arguments& args) {
   for (int64_t i = threadIdx.x; i < args.launch.tensor_count; i += kThreads) {
-    if (args.grads[i] != 0) args.extra.update.steps[args.launch.first_tensor + i] += 1;
+    if (args.grads[i] != 0) args.extra.steps[args.launch.first_tensor + i] += 1;
   }
 }
 
 template <typename scalar_t, typename Options, int64_t kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    restore_and_update_kernel(const __grid_constant__ Arguments<UpdateArguments, kCapacity> args) {
+    restore_and_update_kernel(const __grid_constant__ Arguments<Update, kCapacity> args) {
   const DeviceTable& table = args.table;
-  const Update& update = args.extra.update;
+  const Update& update = args.extra;
   const DeviceChunk chunk = read_chunk(table, args.launch, blockIdx.x);
   const bool commits = update.found_inf == nullptr || *update.found_inf == 0;
   const auto step = once_per_block([&] {
@@ -128,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
                                          inverse_scale(update.grad_scale));
   });
   // The first thread, which read the count, has drawn its ticket since: when all have, the counts may change.
-  const Ticket ticket(args.extra.finished);
+  const Ticket ticket(update.finished);
   const auto* grad = element_pointer<scalar_t>(args.grads[chunk.tensor - args.launch.first_tensor], chunk);
   if (grad == nullptr || !commits) {
     restore_chunk<scalar_t>(table, chunk);
@@ -150,7 +145,7 @@ template <typename Options>
 void launch_update(const Call& call, const char* operation, const Update& update) {
   dispatch(call.dtype, [&](auto type) {
     using scalar_t = decltype(type);
-    launch_over_tensors(call, operation, Order::kForward, UpdateArguments{update, call.finished}, [](auto capacity) {
+    launch_over_tensors(call, operation, Order::kForward, update, [](auto capacity) {
       return &restore_and_update_kernel<scalar_t, Options, decltype(capacity)::value>;
     });
   });
