@@ -15,6 +15,8 @@ namespace fastsam::cuda {
 #define FASTSAM_CUDA_THREADS 256
 #endif
 constexpr int kThreads = FASTSAM_CUDA_THREADS;
+// On a multiprocessor at least, which allows up to 128 registers. Left to itself, the assembler aims higher and spills.
+constexpr int kBlocks = 2;
 
 // A functor has kReads and kWrites, the tensors that it reads and writes of each chunk, and
 //   void operator()(const scalar_t (&read)[kReads], scalar_t (&written)[...])

@@ -45,7 +45,7 @@ __device__ __forceinline__ double thread_sum(const Arguments& args, const Device
 }
 
 template <typename scalar_t, int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     grad_norm_kernel(const __grid_constant__ Arguments<NormArguments, kCapacity> args) {
   const NormArguments& extra = args.extra;
   const Launch& launch = args.launch;

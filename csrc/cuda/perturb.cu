@@ -31,7 +31,7 @@ struct PerturbFunctor {
 };
 
 template <typename scalar_t, int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     perturb_kernel(const __grid_constant__ Arguments<PerturbArguments, kCapacity> args) {
   const DeviceTable& table = args.table;
   // Backward: the gradients that the norm read last are still in the cache.
@@ -54,7 +54,7 @@ struct RestoreArguments {
 };
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) restore_kernel(const __grid_constant__ RestoreArguments args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) restore_kernel(const __grid_constant__ RestoreArguments args) {
   restore_chunk<scalar_t>(args.table, read_chunk(args.table, args.launch, blockIdx.x));
 }
 

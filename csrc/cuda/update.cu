@@ -112,7 +112,7 @@ __device__ __forceinline__ void advance_steps(const Arguments& args) {
 }
 
 template <typename scalar_t, typename Options, int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     restore_and_update_kernel(const __grid_constant__ Arguments<Update, kCapacity> args) {
   const DeviceTable& table = args.table;
   const Update& update = args.extra;

@@ -19,7 +19,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(count)
+#define __launch_bounds__(threads, blocks)
 #define __shared__ static
 
 struct dim3 {
