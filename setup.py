@@ -86,7 +86,7 @@ def cpu_build() -> dict:
     extension = Extension(
         "fastsam._C",
         sources=[str(path) for folder in (CSRC, CSRC / "cpu") for path in sorted(folder.glob("*.cpp"))],
-        depends=[str(path) for path in sorted(CSRC.rglob("*.h"))],
+        depends=[str(path) for folder in (CSRC, CSRC / "cpu") for path in sorted(folder.glob("*.h"))],
         # -isystem: warnings are for this project's code.
         extra_compile_args=[*COMPILE_ARGS, *(f"-isystem{path}" for path in include_paths())],
         # The stable ABI is all in libtorch_cpu; CppExtension's other libraries would be needed at run time for nothing.
@@ -125,7 +125,9 @@ def target_flags(nvcc: str) -> list[str]:
     wanted = os.environ.get("FASTSAM_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split()
     if unknown := [arch for arch in wanted if f"sm_{arch}" not in known]:
         raise SystemExit(f"FASTSAM_CUDA_ARCHS: {nvcc} does not know {', '.join(unknown)}; it knows {' '.join(known)}")
-    archs = sorted(wanted or [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known], key=int)
+    archs = sorted(
+        wanted or [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known], key=lambda arch: int(arch.rstrip("af"))
+    )
     codes = [f"sm_{arch}" for arch in archs]
     codes[-1] = f"[{codes[-1]},compute_{archs[-1]}]"
     return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in zip(archs, codes, strict=True)]
@@ -163,8 +165,7 @@ def cuda_build() -> dict:
             else:
                 super().build_extension(extension)
 
-    sources = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".cu", ".cuh", ".h", ".cpp")]
-    library = Extension(CUDA_LIBRARY, sources=[], depends=list(map(str, sources)), py_limited_api=True)
+    library = Extension(CUDA_LIBRARY, sources=[], py_limited_api=True)  # its sources are not setuptools' to compile
     return build | {"ext_modules": [*build["ext_modules"], library], "cmdclass": {"build_ext": BuildWithCuda}}
 
 
