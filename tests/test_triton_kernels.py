@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,25 @@ def test_steps_beyond_float32_powers(triton_gpu, device):
     triton_gpu.restore_and_adam_(table, [options], None, None)
     assert torch.allclose(param, before - 0.1, rtol=1e-6)
     assert float(table.steps[0]) == 1e6 + 1
+
+
+@pytest.mark.parametrize(("precision", "units"), [("float64", 0), ("float32", 4096)])
+def test_powers_are_those_of_whole_numbers(triton_gpu, device, precision, units):
+    """Rounded as a fraction is; for float32, off by no more than what float32 cannot see."""
+    import triton.language as tl
+    from power_kernel import power_kernel
+
+    bases = [0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-7, 1 - 2.0**-53]
+    cases = [(base, step) for base in bases for step in (1, 2, 3, 7, 64, 1000, 4097)]
+    base, step = (torch.tensor(column, dtype=torch.float64, device=device) for column in zip(*cases, strict=True))
+    powers = torch.full_like(base, math.nan)
+    power_kernel[(len(cases),)](powers, base, step, DTYPE=getattr(tl, precision))
+    for (one, exponent), actual in zip(cases, powers.tolist(), strict=True):
+        expected = float(Fraction(one) ** exponent)
+        if expected < 2.0**-11:  # in 1 - power, such a small number's last digits are lost
+            assert abs(actual - expected) < 2.0**-63, (one, exponent)
+        else:
+            assert abs(actual - expected) <= units * math.ulp(expected), (one, exponent)
 
 
 def test_chunks_of_large_tables_are_larger(triton_gpu):
