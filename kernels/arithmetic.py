@@ -47,7 +47,7 @@ def power(base, exponent, DTYPE: tl.constexpr):
     For arithmetic in float64 it is correctly rounded, as good as always: in ``1 - power`` an error of one unit grows
     with what cancels.
     """
-    if DTYPE == tl.float64:
+    if tl.float64 == DTYPE:
         return _fraction_power(base, exponent.to(tl.int64))
     else:
         # log2(0) is -inf, and 2 ** -inf is 0.
