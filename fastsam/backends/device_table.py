@@ -66,7 +66,7 @@ class DeviceTable:
         self._options: dict[str, tuple[bytes, Tensor]] = {}
         self._tensor_options: dict[tuple[str, int, str], Tensor] = {}
         self._spare: list[Tensor] = []
-        self._captured: list[Tensor] = []
+        self._captured: list[Any] = []
 
     @contextmanager
     def counting(self) -> Iterator[Tensor]:
@@ -182,7 +182,8 @@ class DeviceTable:
         staging[:count], staging[count:] = addresses, numbers
         copy = torch.empty(staging.shape, dtype=torch.int64, device=self._table.device)
         copy.copy_(staging, non_blocking=True)
-        self._captured += [staging, copy]
+        # All that the graph reads, and that this table may let go of before it.
+        self._captured.append((staging, copy, self._table.state))
         self.uploads += 1
         return copy[:count].view(ROWS, -1), copy[count:]
 
