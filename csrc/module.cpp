@@ -45,8 +45,8 @@ bool describe_one(PyObject* tensor, DLPackDLTensorFromPyObjectNoSync view, std::
   if (view(tensor, &seen) != 0) return false;
   int64_t elements = 1;
   for (int32_t i = 0; i < seen.ndim; ++i) elements *= seen.shape[i];
-  // DLPack knows of no lazy conjugation or negation. A negated real tensor is every other number of a complex one, which
-  // its strides tell, unless it is a single element.
+  // DLPack knows of no lazy conjugation or negation. A negated real tensor is every other number of a complex one,
+  // which its strides tell, unless it is a single element.
   int conjugated = 0, negated = 0;
   if (seen.dtype.code == kDLComplex || elements == 1) {
     conjugated = is_true(tensor, "is_conj");
