@@ -136,14 +136,15 @@ template <typename T>
 struct AdamStep {
   T grad_weight, beta2, square_weight, eps, step_size, root_correction, coupled_decay, decay_factor, grad_factor;
 
-  // step counts from 1; bias corrections in double (1 - 0.999^1 has 14 bits left in float).
-  FASTSAM_HOST_DEVICE AdamStep(const AdamOptions& options, double step, double inv_grad_scale)
+  // Powers: beta ** step, with step counted from 1; bias corrections in double (1 - 0.999^1 has 14 bits left in float).
+  FASTSAM_HOST_DEVICE AdamStep(const AdamOptions& options, double beta1_power, double beta2_power,
+                               double inv_grad_scale)
       : grad_weight(static_cast<T>(1.0 - options.beta1)),
         beta2(static_cast<T>(options.beta2)),
         square_weight(static_cast<T>(1.0 - options.beta2)),
         eps(static_cast<T>(options.eps)),
-        step_size(static_cast<T>(options.lr / (1.0 - pow(options.beta1, step)))),
-        root_correction(static_cast<T>(sqrt(1.0 - pow(options.beta2, step)))),
+        step_size(static_cast<T>(options.lr / (1.0 - beta1_power))),
+        root_correction(static_cast<T>(sqrt(1.0 - beta2_power))),
         coupled_decay(static_cast<T>(options.decoupled ? 0.0 : options.weight_decay)),
         decay_factor(static_cast<T>(options.decoupled ? 1.0 - options.lr * options.weight_decay : 1.0)),
         grad_factor(static_cast<T>(options.maximize ? -inv_grad_scale : inv_grad_scale)) {}

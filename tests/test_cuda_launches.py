@@ -1,6 +1,7 @@
-"""What is decided before a CUDA kernel touches an element: launches, arguments, chunks, vectors. On the CPU."""
+"""What is decided before a CUDA kernel touches an element: launches, arguments, chunks, vectors, powers. On the CPU."""
 
 import ctypes
+from fractions import Fraction
 
 import cuda_on_cpu
 import pytest
@@ -104,3 +105,13 @@ def test_vectors_are_aligned_and_as_many_as_can_be(library, element_size, offset
     assert vectors == ((length - head) // width if alike else 0)
     if vectors:
         assert all((address + head * element_size) % 16 == 0 for address in addresses)
+
+
+@given(
+    base=st.floats(0, 1, exclude_max=True) | st.sampled_from([0.0, 0.9, 0.999, 0.9999999, 1 - 2.0**-53]),
+    exponent=st.integers(1, 40) | st.sampled_from([1000, 4095, 2**14 + 1]),
+)
+def test_powers_are_correctly_rounded(library, base, exponent):
+    expected = float(Fraction(base) ** exponent)
+    found = library.power(ctypes.c_double(base), ctypes.c_int64(exponent))
+    assert found == expected or expected < 1e-200, "what underflows is lost beside 1"

@@ -2,6 +2,7 @@
 #include "launch.cuh"
 #include "multi_tensor.cuh"
 #include "operations.h"
+#include "power.cuh"
 #include "restore.cuh"
 
 namespace fastsam::cuda {
@@ -98,9 +99,15 @@ __device__ __forceinline__ SgdStep<T> make_step(const SgdOptions& options, doubl
 }
 
 template <typename T>
+__device__ __forceinline__ double power_for(double beta, double step) {
+  return std::is_same_v<T, double> ? whole_power(beta, static_cast<int64_t>(step)) : pow(beta, step);
+}
+
+template <typename T>
 __device__ __forceinline__ AdamStep<T> make_step(const AdamOptions& options, double steps_before,
                                                  double inv_grad_scale) {
-  return {options, steps_before + 1.0, inv_grad_scale};
+  const double step = steps_before + 1.0;
+  return {options, power_for<T>(options.beta1, step), power_for<T>(options.beta2, step), inv_grad_scale};
 }
 
 // One more update for every tensor of the launch that has a gradient.

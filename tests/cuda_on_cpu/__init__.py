@@ -52,4 +52,5 @@ def load() -> ctypes.CDLL:
     functions = ctypes.CDLL(str(build()))
     for name in ("plan", "few_tensors", "many_tensors"):
         getattr(functions, name).restype = ctypes.c_int64
+    functions.power.restype = ctypes.c_double
     return functions

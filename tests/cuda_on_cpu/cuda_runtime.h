@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <barrier>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -34,6 +35,17 @@ inline std::barrier<>* block_barrier = nullptr;
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline int atomicAdd(int* counter, int value) { return std::atomic_ref<int>(*counter).fetch_add(value); }
+
+// In volatile variables nothing is fused.
+inline double __dmul_rn(double a, double b) {
+  const volatile double result = a * b;
+  return result;
+}
+inline double __dadd_rn(double a, double b) {
+  const volatile double result = a + b;
+  return result;
+}
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 
 struct int4 {
   int x, y, z, w;

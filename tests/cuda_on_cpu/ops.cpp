@@ -17,6 +17,7 @@ using ::NoDeviceGuard;
 #define STABLE_TORCH_LIBRARY_IMPL(library, key, m) _STABLE_TORCH_LIBRARY_IMPL(fastsam_on_cpu, CPU, m, C10_UID)
 
 #include "../../csrc/cuda/ops.cpp"
+#include "../../csrc/cuda/power.cuh"
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
@@ -72,3 +73,5 @@ EXPORT void split(uint64_t address, uint64_t differences, int64_t length, int64_
   found[0] = result.head;
   found[1] = result.vectors;
 }
+
+EXPORT double power(double base, int64_t exponent) { return whole_power(base, exponent); }
