@@ -74,8 +74,8 @@ struct SgdOptions {
 
 template <typename T>
 struct SgdStep {
-  T lr, momentum, grad_weight, weight_decay, inv_scale;
-  bool nesterov, maximize;
+  T lr, momentum, grad_weight, weight_decay, grad_factor;
+  bool nesterov;
 
   FASTSAM_HOST_DEVICE SgdStep(const SgdOptions& options, double inv_grad_scale, bool first)
       : lr(static_cast<T>(options.lr)),
@@ -84,12 +84,11 @@ struct SgdStep {
         momentum(static_cast<T>(options.momentum)),
         grad_weight(static_cast<T>(first ? 1.0 : 1.0 - options.dampening)),
         weight_decay(static_cast<T>(options.weight_decay)),
-        inv_scale(static_cast<T>(inv_grad_scale)),
-        nesterov(options.nesterov),
-        maximize(options.maximize) {}
+        grad_factor(static_cast<T>(options.maximize ? -inv_grad_scale : inv_grad_scale)),
+        nesterov(options.nesterov) {}
 
   FASTSAM_HOST_DEVICE T direction(T param, T grad) const {
-    const T unscaled = (maximize ? -grad : grad) * inv_scale;
+    const T unscaled = grad * grad_factor;
     // Selected, not multiplied by zero: 0 * inf is NaN.
     return weight_decay != 0 ? unscaled + weight_decay * param : unscaled;
   }
@@ -117,8 +116,7 @@ struct AdamOptions {
 
 template <typename T>
 struct AdamStep {
-  T grad_weight, beta2, square_weight, eps, step_size, root_correction, coupled_decay, decay_factor, inv_scale;
-  bool maximize;
+  T grad_weight, beta2, square_weight, eps, step_size, root_correction, coupled_decay, decay_factor, grad_factor;
 
   // step counts from 1; bias corrections in double (1 - 0.999^1 has 14 bits left in float).
   FASTSAM_HOST_DEVICE AdamStep(const AdamOptions& options, double step, double inv_grad_scale)
@@ -130,12 +128,11 @@ struct AdamStep {
         root_correction(static_cast<T>(sqrt(1.0 - pow(options.beta2, step)))),
         coupled_decay(static_cast<T>(options.decoupled ? 0.0 : options.weight_decay)),
         decay_factor(static_cast<T>(options.decoupled ? 1.0 - options.lr * options.weight_decay : 1.0)),
-        inv_scale(static_cast<T>(inv_grad_scale)),
-        maximize(options.maximize) {}
+        grad_factor(static_cast<T>(options.maximize ? -inv_grad_scale : inv_grad_scale)) {}
 
   // exp_avg and exp_avg_sq become their new values; returns the second moment to divide by (before amsgrad's max).
   FASTSAM_HOST_DEVICE void moments(T param, T grad, T& exp_avg, T& exp_avg_sq) const {
-    const T unscaled = (maximize ? -grad : grad) * inv_scale;
+    const T unscaled = grad * grad_factor;
     const T g = coupled_decay != 0 ? unscaled + coupled_decay * param : unscaled;
     // torch.lerp's two forms: exact at both ends.
     exp_avg = grad_weight < T(0.5) ? exp_avg + grad_weight * (g - exp_avg) : g - (g - exp_avg) * (T(1) - grad_weight);

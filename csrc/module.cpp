@@ -1,18 +1,25 @@
 // The Python module fastsam._C. Importing it registers the operators of ops.cpp; its functions look at what every step
-// has to look at for thousands of tensors: where they are, and whether they are still the same objects.
+// has to look at for thousands of tensors: where they are, how they look, and whether they are still the same objects.
 //
 // Each returns bytes, one int64 per answer, to be compared with those of the step before.
 #include <Python.h>
 
 #include <cstdint>
-#include <exception>
+#include <new>
+#include <vector>
+
+// torch refuses its copy of DLPack's header under its own stable ABI. DLPack has a version of its own, asked below.
+#undef TORCH_TARGET_VERSION
+#include <ATen/dlpack.h>
 
 namespace {
 
-// Returns a tensor's data pointer and throws for anything else; torch hands the function out for compiled callers.
-using DataPtr = void* (*)(PyObject*);
-
 int64_t identity(const void* object) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(object)); }
+
+PyObject* to_bytes(const std::vector<int64_t>& answers) {
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(answers.data()),
+                                   static_cast<Py_ssize_t>(answers.size() * sizeof(int64_t)));
+}
 
 // A bytes object for `count` answers, and where they go; nullptr and an exception if there is no memory.
 PyObject* make_answers(Py_ssize_t count, int64_t** answers) {
@@ -21,30 +28,77 @@ PyObject* make_answers(Py_ssize_t count, int64_t** answers) {
   return result;
 }
 
-// addresses(tensors: list, data_ptr: int) -> bytes: 0 for None.
-PyObject* addresses(PyObject*, PyObject* arguments) {
-  PyObject* tensors = nullptr;
-  unsigned long long function = 0;
-  if (!PyArg_ParseTuple(arguments, "OK:addresses", &tensors, &function)) return nullptr;
-  if (!PyList_Check(tensors) || function == 0) {
-    PyErr_SetString(PyExc_TypeError, "addresses() takes a list of tensors and the address of torch's data_ptr");
+// Asks a tensor a question without arguments; -1 and an exception if it cannot be answered.
+int is_true(PyObject* tensor, const char* method) {
+  PyObject* answer = PyObject_CallMethod(tensor, method, nullptr);
+  if (answer == nullptr) return -1;
+  const int result = PyObject_IsTrue(answer);
+  Py_DECREF(answer);
+  return result;
+}
+
+// Appends to `looks` what `tensor` looks like, and its address to `addresses`; false and an exception if it cannot be
+// told this way (a sparse tensor, say).
+bool describe_one(PyObject* tensor, DLPackDLTensorFromPyObjectNoSync view, std::vector<int64_t>& addresses,
+                  std::vector<int64_t>& looks) {
+  DLTensor seen;
+  if (view(tensor, &seen) != 0) return false;
+  int64_t elements = 1;
+  for (int32_t i = 0; i < seen.ndim; ++i) elements *= seen.shape[i];
+  // DLPack knows of no lazy conjugation or negation. A negated real tensor is every other number of a complex one,
+  // which its strides tell, unless it is a single element.
+  int conjugated = 0, negated = 0;
+  if (seen.dtype.code == kDLComplex || elements == 1) {
+    conjugated = is_true(tensor, "is_conj");
+    if (conjugated >= 0) negated = is_true(tensor, "is_neg");
+    if (conjugated < 0 || negated < 0) return false;
+  }
+  addresses.push_back(identity(seen.data) + static_cast<int64_t>(seen.byte_offset));
+  looks.push_back(int64_t{seen.device.device_type} << 32 | seen.device.device_id);
+  looks.push_back(int64_t{seen.dtype.code} << 24 | int64_t{seen.dtype.bits} << 16 | conjugated << 1 | negated);
+  looks.push_back(seen.ndim);
+  looks.insert(looks.end(), seen.shape, seen.shape + seen.ndim);
+  looks.insert(looks.end(), seen.strides, seen.strides + seen.ndim);
+  return true;
+}
+
+// describe(tensors: list, Tensor: type, exchange_api) -> (bytes, bytes) or None: the address of each tensor (0 for
+// None), and what they look like: device, dtype, shape, strides. None: ask them in Python.
+PyObject* describe(PyObject*, PyObject* arguments) {
+  PyObject *tensors = nullptr, *type = nullptr, *capsule = nullptr;
+  if (!PyArg_ParseTuple(arguments, "O!O!O:describe", &PyList_Type, &tensors, &PyType_Type, &type, &capsule)) {
     return nullptr;
   }
-  const auto data_ptr = reinterpret_cast<DataPtr>(static_cast<uintptr_t>(function));
-  int64_t* answers = nullptr;
-  PyObject* result = make_answers(PyList_Size(tensors), &answers);
-  if (result == nullptr) return nullptr;
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (api == nullptr) return nullptr;
+  if (api->header.version.major != DLPACK_MAJOR_VERSION || api->dltensor_from_py_object_no_sync == nullptr) {
+    Py_RETURN_NONE;
+  }
   try {
+    std::vector<int64_t> addresses, looks;
+    addresses.reserve(PyList_Size(tensors));
+    looks.reserve(5 * PyList_Size(tensors));
     for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
       PyObject* tensor = PyList_GetItem(tensors, i);
-      answers[i] = tensor == Py_None ? 0 : identity(data_ptr(tensor));
+      if (tensor == Py_None) {
+        addresses.push_back(0);
+        looks.push_back(-1);
+      } else if (!PyType_IsSubtype(Py_TYPE(tensor), reinterpret_cast<PyTypeObject*>(type))) {
+        PyErr_SetString(PyExc_TypeError, "describe() takes a list of tensors");
+        return nullptr;
+      } else if (!describe_one(tensor, api->dltensor_from_py_object_no_sync, addresses, looks)) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+      }
     }
-  } catch (const std::exception& error) {
-    Py_DECREF(result);
-    PyErr_SetString(PyExc_TypeError, error.what());
-    return nullptr;
+    PyObject *first = to_bytes(addresses), *second = to_bytes(looks), *result = nullptr;
+    if (first != nullptr && second != nullptr) result = PyTuple_Pack(2, first, second);
+    Py_XDECREF(first);
+    Py_XDECREF(second);
+    return result;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
   }
-  return result;
 }
 
 // identities(objects: list) -> bytes
@@ -83,7 +137,7 @@ PyObject* nested_identities(PyObject*, PyObject* arguments) {
   return result;
 }
 
-PyMethodDef methods[] = {{"addresses", addresses, METH_VARARGS, nullptr},
+PyMethodDef methods[] = {{"describe", describe, METH_VARARGS, nullptr},
                          {"identities", identities, METH_O, nullptr},
                          {"nested_identities", nested_identities, METH_VARARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

@@ -21,6 +21,8 @@ class FusedUpdate(NamedTuple):
     """The backend's function."""
     options: Callable[[Group], SGDOptions | AdamOptions]
     state_names: Callable[[Group], StateNames]
+    saved: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """What of a parameter's state goes into a state_dict."""
 
 
 def _sgd_options(group: Group) -> SGDOptions:
@@ -40,6 +42,13 @@ def _sgd_state(group: Group) -> StateNames:
     # torch.optim.SGD counts no steps. Only with dampening does a first step differ from one over a buffer of zeros, so
     # only there must a checkpoint say whether it has happened.
     return StateNames(("momentum_buffer",), "fastsam_step" if group["dampening"] != 0 else None)
+
+
+def _saved_sgd_state(entries: dict[str, Any]) -> dict[str, Any]:
+    # Before a first step with dampening (an overflow has skipped it, say) the buffer is zeros, in which torch.optim.SGD
+    # would see a past.
+    step = entries.get("fastsam_step")
+    return {} if step is not None and float(step) == 0 else dict(entries)
 
 
 def _adam_options(group: Group) -> AdamOptions:
@@ -65,7 +74,7 @@ _ADAM = FusedUpdate("restore_and_adam_", _adam_options, _adam_state)
 
 # Exactly these classes: a subclass may do anything in its step().
 FUSED: dict[type[torch.optim.Optimizer], FusedUpdate] = {
-    torch.optim.SGD: FusedUpdate("restore_and_sgd_", _sgd_options, _sgd_state),
+    torch.optim.SGD: FusedUpdate("restore_and_sgd_", _sgd_options, _sgd_state, _saved_sgd_state),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
 }
@@ -79,6 +88,8 @@ def check_base(base: Any, options: Mapping[str, Any]) -> None:
         raise TypeError(f"base must be a torch.optim.Optimizer class, got {base!r}")
     if _needs_closure(base):
         raise TypeError(f"base {base.__name__} is not supported: its step() needs a closure of its own")
+    if issubclass(base, torch.optim.SparseAdam):
+        raise TypeError(f"base {base.__name__} is not supported: it takes sparse gradients only")
     for name in ("rho", "adaptive", "perturb"):
         if name in inspect.signature(base).parameters:
             raise TypeError(f"base {base.__name__} is not supported: its option {name!r} is also FastSAM's")

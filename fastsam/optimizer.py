@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -279,7 +280,7 @@ class FastSAM(Optimizer):
 
     def _climb_tables(self, tables: list[TensorTable]) -> None:
         if not any(table.present for table in tables):
-            raise RuntimeError("first_step(): no parameter has a gradient; call backward() first")
+            raise RuntimeError("no parameter has a gradient; call backward() first")
         options = [_climb_options(group) for group in self.param_groups]
         perturb = [bool(group["perturb"]) for group in self.param_groups]
         for table in tables:
@@ -363,7 +364,10 @@ class FastSAM(Optimizer):
             RuntimeError: the weights are climbed.
         """
         self._refuse_perturbed("state_dict()")
-        return super().state_dict()
+        saved = super().state_dict()
+        if (update := FUSED.get(type(self.base_optimizer))) is not None:
+            saved["state"] = {key: update.saved(entries) for key, entries in saved["state"].items()}
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of FastSAM or of the base alone; what the latter lacks is kept as it is.
@@ -472,9 +476,9 @@ def _check_rho(rho: Any, *, read: bool = True) -> None:
         if not read:
             return
         rho = rho.item()
-    if not isinstance(rho, (int, float)):
+    if not isinstance(rho, numbers.Real):
         raise TypeError(f"rho must be a number or a tensor with one element, got {type(rho).__name__}")
-    if not 0 <= rho < math.inf:
+    if not 0 <= float(rho) < math.inf:
         raise ValueError(f"rho must be finite and >= 0, got {rho}")
 
 
@@ -512,6 +516,8 @@ def _completed(group: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     params = [params] if isinstance(params, Tensor) else list(params)
     completed = {**own, **group, "params": params}
     _check_options(completed)
+    if not isinstance(completed["rho"], Tensor):
+        completed["rho"] = float(completed["rho"])  # a checkpoint with NumPy's numbers would not load as weights_only
     return completed
 
 

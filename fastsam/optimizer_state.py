@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsam.fingerprint import addresses, nested_identities
+from fastsam.fingerprint import Description, describe, nested_identities
 from fastsam.memory_layout import allocate_like, as_real, is_dense, same_order
 
 OptimizerState = Mapping[Tensor, dict[str, Any]]
@@ -61,7 +61,7 @@ class StateBinding:
         self._look: bytes | None = None
         self._alive: list[Any] = []
         self._bound: list[Tensor] = []
-        self._addresses = b""
+        self._description: Description | None = None
         self._stateful: set[int] = set()
         self._covered: list[int] | None = None
         self.written: list[Tensor] = []
@@ -83,11 +83,11 @@ class StateBinding:
         self._look = _look_at(state, self._names)
         # An identity means something only while its object lives.
         self._alive = [(param, entries, *entries.values()) for param, entries in state.items()]
-        self._addresses = addresses(self._bound)
+        self._description = describe(self._bound)
 
     def _is_bound(self, state: OptimizerState) -> bool:
         same = self._look is not None and _look_at(state, self._names or ()) == self._look
-        return same and addresses(self._bound) == self._addresses
+        return same and describe(self._bound) == self._description
 
     def _covers(self, present: list[int]) -> bool:
         if present is not self._covered and self._stateful.issuperset(present):

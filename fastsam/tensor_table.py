@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fastsam.fingerprint import BLOCK, Fingerprint, ParameterBlock, addresses, identities
+from fastsam.fingerprint import BLOCK, ParameterBlock, describe, identities
 from fastsam.memory_layout import allocate_like, as_real, check_parameter, is_dense, same_order
 from fastsam.optimizer_state import STATE_SLOTS, OptimizerState, PreparedState, StateBinding, StateNames
 
@@ -22,8 +22,6 @@ ROWS = STATE + STATE_SLOTS
 
 # What finding a chunk costs, in elements (csrc/tensor_table.h): threads share the chunks by it.
 CHUNK_OVERHEAD = 64
-
-_grad = attrgetter("grad")
 
 
 class Member(NamedTuple):
@@ -85,7 +83,8 @@ class TensorTable:
         self.versions = [0] * ROWS
         self.tensors = torch.tensor([[v.numel() for v in self.values], self.groups], dtype=torch.int64)
         self._write_row(PARAM, self.values)
-        self._addresses = addresses(self.params)
+        # Of each parameter alone: a resized one takes its detached twin's memory along.
+        self._descriptions = [describe([p]) for p in self.params]
         self._blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
         self._grad_scratch: dict[int, Tensor] = {}
         self._climb_key: tuple[Any, ...] | None = None
@@ -101,11 +100,7 @@ class TensorTable:
         """The parameters that are not where, or not what, they were when the table was built."""
         if all(block.is_unchanged() for block in self._blocks):
             return []
-        return [
-            i
-            for i, (original, param) in enumerate(zip(self._originals, self.params, strict=True))
-            if addresses([param]) != self._addresses[8 * i : 8 * i + 8] or not Fingerprint([original]).matches([param])
-        ]
+        return [i for i, param in enumerate(self.params) if describe([param]) != self._descriptions[i]]
 
     def read_grads(self) -> bool:
         """Takes the parameters' present gradients into ``grads`` and the table.
@@ -118,19 +113,17 @@ class TensorTable:
         """
         self.drop_grads()
         grads: list[Tensor | None] = []
-        found: list[bytes] = []
-        usual = True
+        found: list[bytes | None] = []
         for block in self._blocks:
             if not block.is_unchanged():
                 return False
-            mine = list(map(_grad, block.params))
-            usual = usual and block.has_usual_grads(mine)
-            if usual:
-                found.append(addresses(mine))
+            mine, addresses = block.read_grads()
             grads += mine
-        if usual:
+            found.append(addresses)
+        usual = [addresses for addresses in found if addresses is not None]
+        if len(usual) == len(found):
             self.grads = grads
-            self._write_row(GRAD, grads, b"".join(found))
+            self._write_row(GRAD, grads, b"".join(usual))
         else:
             self._read_any_grads(grads)
         return True
@@ -141,7 +134,8 @@ class TensorTable:
         self.present = [i for i, g in enumerate(grads) if g is not None]
         self._write_row(GRAD, laid_out)
         for block in self._blocks:
-            block.expect_grads(grads[block.start : block.stop], laid_out[block.start : block.stop])
+            mine = slice(block.start, block.stop)
+            block.expect_grads(grads[mine], usable=all(map(is_, grads[mine], laid_out[mine])))
 
     def _lay_out(self, i: int, grad: Tensor) -> Tensor:
         """The gradient itself where its elements lie as the parameter's do, else a copy that does."""
@@ -240,7 +234,7 @@ class TensorTable:
     # ---- addresses and chunks ----
 
     def _write_row(self, row: int, tensors: list[Tensor] | list[Tensor | None], found: bytes | None = None) -> None:
-        numbers = bytearray(addresses(tensors) if found is None else found)
+        numbers = bytearray(describe(tensors).addresses if found is None else found)
         # An empty tensor may have the address 0, which says "absent". It has no chunk, so no address is ever used.
         for i in self._empty:
             numbers[8 * i : 8 * i + 8] = int(tensors[i] is not None).to_bytes(8, sys.byteorder)

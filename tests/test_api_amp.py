@@ -223,6 +223,9 @@ def test_overflow_in_the_first_step_leaves_a_state_that_the_base_takes_for_none(
     poison.armed = False
     scaler.step(optimizer)
     scaler.update()
+    base_again = torch.optim.SGD(mine.params, foreach=False, **options)
+    base_again.load_state_dict(optimizer.state_dict())
+    assert not any(base_again.state.values())
     for _ in range(3):
         mine.step(optimizer)
         theirs.plain_step(base)

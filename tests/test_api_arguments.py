@@ -5,7 +5,9 @@ import inspect
 import logging
 import sys
 import types
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -289,6 +291,17 @@ def test_bad_rho_is_refused(rho, error, message, give):
         give(rho=rho)
 
 
+@pytest.mark.parametrize("rho", [np.float32(0.25), np.int64(1), Fraction(1, 4), 1], ids=lambda rho: type(rho).__name__)
+def test_any_real_number_is_a_rho(rho):
+    for optimizer in (
+        FastSAM(make_params(), lr=0.1, rho=rho),
+        FastSAM([{"params": make_params(), "rho": rho}], lr=0.1),
+    ):
+        (group,) = optimizer.param_groups
+        assert type(group["rho"]) is float
+        assert group["rho"] == rho
+
+
 @everywhere
 def test_adaptive_must_be_a_bool(give):
     with pytest.raises(TypeError, match="adaptive must be True or False, got 'yes'"):
@@ -318,6 +331,7 @@ BAD_BASES = {
     "lbfgs": (torch.optim.LBFGS, "base LBFGS is not supported: .* closure"),
     "needs-closure": (NeedsClosure, "base NeedsClosure is not supported: .* closure"),
     "adadelta": (torch.optim.Adadelta, "base Adadelta is not supported: its option 'rho'"),
+    "sparse-adam": (torch.optim.SparseAdam, "base SparseAdam is not supported: .* sparse gradients"),
     "fastsam": (FastSAM, "base FastSAM is not supported"),
 }
 

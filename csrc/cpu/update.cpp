@@ -55,7 +55,7 @@ FASTSAM_MULTIVERSION void amsgrad(scalar_t* __restrict__ result, const scalar_t*
     step.moments(w, static_cast<T>(grad[i]), mean, square);
     const T previous = static_cast<T>(max_exp_avg_sq[i]);
     // Written so that a NaN in either stays one, as in torch.maximum.
-    const T largest = previous > square || previous != previous ? previous : square;
+    const T largest = (previous > square) | (previous != previous) ? previous : square;
     exp_avg[i] = static_cast<scalar_t>(mean);
     exp_avg_sq[i] = static_cast<scalar_t>(square);
     max_exp_avg_sq[i] = static_cast<scalar_t>(largest);
