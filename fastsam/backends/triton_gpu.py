@@ -106,7 +106,7 @@ def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) ->
     partials, norm = _reduction_memory(tables[0], sum(counts))
     with copies[0].counting() as finished:
         for position, (table, copy) in enumerate(zip(tables, copies, strict=True)):
-            addresses, packed = copy.read(options)
+            addresses, packed = copy.read(table, options)
             first = sum(counts[:position])
             arguments = packed, partials, finished, norm, len(table.params), first, sum(counts)
             constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype], "FIELDS": len(options[0])}
@@ -116,14 +116,14 @@ def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) ->
 
 def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
     copy = _device_table(table)
-    addresses, packed = copy.read(options)
+    addresses, packed = copy.read(table, options)
     arguments = addresses, copy.chunks, packed, norm, len(table.params)
     _launch(perturb_kernel, table, arguments, _constants(table, options))
 
 
 def restore_(table: TensorTable) -> None:
     copy = _device_table(table)
-    addresses, _ = copy.read()
+    addresses, _ = copy.read(table)
     constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype]}
     _launch(restore_kernel, table, (addresses, copy.chunks, len(table.params)), constants)
 
@@ -148,7 +148,7 @@ def _update(
     found_inf: Tensor | None,
 ) -> None:
     copy = _device_table(table)
-    addresses, packed = copy.read(options)
+    addresses, packed = copy.read(table, options)
     grad_scale = copy.no_scale if grad_scale is None else grad_scale
     found_inf = copy.no_overflow if found_inf is None else found_inf
     with copy.counting() as finished:
