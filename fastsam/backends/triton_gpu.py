@@ -53,8 +53,8 @@ WARPS = 4
 # The most that Adam needs. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills.
 REGISTERS = 128
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
-# interpreter's time goes with the number of blocks.
-BLOCK_BYTES = 131072 if _interpreted else 4096
+# interpreter's time goes with the number of blocks, but most tensors of tests are small.
+BLOCK_BYTES = 32768 if _interpreted else 4096
 
 # The most elements that a program gets. A small table is cut finer, into a few thousand chunks: enough to keep every
 # multiprocessor busy to the end.
