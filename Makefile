@@ -13,6 +13,8 @@ BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 REQUIRED := FASTSAM_REQUIRE_BACKENDS=reference,foreach,native,triton
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+CUDA := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/*.h)
+FORMATTED := $(CSRC) $(CUDA) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 
 # What stands when a part of the set-up is done; touched last, so that a failure is tried again.
 DEPENDENCIES := .venv/.dependencies
@@ -21,7 +23,7 @@ EXTENSION := .venv/.extension
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench kernels lint format wheel compat clean
+.PHONY: help setup demo test bench kernels cuda sanitizer lint format wheel compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -49,14 +51,25 @@ endif
 	$(BIN)/python tools/compile_kernels.py \
 	  $(if $(QUICK),--quick,$(addprefix --triton build/triton/,$(OTHER_TRITON))) $(ARGS)
 
+cuda: $(EXTENSION)  ## Compile the CUDA kernels with nvcc, without a GPU; a table; FASTSAM_CUDA_ARCHS=90: one GPU's
+	FASTSAM_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python tools/inspect_cuda.py fastsam/_C_cuda.abi3.so
+
+# Every allocation by itself, so that an access behind one is seen.
+sanitizer:  ## The CUDA kernels under compute-sanitizer, on a machine with a GPU, after make cuda
+	for tool in memcheck racecheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTSAM_REQUIRE_BACKENDS=native:cuda compute-sanitizer --tool $$tool \
+	    --target-processes all --error-exitcode 1 $(BIN)/pytest -m gpu -k native --timeout 0 $(or $(ARGS),tests/test_backends.py) || exit 1; \
+	done
+
 lint: $(DEPENDENCIES)  ## Formatting, ruff and mypy; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(DEPENDENCIES)  ## Format everything in place
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(FORMATTED)
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -30,7 +30,12 @@ class DeviceTable:
 
     Every upload goes through pinned memory of its own, which PyTorch's host allocator hands out again only when the
     copy is done. A copy that is captured into a CUDA graph happens at each replay: it has a source and a target of its
-    own, which are not written again and live as long as the table.
+    own. What a graph reads is not written again and lives as long as the table.
+
+    Args:
+        table: the table.
+        chunk_size: elements of a chunk, at most.
+        rows: which of the table's addresses the kernels read here.
 
     Attributes:
         chunks: int64 ``(count, 4)``: tensor, first element, length, parameter group. There is a row, of length 0, even
@@ -40,23 +45,24 @@ class DeviceTable:
         uploads: how many copies were sent up, for tests.
     """
 
-    def __init__(self, table: TensorTable, chunk_size: int) -> None:
+    def __init__(self, table: TensorTable, chunk_size: int, rows: Iterable[int] = range(ROWS)) -> None:
         # The table itself is not kept: it keeps this, and a ring of the two would hold the backups' memory.
         self._device = table.device
         if is_capturing(self._device):
             refuse_capture("fastsam has not seen these parameters before")
-        rows = [
+        self._read_rows = tuple(rows)
+        cut = [
             (i, start, min(chunk_size, value.numel() - start), table.groups[i])
             for i, value in enumerate(table.values)
             for start in range(0, value.numel(), chunk_size)
         ]
-        self.chunks = torch.empty((max(len(rows), 1), 4), dtype=torch.int64, device=self._device)
+        self.chunks = torch.empty((max(len(cut), 1), 4), dtype=torch.int64, device=self._device)
         self._finished = torch.zeros((), dtype=torch.int32, device=self._device)
         self._was_cut_off = False
         self.no_scale = torch.ones((), dtype=torch.float32, device=self._device)
         self.no_overflow = torch.zeros((), dtype=torch.float32, device=self._device)
         self.uploads = 0
-        self._send(torch.tensor(rows or [(0, 0, 0, table.groups[0])], dtype=torch.int64), self.chunks)
+        self._send(torch.tensor(cut or [(0, 0, 0, table.groups[0])], dtype=torch.int64), self.chunks)
         self._rows = torch.zeros(table.addresses.shape, dtype=torch.int64, device=self._device)
         self._versions = [-1] * ROWS
         self._options: dict[str, tuple[bytes, Tensor]] = {}
@@ -85,17 +91,20 @@ class DeviceTable:
             RuntimeError: under capture, if anything but the gradients has changed since the last step outside.
         """
         words = self._pack(options)
+        name = type(options[0]).__name__ if options else ""
         if is_capturing(self._device):
-            return self._send_in_graph(table, words)
+            return self._read_in_graph(table, name, words)
         self._make_room_for_graphs(table)
         self._send_rows(table)
-        return self._rows, self._send_options(type(options[0]).__name__, words) if options else self._rows
+        return self._rows, self._send_options(name, words) if options else self._rows
 
     def _changed_rows(self, table: TensorTable) -> list[int]:
-        return [row for row in range(ROWS) if table.versions[row] != self._versions[row]]
+        return [row for row in self._read_rows if table.versions[row] != self._versions[row]]
 
     def _send_rows(self, table: TensorTable) -> None:
         if changed := self._changed_rows(table):
+            if self._is_captured(self._rows):
+                self._rows = self._rows.clone()
             sent = slice(changed[0], changed[-1] + 1)
             self._send(table.addresses[sent], self._rows[sent])
             self._versions = list(table.versions)
@@ -104,7 +113,7 @@ class DeviceTable:
         sent, copy = self._options.get(name, (b"", self._rows))
         if sent != words:
             numbers = torch.frombuffer(bytearray(words), dtype=torch.int64)
-            if len(sent) != len(words):
+            if len(sent) != len(words) or self._is_captured(copy):
                 copy = torch.empty(numbers.shape, dtype=torch.int64, device=self._device)
             # Until the copy is sent, it may hold anything.
             self._options.pop(name, None)
@@ -156,6 +165,21 @@ class DeviceTable:
             size = table.addresses.numel() + 2 * _MAX_FIELDS * (max(table.groups) + 1)
             self._spare += self._staging((CAPTURED_UPLOADS, size)).unbind()
 
+    def _is_captured(self, copy: Tensor) -> bool:
+        return any(copy is kept for entry in self._captured for kept in entry)
+
+    def _read_in_graph(self, table: TensorTable, name: str, words: bytes) -> tuple[Tensor, Tensor]:
+        sent, copy = self._options.get(name, (b"", self._rows))
+        if self._changed_rows(table) or sent != words:
+            return self._send_in_graph(table, words)
+        # What is there is what the graph is to read, from now on for good.
+        self._keep_for_graphs(table, self._rows, copy)
+        return self._rows, copy
+
+    def _keep_for_graphs(self, table: TensorTable, *read: Tensor) -> None:
+        """With what a graph reads besides, and the table may let go of."""
+        self._captured.append((*read, table.state, tuple(self._tensor_options.values())))
+
     def _send_in_graph(self, table: TensorTable, words: bytes) -> tuple[Tensor, Tensor]:
         if any(row != GRAD for row in self._changed_rows(table)):
             refuse_capture("parameters, backups or state are not where they were")
@@ -168,8 +192,7 @@ class DeviceTable:
         staging[:count], staging[count:] = addresses, numbers
         copy = torch.empty(staging.shape, dtype=torch.int64, device=self._device)
         copy.copy_(staging, non_blocking=True)
-        # With what the graph reads besides, and the table may let go of.
-        self._captured.append((staging, copy, table.state, tuple(self._tensor_options.values())))
+        self._keep_for_graphs(table, staging, copy)
         self.uploads += 1
         return copy[:count].view(ROWS, -1), copy[count:]
 
@@ -185,3 +208,11 @@ def refuse_capture(reason: str) -> NoReturn:
         f"this step cannot be captured into a CUDA graph: {reason}; run a step outside the capture first, and "
         "capture the one after it"
     )
+
+
+def fit_chunk_size(elements: int, smallest: int, largest: int) -> int:
+    """For a table of so many elements: a few thousand chunks, enough to keep every multiprocessor busy to the end."""
+    size = min(smallest, largest)
+    while size < largest and size * 4096 < elements:
+        size *= 2
+    return size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions
-from fastsam.backends.device_table import DeviceTable, is_capturing, refuse_capture
+from fastsam.backends.device_table import DeviceTable, fit_chunk_size, is_capturing, refuse_capture
 from fastsam.backends.scalars import opmath_dtype
 from fastsam.tensor_table import TensorTable
 
@@ -56,11 +56,9 @@ REGISTERS = 128
 # interpreter's time goes with the number of blocks, but most tensors of tests are small.
 BLOCK_BYTES = 32768 if _interpreted else 4096
 
-# The most elements that a program gets. A small table is cut finer, into a few thousand chunks: enough to keep every
-# multiprocessor busy to the end.
+# The most elements that a program gets; a small table is cut finer.
 CHUNK_SIZE = 65536
 SMALLEST_CHUNK = CHUNK_SIZE if _interpreted else 4096
-_FEW_THOUSAND = 4096
 
 
 def compile_options(*, nvidia: bool) -> dict[str, Any]:
@@ -89,10 +87,7 @@ def check(device_type: str) -> None:
 
 def chunk_size(elements: int) -> int:
     """How many elements a program gets at most, of a table of so many: a power of two."""
-    size = min(SMALLEST_CHUNK, CHUNK_SIZE)
-    while size < CHUNK_SIZE and size * _FEW_THOUSAND < elements:
-        size *= 2
-    return size
+    return fit_chunk_size(elements, SMALLEST_CHUNK, CHUNK_SIZE)
 
 
 def block_size(dtype: torch.dtype) -> int:
