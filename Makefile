@@ -19,10 +19,11 @@ DEPENDENCIES := .venv/.dependencies
 PACKAGE := .venv/.package
 EXTENSION := .venv/.extension
 TRITON := .venv/.triton
+SANITIZED := build/sanitize/.extension
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench test-triton kernels lint format wheel compat clean
+.PHONY: help setup demo test bench sanitize test-triton kernels lint format wheel compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -37,6 +38,13 @@ test: $(EXTENSION)  ## The test suite
 
 bench: $(EXTENSION)  ## The benchmarks, on THREADS=2 threads
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
+
+# The compiler's own runtime comes first, and the C++ library with it, whose exceptions it watches. Leaks are not looked
+# for: Python and torch keep what they have until the end.
+sanitize: $(SANITIZED)  ## The native backend's tests under AddressSanitizer and UBSan
+	PYTHONPATH=$(dir $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  FASTSAM_REQUIRE_BACKENDS=native $(BIN)/pytest --capture=sys --timeout 600 -k "native or fingerprint" $(ARGS)
 
 # A release that cannot be had is left out; the last line printed names those that were used.
 $(TRITON): requirements/triton.txt | $(DEPENDENCIES)
@@ -102,4 +110,9 @@ $(PACKAGE): $(DEPENDENCIES) pyproject.toml setup.py
 
 $(EXTENSION): $(PACKAGE) $(CSRC)
 	FASTSAM_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# A package of its own beside the checkout's, which comes first on PYTHONPATH.
+$(SANITIZED): $(DEPENDENCIES) setup.py $(CSRC) $(wildcard fastsam/*.py fastsam/*/*.py kernels/*.py)
+	FASTSAM_BUILD=sanitize $(BIN)/python setup.py --quiet build --build-temp build/sanitize/objects --build-lib build/sanitize
 	@touch $@

@@ -69,6 +69,15 @@ def test_cpu_without_a_compiler_fails(setup_script, monkeypatch):
         setup_script.choose_build("cpu")
 
 
+def test_sanitize_is_the_cpus_build_with_sanitizers(setup_script):
+    (plain,) = setup_script.choose_build("cpu")["ext_modules"]
+    (sanitized,) = setup_script.choose_build("sanitize")["ext_modules"]
+    assert sanitized.sources == plain.sources
+    added = [flag for flag in sanitized.extra_compile_args if flag not in plain.extra_compile_args]
+    assert "-fsanitize=address,undefined" in added
+    assert "-fsanitize=address,undefined" in sanitized.extra_link_args
+
+
 def test_cuda_is_refused(setup_script):
     with pytest.raises(SystemExit, match="no CUDA sources"):
         setup_script.choose_build("cuda")
@@ -76,7 +85,7 @@ def test_cuda_is_refused(setup_script):
 
 @pytest.mark.parametrize("choice", ["banana", "CPU", ""], ids=["unknown", "case", "empty"])
 def test_any_other_choice_is_an_error_that_names_it(setup_script, choice):
-    with pytest.raises(SystemExit, match=f"auto, cpu, cuda, none, got '{choice}'"):
+    with pytest.raises(SystemExit, match=f"auto, cpu, cuda, sanitize, none, got '{choice}'"):
         setup_script.choose_build(choice)
 
 
