@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 THREADS ?= 2
+MINUTES ?= 60
+KILLS ?= 20
 # Other releases of Triton that the kernels must compile with, beside the one in requirements/test.txt.
 OTHER_TRITON ?= 3.6.0
 
@@ -23,7 +25,7 @@ SANITIZED := build/sanitize/.extension
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench sanitize test-triton kernels lint format wheel compat clean
+.PHONY: help setup demo test bench fuzz crash sanitize test-triton kernels lint format wheel compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -38,6 +40,12 @@ test: $(EXTENSION)  ## The test suite
 
 bench: $(EXTENSION)  ## The benchmarks, on THREADS=2 threads
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
+
+fuzz: $(EXTENSION)  ## Random programs on every backend, from new seeds, for MINUTES=60 together
+	$(REQUIRED) FASTSAM_FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest tests/test_fuzz.py --capture=no $(ARGS)
+
+crash: $(EXTENSION)  ## Kill a training run KILLS=20 times: it must end as an undisturbed one, bit for bit
+	$(BIN)/python tools/crash.py --kills $(KILLS) $(ARGS)
 
 # The compiler's own runtime comes first, and the C++ library with it, whose exceptions it watches. Leaks are not looked
 # for: Python and torch keep what they have until the end.
