@@ -21,11 +21,10 @@ DEPENDENCIES := .venv/.dependencies
 PACKAGE := .venv/.package
 EXTENSION := .venv/.extension
 TRITON := .venv/.triton
-SANITIZED := build/sanitize/.extension
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench fuzz crash sanitize test-triton kernels lint format wheel compat clean
+.PHONY: help setup demo test bench test-triton kernels lint format wheel compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -40,6 +39,9 @@ test: $(EXTENSION)  ## The test suite
 
 bench: $(EXTENSION)  ## The benchmarks, on THREADS=2 threads
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
+
+.PHONY: fuzz crash sanitize
+SANITIZED := build/sanitize/.extension
 
 fuzz: $(EXTENSION)  ## Random programs on every backend, from new seeds, for MINUTES=60 together
 	$(REQUIRED) FASTSAM_FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest tests/test_fuzz.py --capture=no $(ARGS)

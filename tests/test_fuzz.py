@@ -19,7 +19,7 @@ MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 FIXED = settings(QUIET, max_examples=1000, derandomize=True)
-ROUND = settings(QUIET, max_examples=200)
+ROUND = settings(QUIET, max_examples=50)
 
 
 def search(chosen, backend, operations):
