@@ -1,0 +1,58 @@
+"""Random programs on every backend: whatever is done in whatever order, steps are the oracle's and memory is let alone.
+
+In the suite always the same 1,000 for each backend; `make fuzz` draws new ones for as long as it is told.
+"""
+
+import os
+import random
+import time
+
+import pytest
+from fuzz_machine import run
+from fuzz_programs import programs
+from hypothesis import HealthCheck, given, seed, settings
+
+from fastsam.backends import BACKENDS
+
+MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
+"""For all backends together; 0: the suite's fixed programs."""
+
+QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FIXED = settings(QUIET, max_examples=1000, derandomize=True)
+ROUND = settings(QUIET, max_examples=50)
+
+
+def search(chosen, backend, operations):
+    """Carries out random programs until one fails; then prints the smallest that does."""
+
+    @chosen
+    @given(programs())
+    def carry_out(program):
+        with pytest.MonkeyPatch.context() as patch:
+            if hasattr(operations, "CHUNK_SIZE"):
+                patch.setattr(operations, "CHUNK_SIZE", program.chunk_size)
+            run(backend, program)
+
+    return carry_out
+
+
+@pytest.mark.skipif(MINUTES > 0, reason="new programs are asked for")
+def test_fixed_programs(backend, device, operations):
+    if device.type != "cpu":
+        pytest.skip("programs are for the CPU")
+    if backend == "triton":
+        pytest.skip("Triton's interpreter takes a second for each program: make fuzz has a share for it")
+    search(FIXED, backend, operations)()
+
+
+@pytest.mark.skipif(MINUTES == 0, reason="make fuzz")
+@pytest.mark.timeout(0)
+def test_new_programs(backend, device, operations):
+    if device.type != "cpu":
+        pytest.skip("programs are for the CPU")
+    end, count = time.monotonic() + 60 * MINUTES / len(BACKENDS), 0
+    while time.monotonic() < end:
+        chosen = random.randrange(2**32)
+        print(f"\n{backend}: {count} programs; next: seed {chosen}", end="", flush=True)
+        seed(chosen)(search(ROUND, backend, operations))()
+        count += ROUND.max_examples
