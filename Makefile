@@ -13,18 +13,19 @@ OTHER_TRITON ?= 3.6.0
 
 BIN := .venv/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-REQUIRED := FASTSAM_REQUIRE_BACKENDS=reference,foreach,native
+REQUIRED := FASTSAM_REQUIRE_BACKENDS=reference,foreach,native,triton
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+CUDA := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/*.h)
+FORMATTED := $(CSRC) $(CUDA) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 
 # What stands when a part of the set-up is done; touched last, so that a failure is tried again.
 DEPENDENCIES := .venv/.dependencies
 PACKAGE := .venv/.package
 EXTENSION := .venv/.extension
-TRITON := .venv/.triton
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench test-triton kernels lint format wheel compat clean
+.PHONY: help setup demo test bench kernels cuda sanitizer lint format wheel compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -57,14 +58,7 @@ sanitize: $(SANITIZED)  ## The native backend's tests under AddressSanitizer and
 	  FASTSAM_REQUIRE_BACKENDS=native $(BIN)/pytest --capture=sys --timeout 600 -k "native or fingerprint" $(ARGS)
 
 # A release that cannot be had is left out; the last line printed names those that were used.
-$(TRITON): requirements/triton.txt | $(DEPENDENCIES)
-	$(BIN)/python $(PIP_INSTALL) -r requirements/triton.txt
-	touch $@
-
-test-triton: $(EXTENSION) $(TRITON)  ## The tests of the Triton backend, in Triton's interpreter
-	FASTSAM_REQUIRE_BACKENDS=triton $(BIN)/pytest -k triton $(ARGS)
-
-kernels: $(PACKAGE) $(TRITON)  ## Compile the Triton kernels for every GPU, without one; a table; QUICK=1: a part
+kernels: $(PACKAGE)  ## Compile the Triton kernels for every GPU, without one; a table; QUICK=1: a part
 ifndef QUICK
 	for version in $(OTHER_TRITON); do \
 	  test -d build/triton/$$version || \
@@ -75,14 +69,25 @@ endif
 	$(BIN)/python tools/compile_kernels.py \
 	  $(if $(QUICK),--quick,$(addprefix --triton build/triton/,$(OTHER_TRITON))) $(ARGS)
 
+cuda: $(EXTENSION)  ## Compile the CUDA kernels with nvcc, without a GPU; a table; FASTSAM_CUDA_ARCHS=90: one GPU's
+	FASTSAM_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python tools/inspect_cuda.py fastsam/_C_cuda.abi3.so
+
+# Every allocation by itself, so that an access behind one is seen.
+sanitizer:  ## The CUDA kernels under compute-sanitizer, on a machine with a GPU, after make cuda
+	for tool in memcheck racecheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTSAM_REQUIRE_BACKENDS=native:cuda compute-sanitizer --tool $$tool \
+	    --target-processes all --error-exitcode 1 $(BIN)/pytest -m gpu -k native --timeout 0 $(or $(ARGS),tests/test_backends.py) || exit 1; \
+	done
+
 lint: $(DEPENDENCIES)  ## Formatting, ruff and mypy; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(DEPENDENCIES)  ## Format everything in place
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(FORMATTED)
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
@@ -93,12 +98,14 @@ wheel: $(DEPENDENCIES)  ## The wheel, in dist/
 	@ls dist
 
 # From its own folder: the checkout's fastsam/ must not stand in for the installed one. A release of torch may bring
-# gigabytes of CUDA with it; where pip is set up to find CPU builds, TORCH=2.11.0+cpu names one.
+# gigabytes of CUDA with it; where pip is set up to find CPU builds, TORCH=2.11.0+cpu names one. Its own Triton gives
+# way to the one that the tests are for.
 compat:  ## The wheel's tests with another torch: make compat TORCH=2.11.0
 	@test -n "$(TORCH)" || { echo "make compat: which torch? make compat TORCH=2.11.0" >&2; exit 2; }
 	$(MAKE) --no-print-directory wheel
 	test -d .compat/$(TORCH) || $(PYTHON) -m venv .compat/$(TORCH)
-	.compat/$(TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) -r requirements/test.txt || \
+	.compat/$(TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) && \
+	  .compat/$(TORCH)/bin/python $(PIP_INSTALL) -r requirements/test.txt || \
 	  { echo "make compat: torch $(TORCH) could not be installed (pip's reason is above)" >&2; exit 1; }
 	.compat/$(TORCH)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps dist/*.whl
 	rm -rf .compat/$(TORCH)/suite && mkdir .compat/$(TORCH)/suite && cp -r tests pyproject.toml .compat/$(TORCH)/suite

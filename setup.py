@@ -1,18 +1,24 @@
-"""Compiles csrc/ into fastsam/_C.abi3.so.
+"""Compiles csrc/ into fastsam/_C.abi3.so, and csrc/cuda/ into fastsam/_C_cuda.abi3.so.
 
 The environment variable FASTSAM_BUILD says what is compiled:
 
-    auto  for the CPU if torch can be imported and a C++ compiler works, else nothing: pure Python (the default)
+    auto  for the CPU if torch can be imported and a C++ compiler works, else nothing: pure Python; for CUDA, too, if
+          torch is a build for CUDA and there is an nvcc (the default)
     cpu   for the CPU, or fail
-    cuda  for the CPU and for CUDA, or fail
+    cuda  for the CPU and for CUDA, or fail; torch may be a CPU build
     sanitize  for the CPU, with AddressSanitizer and UBSan, or fail (make sanitize)
     none  nothing: pure Python
+
+FASTSAM_CUDA_ARCHS, if set, says for which GPUs: "90", or "80;90". CUDACXX, if set, is the nvcc.
 
 The compiler needs torch's headers, so: pip install --no-build-isolation --no-deps .
 """
 
+import functools
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -42,6 +48,10 @@ COMPILE_ARGS = [
 # After the others: reports name lines, and undefined behaviour, signed overflow too, ends the program.
 SANITIZERS = "-fsanitize=address,undefined"
 SANITIZE_ARGS = [SANITIZERS, "-fno-sanitize-recover=all", "-fno-wrapv", "-fno-omit-frame-pointer", "-O1", "-g"]
+
+CUDA_LIBRARY = "fastsam._C_cuda"
+CUDA_ARCHS = ("80", "90", "100", "120")
+OLDEST_NVCC = (12, 1)  # takes 32,764 bytes of kernel arguments
 
 
 def first_line(text: object) -> str:
@@ -79,7 +89,7 @@ def cpu_build(sanitize: bool = False) -> dict:
     extension = Extension(
         "fastsam._C",
         sources=[str(path) for folder in (CSRC, CSRC / "cpu") for path in sorted(folder.glob("*.cpp"))],
-        depends=[str(path) for path in sorted(CSRC.rglob("*.h"))],
+        depends=[str(path) for folder in (CSRC, CSRC / "cpu") for path in sorted(folder.glob("*.h"))],
         # -isystem: warnings are for this project's code.
         extra_compile_args=[
             *COMPILE_ARGS,
@@ -100,9 +110,79 @@ def cpu_build(sanitize: bool = False) -> dict:
     }
 
 
+@functools.cache
+def find_nvcc() -> tuple[str, str]:
+    """Returns the nvcc, and why there is none that can be used, in one line: one of the two is empty."""
+    cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{cuda_home}/bin")
+    if nvcc is None:
+        return "", "there is no nvcc: CUDACXX or CUDA_HOME can say where it is"
+    try:
+        found = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return "", f"{nvcc} does not work ({first_line(error)})"
+    release = re.search(r"release (\d+)\.(\d+)", found)
+    if release is None or tuple(map(int, release.groups())) < OLDEST_NVCC:
+        return "", f"{nvcc} is older than {'.'.join(map(str, OLDEST_NVCC))}"
+    return nvcc, ""
+
+
+def target_flags(nvcc: str) -> list[str]:
+    """Returns for which GPUs nvcc compiles: machine code for each kind, and PTX for those to come."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    wanted = os.environ.get("FASTSAM_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split()
+    if unknown := [arch for arch in wanted if f"sm_{arch}" not in known]:
+        raise SystemExit(f"FASTSAM_CUDA_ARCHS: {nvcc} does not know {', '.join(unknown)}; it knows {' '.join(known)}")
+    archs = sorted(
+        wanted or [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known], key=lambda arch: int(arch.rstrip("af"))
+    )
+    codes = [f"sm_{arch}" for arch in archs]
+    codes[-1] = f"[{codes[-1]},compute_{archs[-1]}]"
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in zip(archs, codes, strict=True)]
+
+
+def compile_cuda(folder: Path, library: Path) -> None:
+    """Compiles csrc/cuda/ into a library of its own, with CUDA's runtime inside. CUDAExtension refuses a CPU torch."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    nvcc, _ = find_nvcc()
+    folder.mkdir(parents=True, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    nvcc_with_compiler = [nvcc, f"-ccbin={shlex.split(os.environ['CXX'])[-1]}"]
+    command = [*nvcc_with_compiler, "-std=c++20", "-O3", "--threads=2", *target_flags(nvcc)]
+    command += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-isystem={path}" for path in include_paths()]
+    objects = []
+    for source in sorted(path for path in (CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cpp")):
+        objects.append(str(folder / f"{source.stem}.o"))
+        subprocess.run([*command, "-c", str(source), "-o", objects[-1]], check=True)
+    # libtorch brings libtorch_cuda where there is one. The runtime's symbols stay inside: torch has a runtime, too,
+    # maybe another one.
+    link = ["-shared", "-cudart=static", "-Xlinker=--no-as-needed", "-Xlinker=--exclude-libs,ALL"]
+    link += [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"]
+    subprocess.run([*nvcc_with_compiler, *link, *objects, "-o", str(library)], check=True)
+
+
 def cuda_build() -> dict:
-    """Returns what also compiles csrc/cuda/*.cu. CUDAExtension refuses a CPU build of torch: nvcc is to be run here."""
-    raise SystemExit("FASTSAM_BUILD=cuda: this version has no CUDA sources; use FASTSAM_BUILD=cpu")
+    """Returns what also compiles csrc/cuda/: no Python module, but named and placed like one."""
+    build = cpu_build()
+
+    class BuildWithCuda(build["cmdclass"]["build_ext"]):
+        def build_extension(self, extension: Extension) -> None:
+            if extension.name == CUDA_LIBRARY:
+                compile_cuda(Path(self.build_temp) / "cuda", Path(self.get_ext_fullpath(extension.name)))
+            else:
+                super().build_extension(extension)
+
+    library = Extension(CUDA_LIBRARY, sources=[], py_limited_api=True)  # its sources are not setuptools' to compile
+    return build | {"ext_modules": [*build["ext_modules"], library], "cmdclass": {"build_ext": BuildWithCuda}}
+
+
+def torch_has_cuda() -> bool:
+    """Returns whether torch is a build for CUDA."""
+    import torch
+
+    return torch.version.cuda is not None
 
 
 def pure_build(obstacle: str | None) -> dict:
@@ -129,7 +209,11 @@ def choose_build(choice: str) -> dict:
         return pure_build(obstacle)
     if obstacle:
         raise SystemExit(f"FASTSAM_BUILD={choice}: {obstacle}")
-    return cuda_build() if choice == "cuda" else cpu_build(sanitize=choice == "sanitize")
+    _, cuda_obstacle = find_nvcc()
+    if choice == "cuda" and cuda_obstacle:
+        raise SystemExit(f"FASTSAM_BUILD=cuda: {cuda_obstacle}")
+    with_cuda = choice == "cuda" or (choice == "auto" and torch_has_cuda() and not cuda_obstacle)
+    return cuda_build() if with_cuda else cpu_build(sanitize=choice == "sanitize")
 
 
 if __name__ == "__main__":

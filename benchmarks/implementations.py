@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam import FastSAM
-from fastsam.backends import Backend, resolve
+from fastsam.backends import FASTEST_FIRST, Backend, resolve
 from fastsam.tensor_table import TensorTable
 
 LOOP = "loop"
 PEER = "pytorch_optimizer.SAM"
 FUSED_BASE = "one fused base step"
 # FastSAM's, slowest first; the last is the one that the speed table speaks of.
-BACKENDS = ("foreach", "native")
+BACKENDS = ("foreach", "triton", "native")
 
 # Gradients are made up: the learning rate only has to keep the weights finite.
 BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -139,7 +139,9 @@ def _both_phases(optimizer: Any, **first_step_options: Any) -> Callable[[], None
     return step
 
 
-def names() -> list[str]:
-    """What there is to measure here, in the order of a round."""
+def names(device_type: str = "cpu") -> list[str]:
+    """What there is to measure on a device, in the order of a round."""
     peer_is_here = importlib.util.find_spec("pytorch_optimizer") is not None
-    return [LOOP, *([PEER] if peer_is_here else []), *BACKENDS, FUSED_BASE]
+    # Those that "auto" would take: on a CPU not Triton, whose interpreter is for tests.
+    backends = [name for name in BACKENDS if name in FASTEST_FIRST[device_type]]
+    return [LOOP, *([PEER] if peer_is_here else []), *backends, FUSED_BASE]

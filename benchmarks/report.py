@@ -68,7 +68,7 @@ def optimizer_part_table(case: OptimizerPart) -> list[str]:
 def operations_table(cases: Iterable[OptimizerPart]) -> list[str]:
     rows = [("", "", "grad_norm", "perturb_", "restore_", "restore_and_update_", "around them")]
     for case in cases:
-        for backend in BACKENDS:
+        for backend in (name for name in BACKENDS if name in case.measured):
             cells = [
                 f"{_number(case.operations(backend)[operation].median)}"
                 f" {case.operation_share_of_copy(backend, operation):>5.0%}"

@@ -36,9 +36,15 @@ using opmath_t = typename OpMath<scalar_t>::type;
 // ---- the climb (Foret et al. 2021, eq. 2; adaptive: Kwon et al. 2021 with T = |w|) ----
 
 struct ClimbOptions {
+  static constexpr int kFields = 3;
   double rho;
   bool adaptive;
   bool maximize;
+
+  template <typename Row>
+  FASTSAM_HOST_DEVICE static ClimbOptions read(const Row& row) {
+    return {row[0], row[1] != 0, row[2] != 0};
+  }
 };
 
 // rho / (||g|| + 1e-12), signed; 0 where the norm is not finite, which every caller takes as "leave w alone".
@@ -64,12 +70,18 @@ FASTSAM_HOST_DEVICE T climbed(T param, T grad, T scale, bool adaptive) {
 // ---- base updates: torch.optim's for-loops, one element ----
 
 struct SgdOptions {
+  static constexpr int kFields = 6;
   double lr;
   double momentum;
   double dampening;
   double weight_decay;
   bool nesterov;
   bool maximize;
+
+  template <typename Row>
+  FASTSAM_HOST_DEVICE static SgdOptions read(const Row& row) {
+    return {row[0], row[1], row[2], row[3], row[4] != 0, row[5] != 0};
+  }
 };
 
 template <typename T>
@@ -104,6 +116,7 @@ struct SgdStep {
 };
 
 struct AdamOptions {
+  static constexpr int kFields = 8;
   double lr;
   double beta1;
   double beta2;
@@ -112,20 +125,26 @@ struct AdamOptions {
   bool decoupled;
   bool amsgrad;
   bool maximize;
+
+  template <typename Row>
+  FASTSAM_HOST_DEVICE static AdamOptions read(const Row& row) {
+    return {row[0], row[1], row[2], row[3], row[4], row[5] != 0, row[6] != 0, row[7] != 0};
+  }
 };
 
 template <typename T>
 struct AdamStep {
   T grad_weight, beta2, square_weight, eps, step_size, root_correction, coupled_decay, decay_factor, grad_factor;
 
-  // step counts from 1; bias corrections in double (1 - 0.999^1 has 14 bits left in float).
-  FASTSAM_HOST_DEVICE AdamStep(const AdamOptions& options, double step, double inv_grad_scale)
+  // Powers: beta ** step, with step counted from 1; bias corrections in double (1 - 0.999^1 has 14 bits left in float).
+  FASTSAM_HOST_DEVICE AdamStep(const AdamOptions& options, double beta1_power, double beta2_power,
+                               double inv_grad_scale)
       : grad_weight(static_cast<T>(1.0 - options.beta1)),
         beta2(static_cast<T>(options.beta2)),
         square_weight(static_cast<T>(1.0 - options.beta2)),
         eps(static_cast<T>(options.eps)),
-        step_size(static_cast<T>(options.lr / (1.0 - pow(options.beta1, step)))),
-        root_correction(static_cast<T>(sqrt(1.0 - pow(options.beta2, step)))),
+        step_size(static_cast<T>(options.lr / (1.0 - beta1_power))),
+        root_correction(static_cast<T>(sqrt(1.0 - beta2_power))),
         coupled_decay(static_cast<T>(options.decoupled ? 0.0 : options.weight_decay)),
         decay_factor(static_cast<T>(options.decoupled ? 1.0 - options.lr * options.weight_decay : 1.0)),
         grad_factor(static_cast<T>(options.maximize ? -inv_grad_scale : inv_grad_scale)) {}
@@ -137,6 +156,11 @@ struct AdamStep {
     // torch.lerp's two forms: exact at both ends.
     exp_avg = grad_weight < T(0.5) ? exp_avg + grad_weight * (g - exp_avg) : g - (g - exp_avg) * (T(1) - grad_weight);
     exp_avg_sq = beta2 * exp_avg_sq + square_weight * g * g;
+  }
+
+  // amsgrad's maximum; a NaN in either stays one, as in torch.maximum. No ||: its branch would keep loops scalar.
+  FASTSAM_HOST_DEVICE static T larger(T previous, T square) {
+    return (previous > square) | (previous != previous) ? previous : square;
   }
 
   FASTSAM_HOST_DEVICE T update(T param, T exp_avg, T second_moment) const {

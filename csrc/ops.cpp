@@ -1,7 +1,8 @@
 // The operators' schemas and argument checks. Every device registers its kernels behind the same schemas.
 //
 // A table is (addresses [kRoles, n], tensors [2, n]: sizes and groups, chunks [count, 3], chunk_size, dtype), int64, on
-// the CPU; `options` is [groups, fields] in double, in the order of elementwise.h's structs.
+// the CPU; `options` is [groups, fields] in double, in the order of elementwise.h's structs. What other devices read
+// from their own memory instead, and what `device_addresses` and `finished` are to them: cuda/ops.cpp.
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -9,9 +10,9 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "arguments.h"
 #include "cpu/operations.h"
 #include "elementwise.h"
 #include "tensor_table.h"
@@ -19,39 +20,18 @@
 namespace fastsam {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void check_cpu(const Tensor& tensor, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "fastsam: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastsam: ", name, " has the wrong dtype");
-  STD_TORCH_CHECK(tensor.is_contiguous(), "fastsam: ", name, " must be contiguous");
-}
-
 TensorTable read_table(const Tensor& addresses, const Tensor& tensors, const Tensor& chunks, int64_t chunk_size) {
-  check_cpu(addresses, ScalarType::Long, "addresses");
-  check_cpu(tensors, ScalarType::Long, "tensors");
+  TensorTable table = read_tensors(addresses, tensors, chunk_size);
   check_cpu(chunks, ScalarType::Long, "chunks");
-  STD_TORCH_CHECK(tensors.dim() == 2 && tensors.size(0) == 2, "fastsam: tensors must be [2, n]");
-  const int64_t n = tensors.size(1);
-  STD_TORCH_CHECK(addresses.dim() == 2 && addresses.size(0) == kRoles && addresses.size(1) == n,
-                  "fastsam: addresses must be [", int64_t{kRoles}, ", n]");
   STD_TORCH_CHECK(chunks.dim() == 2 && chunks.size(1) == 3, "fastsam: chunks must be [count, 3]");
-  STD_TORCH_CHECK(chunk_size > 0, "fastsam: chunk_size must be positive");
-  const int64_t* rows = tensors.const_data_ptr<int64_t>();
-  TensorTable table{addresses.const_data_ptr<int64_t>(),
-                    rows,
-                    rows + n,
-                    chunks.const_data_ptr<int64_t>(),
-                    n,
-                    chunks.size(0),
-                    chunk_size,
-                    0};
+  table.chunks = chunks.const_data_ptr<int64_t>();
+  table.chunk_count = chunks.size(0);
   int64_t work = 0;
   for (int64_t i = 0; i < table.chunk_count; ++i) {
     const int64_t* row = table.chunks + 3 * i;
-    STD_TORCH_CHECK(row[0] >= 0 && row[0] < n && row[1] >= 0 && row[1] < table.sizes[row[0]] && row[2] == work,
-                    "fastsam: chunk ", i, " is not part of its table");
+    STD_TORCH_CHECK(
+        row[0] >= 0 && row[0] < table.tensor_count && row[1] >= 0 && row[1] < table.sizes[row[0]] && row[2] == work,
+        "fastsam: chunk ", i, " is not part of its table");
     work += read_chunk(table, i).length + kChunkOverhead;
     STD_TORCH_CHECK(table.has(kParam, row[0]), "fastsam: tensor ", row[0], " has no address");
   }
@@ -59,25 +39,18 @@ TensorTable read_table(const Tensor& addresses, const Tensor& tensors, const Ten
   return table;
 }
 
-// The rows of `options` as structs. A row is read by its group's index: each must exist.
-template <typename Options, int64_t kFields, typename Read>
-std::vector<Options> read_options(const Tensor& options, const TensorTable& table, const Read& read) {
+// The rows of `options` as structs.
+template <typename Options>
+std::vector<Options> read_options(const Tensor& options, const TensorTable& table) {
   check_cpu(options, ScalarType::Double, "options");
-  STD_TORCH_CHECK(options.dim() == 2 && options.size(1) == kFields, "fastsam: options must be [groups, ", kFields, "]");
-  for (int64_t i = 0; i < table.tensor_count; ++i) {
-    STD_TORCH_CHECK(table.groups[i] >= 0 && table.groups[i] < options.size(0), "fastsam: tensor ", i,
-                    " names a group without options");
-  }
+  STD_TORCH_CHECK(options.dim() == 2 && options.size(1) == Options::kFields, "fastsam: options must be [groups, ",
+                  Options::kFields, "]");
+  check_groups(table, options.size(0));
   std::vector<Options> result;
   result.reserve(options.size(0));
   const double* row = options.const_data_ptr<double>();
-  for (int64_t i = 0; i < options.size(0); ++i, row += kFields) result.push_back(read(row));
+  for (int64_t i = 0; i < options.size(0); ++i, row += Options::kFields) result.push_back(Options::read(row));
   return result;
-}
-
-std::vector<ClimbOptions> read_climb_options(const Tensor& options, const TensorTable& table) {
-  return read_options<ClimbOptions, 3>(
-      options, table, [](const double* row) { return ClimbOptions{row[0], row[1] != 0, row[2] != 0}; });
 }
 
 float* check_steps(const Tensor& steps, const TensorTable& table) {
@@ -95,9 +68,10 @@ double read_scalar(const std::optional<Tensor>& scalar, double otherwise, const 
 }
 
 void grad_norm_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                   Tensor options, Tensor partials, Tensor norm, bool first, bool last) {
+                   std::optional<Tensor>, Tensor options, Tensor partials, Tensor norm, std::optional<Tensor>,
+                   bool first, bool last) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
-  const auto groups = read_climb_options(options, table);
+  const auto groups = read_options<ClimbOptions>(options, table);
   check_cpu(partials, ScalarType::Double, "partials");
   check_cpu(norm, ScalarType::Double, "norm");
   STD_TORCH_CHECK(partials.numel() == table.chunk_count, "fastsam: partials must be [chunks]");
@@ -108,26 +82,25 @@ void grad_norm_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chun
   *total = last ? std::sqrt(sum) : sum;
 }
 
-void perturb_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype, Tensor options,
-                 Tensor norm) {
+void perturb_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+                 std::optional<Tensor>, Tensor options, Tensor norm) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
-  const auto groups = read_climb_options(options, table);
+  const auto groups = read_options<ClimbOptions>(options, table);
   check_cpu(norm, ScalarType::Double, "norm");
   STD_TORCH_CHECK(norm.numel() == 1, "fastsam: norm must have one element");
   cpu::perturb_(table, dtype, groups.data(), *norm.const_data_ptr<double>());
 }
 
-void restore_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype) {
+void restore_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+                 std::optional<Tensor>) {
   cpu::restore_(read_table(addresses, tensors, chunks, chunk_size), dtype);
 }
 
 void restore_and_sgd_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                         Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
-                         std::optional<Tensor> found_inf) {
+                         std::optional<Tensor>, Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
+                         std::optional<Tensor> found_inf, std::optional<Tensor>) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
-  const auto groups = read_options<SgdOptions, 6>(options, table, [](const double* row) {
-    return SgdOptions{row[0], row[1], row[2], row[3], row[4] != 0, row[5] != 0};
-  });
+  const auto groups = read_options<SgdOptions>(options, table);
   for (int64_t i = 0; i < table.tensor_count; ++i) {
     const bool needs_buffer = table.sizes[i] != 0 && table.has(kGrad, i) && groups[table.groups[i]].momentum != 0;
     STD_TORCH_CHECK(!needs_buffer || table.has(kState0, i), "fastsam: tensor ", i, " has no momentum buffer");
@@ -139,17 +112,14 @@ void restore_and_sgd_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_
 }
 
 void restore_and_adam_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                          Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
-                          std::optional<Tensor> found_inf) {
+                          std::optional<Tensor>, Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
+                          std::optional<Tensor> found_inf, std::optional<Tensor>) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size);
-  const auto groups = read_options<AdamOptions, 8>(options, table, [](const double* row) {
-    return AdamOptions{row[0], row[1], row[2], row[3], row[4], row[5] != 0, row[6] != 0, row[7] != 0};
-  });
+  const auto groups = read_options<AdamOptions>(options, table);
+  check_moments(table);
   for (int64_t i = 0; i < table.tensor_count; ++i) {
-    if (table.sizes[i] == 0 || !table.has(kGrad, i)) continue;
-    STD_TORCH_CHECK(table.has(kState0, i) && table.has(kState1, i), "fastsam: tensor ", i, " has no moments");
-    STD_TORCH_CHECK(!groups[table.groups[i]].amsgrad || table.has(kState2, i), "fastsam: tensor ", i,
-                    " has no max_exp_avg_sq");
+    const bool needs_largest = table.sizes[i] != 0 && table.has(kGrad, i) && groups[table.groups[i]].amsgrad;
+    STD_TORCH_CHECK(!needs_largest || table.has(kState2, i), "fastsam: tensor ", i, " has no max_exp_avg_sq");
   }
   float* step_counts = check_steps(steps, table);
   const double inv_scale = 1.0 / read_scalar(grad_scale, 1.0, "grad_scale");
@@ -160,12 +130,15 @@ void restore_and_adam_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64
 }  // namespace
 }  // namespace fastsam
 
-#define FASTSAM_TABLE "Tensor addresses, Tensor tensors, Tensor chunks, int chunk_size, ScalarType dtype"
-#define FASTSAM_UPDATE FASTSAM_TABLE ", Tensor options, Tensor(a!) steps, Tensor? grad_scale, Tensor? found_inf"
+#define FASTSAM_TABLE                                                                   \
+  "Tensor addresses, Tensor tensors, Tensor chunks, int chunk_size, ScalarType dtype, " \
+  "Tensor? device_addresses"
+#define FASTSAM_UPDATE \
+  FASTSAM_TABLE ", Tensor options, Tensor(a!) steps, Tensor? grad_scale, Tensor? found_inf, Tensor(b!)? finished"
 
 STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def("grad_norm_(" FASTSAM_TABLE
-        ", Tensor options, Tensor(a!) partials, Tensor(b!) norm, bool first, bool last) -> ()");
+        ", Tensor options, Tensor(a!) partials, Tensor(b!) norm, Tensor(c!)? finished, bool first, bool last) -> ()");
   m.def("perturb_(" FASTSAM_TABLE ", Tensor options, Tensor norm) -> ()");
   m.def("restore_(" FASTSAM_TABLE ") -> ()");
   m.def("restore_and_sgd_(" FASTSAM_UPDATE ") -> ()");

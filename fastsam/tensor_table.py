@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -88,11 +89,13 @@ class TensorTable:
         self._blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
         self._grad_scratch: dict[int, Tensor] = {}
         self._climb_key: tuple[Any, ...] | None = None
-        self._binding = StateBinding(self.params, self.values, self.groups, self.steps, self.name)
+        # Not self.name: a ring of references would hold the backups' memory beyond the table's end.
+        name = partial(_name, self._positions, self.params)
+        self._binding = StateBinding(self.params, self.values, self.groups, self.steps, name)
 
     def name(self, i: int) -> str:
         """How messages call a parameter."""
-        return f"parameter {self._positions[i]} (shape {tuple(self.params[i].shape)})"
+        return _name(self._positions, self.params, i)
 
     # ---- what changes from step to step ----
 
@@ -255,6 +258,10 @@ class TensorTable:
             self.cache[key] = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
         chunks: Tensor = self.cache[key]
         return chunks
+
+
+def _name(positions: Sequence[int], params: Sequence[Tensor], i: int) -> str:
+    return f"parameter {positions[i]} (shape {tuple(params[i].shape)})"
 
 
 class TensorTables:

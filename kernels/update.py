@@ -304,14 +304,14 @@ def _read_adam_options(options_ptr, first, grad_scale_ptr, step, OPMATH: tl.cons
     grad_factor = _grad_factor(grad_scale_ptr, read_number(options_ptr, first + 7))
     # Bias corrections in float64: 1 - 0.999 has 14 bits left in float32.
     return (
-        (lr / (1.0 - power(beta1, step))).to(OPMATH),
+        (lr / (1.0 - power(beta1, step, OPMATH))).to(OPMATH),
         (1.0 - beta1).to(OPMATH),
         beta2.to(OPMATH),
         (1.0 - beta2).to(OPMATH),
         read_number(options_ptr, first + 3).to(OPMATH),
         tl.where(is_decoupled, 0.0, weight_decay).to(OPMATH),
         tl.where(is_decoupled, 1.0 - lr * weight_decay, 1.0).to(OPMATH),
-        (1.0 / tl.sqrt(1.0 - power(beta2, step))).to(OPMATH),
+        (1.0 / tl.sqrt(1.0 - power(beta2, step, OPMATH))).to(OPMATH),
         grad_factor.to(OPMATH),
     )
 

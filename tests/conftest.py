@@ -37,15 +37,24 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture
+def runnable(device):
+    """Gives a backend's name back if it can run on ``device``; else skips the test, or fails it if that is required."""
+
+    def name_of(name):
+        if reason := _unavailable(name, device.type):
+            if _is_required(name, device.type):
+                pytest.fail(f"{name} is in FASTSAM_REQUIRE_BACKENDS but cannot run: {reason}")
+            pytest.skip(reason)
+        return name
+
+    return name_of
+
+
 @pytest.fixture(params=BACKENDS)
-def backend(request, device):
+def backend(request, runnable):
     """The name of a backend that can run on ``device``."""
-    name = request.param
-    if reason := _unavailable(name, device.type):
-        if _is_required(name, device.type):
-            pytest.fail(f"{name} is in FASTSAM_REQUIRE_BACKENDS but cannot run: {reason}")
-        pytest.skip(reason)
-    return name
+    return runnable(request.param)
 
 
 @pytest.fixture

@@ -606,6 +606,21 @@ def test_on_other_devices_foreach_is_enough_and_says_nothing_loud(fresh_choice, 
     assert not caplog.records
 
 
+@pytest.mark.parametrize("broken", [(), ("native",), ("native", "triton")], ids=["none", "native", "native-triton"])
+def test_auto_on_gpus_prefers_what_is_compiled_then_triton_then_foreach(monkeypatch, fresh_choice, caplog, broken):
+    """On ROCm, too, whose devices PyTorch calls by the same name."""
+    caplog.set_level(logging.INFO, "fastsam")
+    stubs = {name: types.ModuleType(f"fastsam.backends.{name}") for name in ("native", "triton_gpu")}
+    for name, stub in stubs.items():
+        stub.check = lambda device_type: None
+        monkeypatch.setitem(sys.modules, f"fastsam.backends.{name}", stub)
+    order = {"native": stubs["native"], "triton": stubs["triton_gpu"], "foreach": foreach}
+    for name in broken:
+        cannot_run(order[name], monkeypatch, "not here")
+    assert backends.resolve("auto", "cuda") is list(order.values())[len(broken)]
+    assert [r.getMessage() for r in caplog.records] == [f"backend {n!r} skipped on cuda: not here" for n in broken]
+
+
 def test_no_backend_at_all(monkeypatch, fresh_choice):
     for module in MODULES.values():
         cannot_run(module, monkeypatch, "nothing works")

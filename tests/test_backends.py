@@ -5,11 +5,11 @@ import math
 import oracle
 import pytest
 import torch
+import triton_interpreter
 from checks import (
     DTYPE_IDS,
     DTYPES,
     Canaries,
-    arithmetic,
     assert_nothing_written_between,
     assert_same_bits,
     assert_within,
@@ -507,9 +507,10 @@ def test_real_chunks(operations, device, dtype):
     assert_whole_step(operations, Scene([(size - 1,), (0,), (size,), (size + 1,), (2 * size + 5,)], dtype, device))
 
 
-def test_tables_too_large_for_the_cache(operations, device):
+def test_tables_too_large_for_the_cache(operations, backend, device):
     """Large tables may be written by other instructions; here with tails and starts that suit none of them."""
-    assert_whole_step(operations, Scene([((16 << 20) // 4 + 3,), (1021,)], torch.float32, device, offset=1))
+    size = 100_000 if triton_interpreter.runs(backend, device) else (16 << 20) // 4
+    assert_whole_step(operations, Scene([(size + 3,), (1021,)], torch.float32, device, offset=1))
 
 
 def assert_whole_step(operations, scene):
@@ -566,14 +567,12 @@ def test_the_same_bits_every_time(operations, device, dtype, threads):
         assert_same_bits(list(results[0]), list(other))
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_arithmetic_is_rounded_once(operations, device, dtype):
     """A climb and an update, each of a step that is lost if intermediate results are rounded to ``dtype``.
 
     In bfloat16, 1 + 2^-9 is 1. Here each term alone is that small, and only their sum shows.
     """
-    if arithmetic(dtype) == dtype:
-        pytest.skip("computed in its own dtype")
     tiny = torch.finfo(dtype).eps / 4
     scene = Scene([(64,)], dtype, device)
     with torch.no_grad():

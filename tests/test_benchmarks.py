@@ -131,6 +131,12 @@ def test_timing_the_operations_changes_nothing(backend: str, base: str) -> None:
     assert timed.seconds["restore_"] > 0
 
 
+def test_every_device_has_its_backends() -> None:
+    """Triton on GPUs alone: what its interpreter takes says nothing."""
+    assert [name for name in implementations.names("cpu") if name in BACKENDS] == ["foreach", "native"]
+    assert [name for name in implementations.names("cuda") if name in BACKENDS] == ["foreach", "triton", "native"]
+
+
 def test_gradients_alternate_between_two_sets_of_addresses() -> None:
     gradients = measure.Gradients([(4,), (2, 2)])
     params = [torch.zeros(4, requires_grad=True), torch.zeros(2, 2, requires_grad=True)]

@@ -8,7 +8,7 @@ import torch
 
 from fastsam import __main__ as command_line
 from fastsam import doctor
-from fastsam.backends import BackendUnavailable, foreach, reference, resolve
+from fastsam.backends import BackendUnavailable, foreach, load, reference, resolve
 from fastsam.doctor import self_check
 
 CPU = torch.device("cpu")
@@ -44,6 +44,14 @@ def add_noise(size):
     return decorate
 
 
+def can_run(name, device_type):
+    try:
+        load(name, device_type)
+    except BackendUnavailable:
+        return False
+    return True
+
+
 def test_every_backend_that_can_run_is_right(backend, device, all_dtypes):
     outcome = self_check.check_backend(backend, device)
     assert outcome.ok, outcome
@@ -56,6 +64,7 @@ def test_content_report(capsys):
     rows = {line.split()[0]: line.split()[1:3] for line in printed.splitlines() if line.startswith("  ")}
     assert rows["reference"] == rows["foreach"] == ["cpu", "ok"]
     assert {"reference", "foreach", "native", "triton", "fastsam", "python", "torch"} <= set(rows)
+    assert rows["triton"][1] == ("ok" if can_run("triton", "cpu") else "unavailable")
     assert torch.__version__ in printed
     assert "all is well" in printed
     assert max(map(len, printed.splitlines())) <= doctor.WIDTH

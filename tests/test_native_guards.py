@@ -34,6 +34,7 @@ class Call:
             "chunks": torch.tensor([[0, 0, 0], [0, 64, 128], [1, 0, 128 + 36 + 64]]),
             "chunk_size": CHUNK,
             "dtype": torch.float32,
+            "device_addresses": None,
         }
         if name != "restore_":
             self.arguments["options"] = torch.tensor(numbers, dtype=torch.float64)
@@ -41,6 +42,7 @@ class Call:
             self.arguments |= {
                 "partials": torch.full((3,), 7.0, dtype=torch.float64),
                 "norm": torch.tensor(7.0, dtype=torch.float64),
+                "finished": None,
                 "first": True,
                 "last": True,
             }
@@ -48,6 +50,7 @@ class Call:
             self.arguments["norm"] = torch.tensor(2.0, dtype=torch.float64)
         if name in UPDATES:
             self.arguments |= {"steps": torch.zeros(2), "grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
+            self.arguments["finished"] = None
 
     def run(self):
         getattr(torch.ops.fastsam, self.name)(*self.arguments.values())

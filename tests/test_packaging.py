@@ -3,13 +3,17 @@
 import importlib.metadata
 import importlib.resources
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from setuptools import Distribution
 
 import fastsam
+from fastsam.backends import BackendUnavailable, native
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,10 +39,11 @@ def run_build_py(build: dict) -> None:
 
 def test_every_source_is_compiled_and_every_header_is_watched(setup_script):
     (extension,) = setup_script.choose_build("cpu")["ext_modules"]
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
-    assert set(extension.sources) == expected
-    assert "csrc/ops.cpp" in expected
-    assert set(extension.depends) == {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")}
+    found = {suffix: set((ROOT / "csrc").rglob(f"*.{suffix}")) for suffix in ("cpp", "h")}
+    for suffix, paths in (("cpp", extension.sources), ("h", extension.depends)):
+        others = {path for path in found[suffix] if path.parent.name == "cuda"}
+        assert {ROOT / path for path in paths} == found[suffix] - others
+    assert "csrc/ops.cpp" in extension.sources
 
 
 def test_auto_compiles_where_it_can(setup_script):
@@ -78,9 +83,65 @@ def test_sanitize_is_the_cpus_build_with_sanitizers(setup_script):
     assert "-fsanitize=address,undefined" in sanitized.extra_link_args
 
 
-def test_cuda_is_refused(setup_script):
-    with pytest.raises(SystemExit, match="no CUDA sources"):
+@pytest.fixture
+def nvcc(monkeypatch, tmp_path):
+    """Puts an nvcc of some version in the place of the machine's; for an empty version, none."""
+
+    def install(version, codes="sm_75 sm_80 sm_90 sm_100"):
+        monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+        if version:
+            (tmp_path / "nvcc").write_text(
+                f'#!/bin/sh\ncase $1 in --version) echo "release {version}, V{version}.1";; *) echo {codes};; esac\n'
+            )
+            (tmp_path / "nvcc").chmod(0o755)
+
+    return install
+
+
+def test_cuda_is_a_library_beside_the_extension(setup_script, nvcc):
+    nvcc("12.8")
+    names = [extension.name for extension in setup_script.choose_build("cuda")["ext_modules"]]
+    assert names == ["fastsam._C", "fastsam._C_cuda"]
+
+
+@pytest.mark.parametrize(("version", "reason"), [("", "does not work"), ("11.8", "older than 12.1")])
+def test_cuda_without_its_compiler_fails(setup_script, nvcc, version, reason):
+    nvcc(version)
+    with pytest.raises(SystemExit, match=f"FASTSAM_BUILD=cuda: .*{reason}"):
         setup_script.choose_build("cuda")
+
+
+@pytest.mark.parametrize(("torch_has_cuda", "version"), [(True, "12.8"), (True, ""), (False, "12.8")])
+def test_auto_compiles_for_cuda_where_torch_and_compiler_are_for_it(
+    setup_script, nvcc, monkeypatch, torch_has_cuda, version
+):
+    nvcc(version)
+    monkeypatch.setattr(setup_script, "torch_has_cuda", lambda: torch_has_cuda)
+    names = [extension.name for extension in setup_script.choose_build("auto")["ext_modules"]]
+    assert ("fastsam._C_cuda" in names) == (torch_has_cuda and version != "")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "targets"),
+    [
+        ("", [("80", "sm_80"), ("90", "sm_90"), ("100", "[sm_100,compute_100]")]),
+        ("90", [("90", "[sm_90,compute_90]")]),
+        ("100;75", [("75", "sm_75"), ("100", "[sm_100,compute_100]")]),
+    ],
+    ids=["all-that-nvcc-knows", "one", "two"],
+)
+def test_every_gpu_gets_its_code_and_the_newest_ptx(setup_script, nvcc, monkeypatch, wanted, targets):
+    nvcc("12.8")
+    monkeypatch.setenv("FASTSAM_CUDA_ARCHS", wanted)
+    flags = setup_script.target_flags(setup_script.find_nvcc()[0])
+    assert flags == [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
+
+
+def test_an_unknown_gpu_is_an_error_that_names_it(setup_script, nvcc, monkeypatch):
+    nvcc("12.8")
+    monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "90;banana")
+    with pytest.raises(SystemExit, match=r"FASTSAM_CUDA_ARCHS: .* banana; it knows sm_75"):
+        setup_script.target_flags(setup_script.find_nvcc()[0])
 
 
 @pytest.mark.parametrize("choice", ["banana", "CPU", ""], ids=["unknown", "case", "empty"])
@@ -105,3 +166,40 @@ def test_extension_needs_the_stable_abi_alone():
     assert b"libtorch_cpu.so" in content
     for library in (b"libtorch_python.so", b"libc10.so", b"libtorch.so", b"libpython"):
         assert library not in content
+
+
+@pytest.fixture
+def cuda_library():
+    if not native.cuda_library().exists():
+        pytest.skip("fastsam was built without CUDA: make cuda")
+    return native.cuda_library()
+
+
+def test_the_cuda_library_needs_no_cuda_to_load(cuda_library):
+    """Beside a PyTorch without CUDA it registers its kernels, and those of the CPU run."""
+    script = f"""
+import torch, fastsam
+torch.ops.load_library({str(cuda_library)!r})
+assert torch._C._dispatch_has_kernel_for_dispatch_key("fastsam::perturb_", "CUDA")
+weight = torch.nn.Parameter(torch.ones(3))
+optimizer = fastsam.FastSAM([weight], lr=0.1, backend="native")
+weight.square().sum().backward()
+optimizer.first_step()
+weight.square().sum().backward()
+optimizer.second_step()
+assert (weight < 1).all(), weight
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_the_cuda_library_has_its_own_runtime(cuda_library):
+    content = cuda_library.read_bytes()
+    assert b"libtorch_cpu.so" in content
+    for library in (b"libcudart.so", b"libtorch_python.so", b"libc10.so", b"libpython"):
+        assert library not in content
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_without_cuda_the_native_backend_says_so():
+    with pytest.raises(BackendUnavailable, match="was built without CUDA"):
+        native.check("cuda")

@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+import triton_interpreter
 from checks import DTYPE_IDS, DTYPES, Canaries, arithmetic, assert_same_bits, assert_within, values
 from torch import nn
 
@@ -16,6 +17,8 @@ from fastsam import FastSAM
 from fastsam.memory_layout import as_real
 
 STEPS = 7
+# Of the zoo's every kind: the first, none, some gradients, new ones, and all after that.
+FEWEST_STEPS = 5
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
 
@@ -202,7 +205,8 @@ def test_a_zoo_of_parameters(backend, device, dtype, base, options):
         lr=0.01,
         **options,
     )
-    for step in range(1, STEPS + 1):
+    steps = FEWEST_STEPS if triton_interpreter.runs(backend, device) else STEPS
+    for step in range(1, steps + 1):
         if step == 4:
             twins.fast.param_groups[0]["lr"] = twins.torch.param_groups[0]["lr"] = 0.02
         twins.step(zoo_grads(twins.params, step))

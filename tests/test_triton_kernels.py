@@ -2,9 +2,10 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
+import weakref
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from checks import assert_same_bits, values
 
 from fastsam import FastSAM
-from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions, load
+from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions, device_table, load
 from fastsam.tensor_table import Member, StateNames, TensorTable
 
 COMPILE = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
@@ -21,14 +22,9 @@ CLIMB = ClimbOptions(0.05, False, False)
 
 
 @pytest.fixture
-def triton_gpu(device):
+def triton_gpu(runnable, device):
     """The backend's module."""
-    try:
-        return load("triton", device.type)
-    except BackendUnavailable as reason:
-        if "triton" in os.environ.get("FASTSAM_REQUIRE_BACKENDS", ""):
-            pytest.fail(str(reason))
-        pytest.skip(str(reason))
+    return load(runnable("triton"), device.type)
 
 
 PARTIALS_BLOCK = 1024  # kernels/norm.py
@@ -62,8 +58,12 @@ def whole_step(triton_gpu, table, climb=CLIMB, sgd=SGD):
     triton_gpu.restore_and_sgd_(table, [sgd] * groups, None, None)
 
 
+def copy_of(table):
+    return table.cache["device table"]
+
+
 def uploads(table):
-    return table.cache["device table"].uploads
+    return copy_of(table).uploads
 
 
 @pytest.fixture
@@ -138,39 +138,161 @@ def test_options_in_other_dtypes(triton_gpu, device, dtype):
     assert_same_bits(by_tensor.params, by_number.params)
 
 
+def test_a_tensor_that_an_option_was_once_is_not_written(triton_gpu, device):
+    table = make_table([(5,)], torch.float32, device)
+    first = torch.tensor(0.5, dtype=torch.float64, device=device)
+    for lr in (first, torch.tensor(2, device=device)):
+        whole_step(triton_gpu, table, sgd=SGD._replace(lr=lr))
+    assert float(first) == 0.5
+
+
+def test_a_table_that_is_let_go_is_gone(triton_gpu, device):
+    """At once, not when Python next looks for rings: its backups are as large as the model."""
+    table = make_table([(5,)], torch.float32, device)
+    whole_step(triton_gpu, table)
+    backup = weakref.ref(table.backups[0])
+    del table
+    assert backup() is None
+
+
 # ---- what must survive an interruption ----
 
 
-def test_a_failed_launch_leaves_nothing_counted(triton_gpu, device, monkeypatch):
-    table = make_table([(5,), (7, 3)], torch.float32, device)
-    whole_step(triton_gpu, table)
-    copy = table.cache["device table"]
+def cut_off(triton_gpu, monkeypatch, after):
+    """Ctrl-C when ``after`` kernels have been launched."""
+    launched = []
+    launch = triton_gpu._launch
 
-    def fail(*arguments, **options):
-        copy.finished.fill_(1)
+    def interrupted(*arguments):
+        if len(launched) == after:
+            raise KeyboardInterrupt
+        launched.append(1)
+        launch(*arguments)
+
+    monkeypatch.setattr(triton_gpu, "_launch", interrupted)
+
+
+def test_a_norm_that_was_cut_off_disturbs_nothing_after_it(triton_gpu, device, monkeypatch):
+    """The programs of all tables count themselves: half of them have, when the second table's launch does not come."""
+    tables = [make_table([(5,), (7, 3)], dtype, device) for dtype in (torch.float32, torch.float64)]
+    triton_gpu.grad_norm(tables, [CLIMB])
+    with monkeypatch.context() as patch:
+        cut_off(triton_gpu, patch, after=1)
+        with pytest.raises(KeyboardInterrupt):
+            triton_gpu.grad_norm(tables, [CLIMB])
+    for table in tables:
+        triton_gpu.restore_and_sgd_(table, [SGD], None, None)
+        assert table.steps.tolist() == [1, 1]
+        give_grads(table, seed=300)
+    for _ in range(2):
+        norm = float(triton_gpu.grad_norm(tables, [CLIMB]))
+        expected = math.hypot(*(float(p.grad.double().norm()) for table in tables for p in table.params))
+        assert norm == pytest.approx(expected, rel=1e-12)
+
+
+def test_options_whose_upload_was_cut_off_are_sent_again(triton_gpu, device, monkeypatch):
+    cut, other = (make_table([(5,), (7, 3)], torch.float32, device) for _ in range(2))
+    whole_step(triton_gpu, cut)
+    whole_step(triton_gpu, other)
+    copy = copy_of(cut)
+    send = copy._send
+
+    def interrupted(*arguments):
+        send(*arguments)
         raise KeyboardInterrupt
 
-    class Failing:
-        def __getitem__(self, grid):
-            return fail
-
     with monkeypatch.context() as patch:
-        patch.setattr(triton_gpu, "grad_norm_kernel", Failing())
+        patch.setattr(copy, "_send", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            triton_gpu.grad_norm([table], [CLIMB])
-    assert int(copy.finished) == 0
-    norm = float(triton_gpu.grad_norm([table], [CLIMB]))
-    assert norm == pytest.approx(math.hypot(*(float(p.grad.norm()) for p in table.params)), rel=1e-6)
+            copy.read(cut, [SGD._replace(lr=0.7)])
+    whole_step(triton_gpu, cut)
+    whole_step(triton_gpu, other)
+    assert_same_bits(cut.params, other.params)
+
+
+# ---- what a CUDA graph would see ----
+
+
+@pytest.fixture
+def capture(monkeypatch, triton_gpu):
+    """A function that makes the backend believe that what follows is captured, or no longer."""
+
+    def pretend(on):
+        for module in (device_table, triton_gpu):
+            monkeypatch.setattr(module, "is_capturing", lambda device: on)
+
+    return pretend
+
+
+def test_a_captured_step_has_uploads_of_its_own(triton_gpu, device, capture):
+    """A replay reads what lay there at the capture, whatever steps come in between."""
+    table, other = (make_table([(5,), (7, 3)], torch.float32, device) for _ in range(2))
+    for each in (table, other):
+        whole_step(triton_gpu, each)
+        give_grads(each, seed=200)
+    capture(True)
+    whole_step(triton_gpu, table)
+    capture(False)
+    whole_step(triton_gpu, other)
+    assert_same_bits(table.params, other.params)
+    captured = [(staging, staging.clone(), copy, copy.clone()) for staging, copy, *_ in copy_of(table)._captured]
+    assert len(captured) == 3
+    assert len({staging.data_ptr() for staging, *_ in captured}) == 3
+    for seed in (300, 400):
+        give_grads(table, seed=seed)
+        whole_step(triton_gpu, table, CLIMB._replace(rho=0.2), SGD._replace(lr=0.3))
+    for staging, staged, copy, copied in captured:
+        assert_same_bits([staging, copy], [staged, copied])
+
+
+def test_a_graph_keeps_the_state_that_it_was_captured_with(triton_gpu, device, capture):
+    table = make_table([(5,)], torch.float32, device)
+    whole_step(triton_gpu, table)
+    capture(True)
+    whole_step(triton_gpu, table)
+    (old,) = filter(None, (weakref.ref(t) for t in table.state[0]))
+    give_other_state(table)
+    assert table.state[0][0] is not old()
+    assert old() is not None
+
+
+def give_other_state(table):
+    state = {param: {"momentum_buffer": torch.ones_like(param)} for param in table.params}
+    table.publish_state(state, table.prepare_state(state, [StateNames(("momentum_buffer",))]))
+
+
+@pytest.mark.parametrize("what", ["new", "state", "too many"])
+def test_what_cannot_be_captured_is_refused(triton_gpu, device, capture, what):
+    table = make_table([(5,), (7, 3)], torch.float32, device)
+    if what != "new":
+        whole_step(triton_gpu, table)
+    if what == "state":
+        give_other_state(table)
+    capture(True)
+    words = {"new": "not seen these parameters", "state": "not where they were", "too many": "too many steps"}[what]
+    steps = table.steps.tolist()
+    if what == "too many":
+        kept = [param.grad for param in table.params]
+        give_grads(table)
+        assert kept, "so that the new ones lie elsewhere"
+        for _ in range(device_table.CAPTURED_UPLOADS):
+            triton_gpu.restore_(table)
+    with pytest.raises(RuntimeError, match=words) as caught:
+        triton_gpu.restore_and_sgd_(table, [SGD], None, None)
+    assert "run a step outside the capture first" in str(caught.value)
+    assert table.steps.tolist() == steps
+    capture(False)
+    whole_step(triton_gpu, table)
 
 
 # ---- numbers ----
 
 
 def test_more_partials_than_are_added_at_a_time(triton_gpu, device, monkeypatch):
-    monkeypatch.setattr(triton_gpu, "CHUNK_SIZE", 4)
-    table = make_table([(4100,)], torch.float32, device)
+    monkeypatch.setattr(triton_gpu, "CHUNK_SIZE", 16)
+    table = make_table([(16 * PARTIALS_BLOCK + 1,)], torch.float32, device)
     norm = float(triton_gpu.grad_norm([table], [CLIMB]))
-    assert len(table.cache["device table"].chunks) == PARTIALS_BLOCK + 1
+    assert len(copy_of(table).chunks) == PARTIALS_BLOCK + 1
     assert norm == pytest.approx(float(table.params[0].grad.double().norm()), rel=1e-12)
 
 
@@ -215,6 +337,24 @@ def test_steps_beyond_float32_powers(triton_gpu, device):
     assert float(table.steps[0]) == 1e6 + 1
 
 
+@pytest.mark.parametrize(("precision", "units"), [("float64", 0), ("float32", 4096)])
+def test_powers_are_those_of_whole_numbers(triton_gpu, device, precision, units):
+    """Rounded as a fraction is; for float32, off by no more than what float32 cannot see."""
+    import triton.language as tl
+    from power_kernel import power_kernel
+
+    bases = [0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-7, 1 - 2.0**-53]
+    cases = [(base, step) for base in bases for step in (1, 2, 3, 7, 64, 1000, 4097)]
+    base, step = (torch.tensor(column, dtype=torch.float64, device=device) for column in zip(*cases, strict=True))
+    powers = torch.full_like(base, math.nan)
+    power_kernel[(len(cases),)](powers, base, step, DTYPE=getattr(tl, precision))
+    for (one, exponent), actual in zip(cases, powers.tolist(), strict=True):
+        expected = float(Fraction(one) ** exponent)
+        # Smaller errors than this are lost in 1 - power.
+        allowed = max(units * math.ulp(expected), 2.0**-63 if expected < 2.0**-11 else 0.0)
+        assert abs(actual - expected) <= allowed, (one, exponent)
+
+
 def test_chunks_of_large_tables_are_larger(triton_gpu):
     smallest, largest = triton_gpu.SMALLEST_CHUNK, triton_gpu.CHUNK_SIZE
     sizes = [triton_gpu.chunk_size(elements) for elements in (0, 10**6, 10**7, 10**8, 10**10)]
@@ -228,7 +368,7 @@ def test_chunks_of_large_tables_are_larger(triton_gpu):
 def test_without_triton_it_says_so():
     code = """
 import sys
-sys.modules["triton"] = None
+sys.modules["triton"] = sys.modules["fastsam._C"] = None
 from fastsam.backends import BackendUnavailable, load, resolve
 try:
     load("triton", "cuda")
@@ -278,177 +418,23 @@ def test_compiled_kernels_read_and_write_sixteen_bytes_at_a_time(tmp_path, targe
 # ---- on a GPU: what an interpreter cannot show ----
 
 
-def make_training(base=torch.optim.SGD, device="cuda", **options):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8)).to(device)
-    x, y = torch.randn(32, 16, device=device), torch.randn(32, 8, device=device)
-    optimizer = FastSAM(model.parameters(), base, backend="triton", **options)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        return loss
-
-    return model, optimizer, closure
-
-
-BASES = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.01, "capturable": True}),
-}
-every_base = pytest.mark.parametrize(("base", "options"), BASES.values(), ids=BASES)
-
-
-@pytest.fixture
-def gpu():
+@pytest.mark.gpu
+def test_a_changed_number_compiles_nothing():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return load("triton", "cuda")
+    gpu = load("triton", "cuda")
+    weight = torch.nn.Parameter(values((1000,), torch.float32, "cuda"))
+    weight.grad = torch.ones_like(weight)
+    optimizer = FastSAM([weight], lr=0.1, momentum=0.9, backend="triton")
 
-
-@pytest.fixture
-def no_sync(gpu):
-    """Any wait for the device raises, from when the fixture's value is called on."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@every_base
-def test_a_step_does_not_wait_for_the_device(no_sync, base, options):
-    lr = torch.tensor(options["lr"], device="cuda")
-    _, optimizer, closure = make_training(base, **{**options, "lr": lr})
-    optimizer.step(closure)
-    no_sync()
-    for _ in range(3):
-        optimizer.step(closure)
-
-
-@pytest.mark.gpu
-def test_the_device_sees_three_kernels_and_no_copy(gpu):
-    _, optimizer, closure = make_training(lr=0.1, momentum=0.9)
-    optimizer.step(closure)
-    closure()
-    with torch.profiler.profile() as profile:
+    def step():
         optimizer.first_step(zero_grad=False)
         optimizer.second_step()
-        torch.cuda.synchronize()
-    seen = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    seen = [name for name in seen if "ynchronize" not in name]
-    # The second pass's gradients are the first's here, where `step` read others: one row goes up, once.
-    assert [name for name in seen if name.endswith("_kernel")] == [
-        "grad_norm_kernel",
-        "perturb_kernel",
-        "restore_and_sgd_kernel",
-    ]
-    assert len(seen) <= 4, seen
 
-
-@pytest.mark.gpu
-@every_base
-def test_a_captured_step_replays_as_it_would_have_run(gpu, base, options):
-    """Over 10 steps, bit for bit, with lr and rho changed on the way through their tensors."""
-
-    def schedule(optimizer, step):
-        optimizer.param_groups[0]["lr"].fill_(options["lr"] / (1 + step))
-        optimizer.param_groups[0]["rho"].fill_(0.05 * (1 + step))
-
-    def start():
-        tensors = {"lr": torch.tensor(options["lr"], device="cuda"), "rho": torch.tensor(0.05, device="cuda")}
-        model, optimizer, closure = make_training(base, **{**options, **tensors})
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                optimizer.step(closure)
-        torch.cuda.current_stream().wait_stream(stream)
-        return model, optimizer, closure
-
-    eager_model, eager, eager_closure = start()
-    for step in range(10):
-        schedule(eager, step)
-        eager.step(eager_closure)
-    model, optimizer, closure = start()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step(closure)
-    for step in range(10):
-        schedule(optimizer, step)
-        graph.replay()
-    torch.cuda.synchronize()
-    assert_same_bits([*model.parameters()], [*eager_model.parameters()])
-
-
-@pytest.mark.gpu
-def test_eager_steps_do_not_disturb_a_graph(gpu):
-    """A replay after an eager step, whose gradients lie elsewhere, uses the addresses that it was captured with."""
-    model, optimizer, closure = make_training(lr=0.1)
-    optimizer.step(closure)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step(closure)
-    graph.replay()
-    ballast = [torch.randn(64, 16, device="cuda") for _ in range(5)]
-    optimizer.step(closure)
-    graph.replay()
-    other, reference, other_closure = make_training(lr=0.1)
-    for _ in range(4):
-        reference.step(other_closure)
-    torch.cuda.synchronize()
-    assert ballast
-    assert_same_bits([*model.parameters()], [*other.parameters()])
-
-
-@pytest.mark.gpu
-def test_a_capture_without_a_step_before_it_is_refused(gpu):
-    _, optimizer, closure = make_training(lr=0.1)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        closure()
-    torch.cuda.synchronize()
-    with (
-        pytest.raises(RuntimeError, match="run a step outside the capture first"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        optimizer.step(closure)
-
-
-@pytest.mark.gpu
-@every_base
-def test_a_step_on_a_side_stream(gpu, base, options):
-    results = []
-    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
-        model, optimizer, closure = make_training(base, **options)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(5):
-                optimizer.step(closure)
-        torch.cuda.current_stream().wait_stream(stream)
-        results.append([p.detach().clone() for p in model.parameters()])
-    assert_same_bits(*results)
-
-
-@pytest.mark.gpu
-def test_a_changed_number_compiles_nothing(gpu):
-    _, optimizer, closure = make_training(lr=0.1, momentum=0.9)
-    optimizer.step(closure)
+    step()
     kernels = (gpu.grad_norm_kernel, gpu.perturb_kernel, gpu.restore_and_sgd_kernel)
     before = [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
     for number in (1.0, 0.5, 1, 0.0, 16):
         optimizer.param_groups[0].update(lr=number * 0.01, rho=number, weight_decay=number / 100)
-        optimizer.step(closure)
+        step()
     assert [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels] == before
-
-
-@pytest.mark.gpu
-def test_two_devices_have_one_norm_and_a_bucket_each(gpu):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device")
-    weights = [torch.nn.Parameter(torch.ones(1000, device=f"cuda:{i}")) for i in range(2)]
-    optimizer = FastSAM(weights, lr=0.1, rho=1.0, backend="triton")
-    for weight in weights:
-        weight.grad = torch.full_like(weight, 2.0)
-    optimizer.first_step()
-    for weight in weights:
-        assert torch.allclose(weight.detach().cpu(), torch.full((1000,), 1 + 1 / math.sqrt(2000)), rtol=1e-6)

@@ -1,5 +1,6 @@
-"""Triton's interpreter for machines without a GPU, and twice as fast: it prepares its language once per launch."""
+"""Triton's interpreter for machines without a GPU, several times as fast: without what it does in vain."""
 
+import dataclasses
 import os
 
 import torch
@@ -13,10 +14,21 @@ def set_up():
         from triton.runtime import interpreter
     except ImportError:
         return
-    # Left to itself, it does so in every function that a kernel calls, in half of the time that a test takes.
-    patch = getattr(interpreter, "_patch_lang", None)
-    if patch is None:
-        return
+    # None of these names is public: where one is missing, tests only take longer.
+    if hasattr(interpreter, "_patch_lang"):
+        prepare_once_per_launch(interpreter)
+    if hasattr(interpreter, "interpreter_builder"):
+        leave_overflows_alone(interpreter.interpreter_builder)
+
+
+def runs(backend, device):
+    """Whether the interpreter runs ``backend`` on ``device``: at a microsecond per element, a hundred per operation."""
+    return backend == "triton" and device.type == "cpu"
+
+
+def prepare_once_per_launch(interpreter):
+    """Left to itself, it prepares its language in every function that a kernel calls."""
+    patch = interpreter._patch_lang
     prepared = set()
 
     def patch_once(function):
@@ -29,3 +41,9 @@ def set_up():
         return scope
 
     interpreter._patch_lang = patch_once
+
+
+def leave_overflows_alone(builder):
+    """It looks for an overflow after every sum of integers, and says nothing of one unless it is debugging."""
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

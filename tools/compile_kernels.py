@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from text_table import text_table
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -77,7 +79,7 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastsam.backends.triton_gpu import COMPILE_OPTIONS, WARPS, block_size
+    from fastsam.backends.triton_gpu import WARPS, block_size, compile_options
 
     name, dtype_name, target_name = job
     kernel = getattr(importlib.import_module(f"fastsam.kernels.{KERNELS[name].module}"), name)
@@ -93,7 +95,8 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
     signature = {key: "constexpr" if key in constants else POINTERS.get(key, "i32") for key in kernel.arg_names}
     target = GPUTarget(*TARGETS[target_name])
     begin = time.perf_counter()
-    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options=COMPILE_OPTIONS)
+    options = compile_options(nvidia=target.backend == "cuda")
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
     seconds = time.perf_counter() - begin
 
     stem = out / f"triton-{triton.__version__}" / target_name / f"{name}-{dtype_name}"
@@ -187,16 +190,6 @@ def faults(entry: dict[str, Any]) -> list[str]:
     return found
 
 
-def table(entries: list[dict[str, Any]]) -> str:
-    """The report as text."""
-    columns = ("kernel", "dtype", "target", "triton", "registers", "spills", "wide_found", "wide_needed")
-    rows = [columns, *([str(entry[column]) for column in columns] for entry in entries)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    notes = ["", *(", ".join(faults(entry)) for entry in entries)]
-    return "\n".join(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,7 +222,8 @@ def main(command_line: list[str]) -> int:
         entries = [entry for part in parts for entry in part]
     entries.sort(key=lambda e: (e["triton"], e["target"], e["kernel"], e["dtype"]))
     (arguments.out / "report.json").write_text(json.dumps(entries, indent=1) + "\n")
-    print(table(entries))
+    columns = ("kernel", "dtype", "target", "triton", "registers", "spills", "wide_found", "wide_needed")
+    print(text_table(columns, entries, [faults(entry) for entry in entries]))
     bad = sum(bool(faults(entry)) for entry in entries)
     versions = ", ".join(sorted({entry["triton"] for entry in entries}))
     print(

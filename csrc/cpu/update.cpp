@@ -1,4 +1,6 @@
 // restore_and_sgd_ and restore_and_adam_ on the CPU: w <- update(backup, g, state) in one pass.
+#include <cmath>
+
 #include "multi_tensor.h"
 #include "operations.h"
 
@@ -53,9 +55,7 @@ FASTSAM_MULTIVERSION void amsgrad(scalar_t* __restrict__ result, const scalar_t*
     const T w = static_cast<T>(param[i]);
     T mean = static_cast<T>(exp_avg[i]), square = static_cast<T>(exp_avg_sq[i]);
     step.moments(w, static_cast<T>(grad[i]), mean, square);
-    const T previous = static_cast<T>(max_exp_avg_sq[i]);
-    // Written so that a NaN in either stays one, as in torch.maximum.
-    const T largest = (previous > square) | (previous != previous) ? previous : square;
+    const T largest = step.larger(static_cast<T>(max_exp_avg_sq[i]), square);
     exp_avg[i] = static_cast<scalar_t>(mean);
     exp_avg_sq[i] = static_cast<scalar_t>(square);
     max_exp_avg_sq[i] = static_cast<scalar_t>(largest);
@@ -117,8 +117,10 @@ void restore_and_adam_(const TensorTable& table, ScalarType dtype, const AdamOpt
   dispatch(dtype, [&](auto type) {
     using scalar_t = decltype(type);
     restore_and_update<scalar_t>(table, [&](const Chunk& chunk) {
-      const AdamStep<opmath_t<scalar_t>> step(options[table.groups[chunk.tensor]],
-                                              static_cast<double>(steps[chunk.tensor]) + 1.0, inv_grad_scale);
+      const AdamOptions& group = options[table.groups[chunk.tensor]];
+      const double count = static_cast<double>(steps[chunk.tensor]) + 1.0;
+      const AdamStep<opmath_t<scalar_t>> step(group, std::pow(group.beta1, count), std::pow(group.beta2, count),
+                                              inv_grad_scale);
       scalar_t* exp_avg = table.pointer<scalar_t>(kState0, chunk.tensor);
       scalar_t* exp_avg_sq = table.pointer<scalar_t>(kState1, chunk.tensor);
       scalar_t* max_exp_avg_sq = table.pointer<scalar_t>(kState2, chunk.tensor);

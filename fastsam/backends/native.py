@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions
+from fastsam.backends.native_table import CudaTable, HostTable
 from fastsam.tensor_table import TensorTable
 
 # 256 KiB of float32: small enough to share out evenly, large enough for the prefetchers (at 64 KiB and less, walking
@@ -23,6 +27,7 @@ except ImportError as error:
     _missing = str(error)
 
 _ops: Any = torch.ops.fastsam
+_tables: dict[str, type[HostTable | CudaTable]] = {"cpu": HostTable, "cuda": CudaTable}
 
 
 def check(device_type: str) -> None:
@@ -31,26 +36,56 @@ def check(device_type: str) -> None:
             f"fastsam was installed without its compiled extension ({_missing}) and is several times slower; reinstall "
             "with a C++ compiler: pip install --no-build-isolation --no-deps fastsam-optim"
         )
+    if device_type == "cuda" and (obstacle := _load_cuda()):
+        raise BackendUnavailable(obstacle)
     if not torch._C._dispatch_has_kernel_for_dispatch_key("fastsam::perturb_", device_type.upper()):
         raise BackendUnavailable(f"the compiled extension has no kernels for {device_type!r}")
 
 
+def cuda_library() -> Path:
+    """Where the CUDA kernels are, if they were compiled."""
+    return Path(__file__).parents[1] / "_C_cuda.abi3.so"
+
+
+@functools.cache
+def _load_cuda() -> str:
+    """Registers the CUDA kernels; why they cannot run on the current device, or an empty text."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} was built without CUDA"
+    if not cuda_library().exists():
+        return (
+            "fastsam was installed without its CUDA kernels; reinstall with nvcc: "
+            "FASTSAM_BUILD=cuda pip install --no-build-isolation --no-deps fastsam-optim"
+        )
+    try:
+        find_obstacle = ctypes.CDLL(str(cuda_library())).fastsam_cuda_obstacle
+    except OSError as error:
+        return f"the CUDA kernels cannot be loaded ({error})"
+    find_obstacle.restype = ctypes.c_char_p
+    obstacle: bytes | None = find_obstacle()
+    return f"the CUDA kernels cannot run on this device ({obstacle.decode()})" if obstacle else ""
+
+
 def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) -> Tensor:
-    norm = _kept(tables[0], "norm", (), torch.float64)
-    for position, table in enumerate(tables):
-        arguments = _arguments(table)
-        partials = _kept(table, "partials", (arguments[2].shape[0],), torch.float64)
-        last = position == len(tables) - 1
-        _ops.grad_norm_(*arguments, _packed(table, options), partials, norm, position == 0, last)
+    norm = _kept(tables[0], "norm", ())
+    with _view(tables[0]).counting() as finished:
+        for position, table in enumerate(tables):
+            arguments, packed = _view(table).read(table, options)
+            _, _, chunks, *_ = arguments
+            partials = _kept(table, "partials", (len(chunks),))
+            first, last = position == 0, position == len(tables) - 1
+            _ops.grad_norm_(*arguments, packed, partials, norm, finished, first, last)
     return norm
 
 
 def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
-    _ops.perturb_(*_arguments(table), _packed(table, options), norm)
+    arguments, packed = _view(table).read(table, options)
+    _ops.perturb_(*arguments, packed, norm)
 
 
 def restore_(table: TensorTable) -> None:
-    _ops.restore_(*_arguments(table))
+    arguments, _ = _view(table).read(table)
+    _ops.restore_(*arguments)
 
 
 def restore_and_sgd_(
@@ -72,29 +107,23 @@ def _update(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    operator(*_arguments(table), _packed(table, options), table.steps, grad_scale, found_inf)
+    view = _view(table)
+    arguments, packed = view.read(table, options)
+    with view.counting() as finished:
+        operator(*arguments, packed, table.steps, grad_scale, found_inf, finished)
 
 
-def _arguments(table: TensorTable) -> tuple[Tensor, Tensor, Tensor, int, torch.dtype]:
-    return table.addresses, table.tensors, table.chunks(CHUNK_SIZE), CHUNK_SIZE, table.dtype
+def _view(table: TensorTable) -> HostTable | CudaTable:
+    """The table as the operators for its device take it."""
+    if "native table" not in table.cache:
+        table.cache["native table"] = _tables[table.device.type](table, CHUNK_SIZE)
+    view: HostTable | CudaTable = table.cache["native table"]
+    return view
 
 
-Options = Sequence[ClimbOptions] | Sequence[SGDOptions] | Sequence[AdamOptions]
-
-
-def _packed(table: TensorTable, options: Options) -> Tensor:
-    """The options as float64 ``(groups, fields)``, made anew only when a number has changed."""
-    numbers = [tuple(map(float, group)) for group in options]
-    key = type(options[0]).__name__
-    if key not in table.cache or table.cache[key][0] != numbers:
-        table.cache[key] = numbers, torch.tensor(numbers, dtype=torch.float64)
-    packed: Tensor = table.cache[key][1]
-    return packed
-
-
-def _kept(table: TensorTable, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that the table keeps from step to step."""
+def _kept(table: TensorTable, key: str, shape: tuple[int, ...]) -> Tensor:
+    """Float64 memory that the table keeps from step to step."""
     if key not in table.cache:
-        table.cache[key] = torch.empty(shape, dtype=dtype, device=table.device)
+        table.cache[key] = torch.empty(shape, dtype=torch.float64, device=table.device)
     tensor: Tensor = table.cache[key]
     return tensor

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions
-from fastsam.backends.device_table import DeviceTable, is_capturing, refuse_capture
+from fastsam.backends.device_table import DeviceTable, fit_chunk_size, is_capturing, refuse_capture
 from fastsam.backends.scalars import opmath_dtype
 from fastsam.tensor_table import TensorTable
 
@@ -50,17 +50,25 @@ if not _obstacle:
     }
 
 WARPS = 4
-# Said, not left to a default that changes from one Triton to the next: the same bits under all of them.
-COMPILE_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+# The most that Adam needs. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills.
+REGISTERS = 128
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
-# interpreter's time goes with the number of blocks.
-BLOCK_BYTES = 131072 if _interpreted else 4096
+# interpreter's time goes with the number of blocks, but most tensors of tests are small.
+BLOCK_BYTES = 32768 if _interpreted else 4096
 
-# The most elements that a program gets. A small table is cut finer, into a few thousand chunks: enough to keep every
-# multiprocessor busy to the end.
+# The most elements that a program gets; a small table is cut finer.
 CHUNK_SIZE = 65536
 SMALLEST_CHUNK = CHUNK_SIZE if _interpreted else 4096
-_FEW_THOUSAND = 4096
+
+
+def compile_options(*, nvidia: bool) -> dict[str, Any]:
+    """What Triton is told beside the kernels' arguments."""
+    # Fusion is said, not left to a default that changes from one Triton to the next: the same bits under all of them.
+    options = {"num_warps": WARPS, "enable_fp_fusion": True}
+    return {**options, "maxnreg": REGISTERS} if nvidia else options
+
+
+_COMPILE_OPTIONS = compile_options(nvidia=torch.version.hip is None)
 
 
 def check(device_type: str) -> None:
@@ -79,10 +87,7 @@ def check(device_type: str) -> None:
 
 def chunk_size(elements: int) -> int:
     """How many elements a program gets at most, of a table of so many: a power of two."""
-    size = min(SMALLEST_CHUNK, CHUNK_SIZE)
-    while size < CHUNK_SIZE and size * _FEW_THOUSAND < elements:
-        size *= 2
-    return size
+    return fit_chunk_size(elements, SMALLEST_CHUNK, CHUNK_SIZE)
 
 
 def block_size(dtype: torch.dtype) -> int:
@@ -94,27 +99,28 @@ def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) ->
     copies = [_device_table(table) for table in tables]
     counts = [len(copy.chunks) for copy in copies]
     partials, norm = _reduction_memory(tables[0], sum(counts))
-    for position, (table, copy) in enumerate(zip(tables, copies, strict=True)):
-        addresses, packed = copy.read(options)
-        first = sum(counts[:position])
-        arguments = packed, partials, copies[0].finished, norm, len(table.params), first, sum(counts)
-        constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype], "FIELDS": len(options[0])}
-        _launch(grad_norm_kernel, table, copies[0].finished, (addresses, copy.chunks, *arguments), constants)
+    with copies[0].counting() as finished:
+        for position, (table, copy) in enumerate(zip(tables, copies, strict=True)):
+            addresses, packed = copy.read(table, options)
+            first = sum(counts[:position])
+            arguments = packed, partials, finished, norm, len(table.params), first, sum(counts)
+            constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype], "FIELDS": len(options[0])}
+            _launch(grad_norm_kernel, table, (addresses, copy.chunks, *arguments), constants)
     return norm
 
 
 def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
     copy = _device_table(table)
-    addresses, packed = copy.read(options)
+    addresses, packed = copy.read(table, options)
     arguments = addresses, copy.chunks, packed, norm, len(table.params)
-    _launch(perturb_kernel, table, None, arguments, _constants(table, options))
+    _launch(perturb_kernel, table, arguments, _constants(table, options))
 
 
 def restore_(table: TensorTable) -> None:
     copy = _device_table(table)
-    addresses, _ = copy.read()
+    addresses, _ = copy.read(table)
     constants = {"DTYPE": _LANGUAGE_DTYPES[table.dtype]}
-    _launch(restore_kernel, table, None, (addresses, copy.chunks, len(table.params)), constants)
+    _launch(restore_kernel, table, (addresses, copy.chunks, len(table.params)), constants)
 
 
 def restore_and_sgd_(
@@ -137,11 +143,12 @@ def _update(
     found_inf: Tensor | None,
 ) -> None:
     copy = _device_table(table)
-    addresses, packed = copy.read(options)
+    addresses, packed = copy.read(table, options)
     grad_scale = copy.no_scale if grad_scale is None else grad_scale
     found_inf = copy.no_overflow if found_inf is None else found_inf
-    arguments = packed, table.steps, grad_scale, found_inf, copy.finished, len(table.params)
-    _launch(kernel, table, copy.finished, (addresses, copy.chunks, *arguments), _constants(table, options))
+    with copy.counting() as finished:
+        arguments = packed, table.steps, grad_scale, found_inf, finished, len(table.params)
+        _launch(kernel, table, (addresses, copy.chunks, *arguments), _constants(table, options))
 
 
 def _constants(table: TensorTable, options: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
@@ -149,18 +156,10 @@ def _constants(table: TensorTable, options: Sequence[tuple[Any, ...]]) -> dict[s
     return {"DTYPE": dtype, "OPMATH": _LANGUAGE_DTYPES[opmath_dtype(table.dtype)], "FIELDS": len(options[0])}
 
 
-def _launch(
-    kernel: Any, table: TensorTable, finished: Tensor | None, arguments: tuple[Any, ...], constants: dict[str, Any]
-) -> None:
-    """One program per chunk (``arguments[1]``); ``finished`` is what they count themselves by."""
-    grid = (len(arguments[1]),)
-    try:
-        with _on(table.device):
-            kernel[grid](*arguments, **constants, BLOCK=block_size(table.dtype), **COMPILE_OPTIONS)
-    except BaseException:
-        if finished is not None:
-            finished.zero_()
-        raise
+def _launch(kernel: Any, table: TensorTable, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """One program per chunk (``arguments[1]``)."""
+    with _on(table.device):
+        kernel[(len(arguments[1]),)](*arguments, **constants, BLOCK=block_size(table.dtype), **_COMPILE_OPTIONS)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fastsam
-from fastsam.backends import BACKENDS, BackendUnavailable, load, resolve
+from fastsam.backends import BACKENDS, BackendUnavailable, load, native, resolve
 from fastsam.doctor.self_check import TOLERANCE, check_backend
 
 WIDTH = 100
@@ -124,12 +124,8 @@ def _extension() -> list[tuple[str, str]]:
         importlib.import_module("fastsam._C")
     except ImportError as error:
         return [*rows, ("broken", f"cannot be loaded: {error}")]
-    kernels = [
-        key.lower()
-        for key in ("CPU", "CUDA")
-        if torch._C._dispatch_has_kernel_for_dispatch_key("fastsam::perturb_", key)
-    ]
-    return [*rows, ("kernels for", ", ".join(kernels) or "nothing")]
+    kernels = ["cpu", "cuda"] if native.cuda_library().exists() else ["cpu"]
+    return [*rows, ("kernels for", ", ".join(kernels))]
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> None:

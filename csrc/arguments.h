@@ -1,0 +1,56 @@
+// Checks of what the operators are handed that hold on every device.
+#pragma once
+
+#include <cstdint>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "tensor_table.h"
+
+namespace fastsam {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_dense(const Tensor& tensor, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastsam: ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "fastsam: ", name, " must be contiguous");
+}
+
+inline void check_cpu(const Tensor& tensor, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "fastsam: ", name, " must be on the CPU");
+  check_dense(tensor, dtype, name);
+}
+
+// The table without its chunks, which each device reads from its own memory.
+inline TensorTable read_tensors(const Tensor& addresses, const Tensor& tensors, int64_t chunk_size) {
+  check_cpu(addresses, ScalarType::Long, "addresses");
+  check_cpu(tensors, ScalarType::Long, "tensors");
+  STD_TORCH_CHECK(tensors.dim() == 2 && tensors.size(0) == 2, "fastsam: tensors must be [2, n]");
+  const int64_t n = tensors.size(1);
+  STD_TORCH_CHECK(addresses.dim() == 2 && addresses.size(0) == kRoles && addresses.size(1) == n,
+                  "fastsam: addresses must be [", int64_t{kRoles}, ", n]");
+  STD_TORCH_CHECK(chunk_size > 0, "fastsam: chunk_size must be positive");
+  const int64_t* rows = tensors.const_data_ptr<int64_t>();
+  return {addresses.const_data_ptr<int64_t>(), rows, rows + n, nullptr, n, 0, chunk_size, 0};
+}
+
+// An options row is read by its group's index: each must exist.
+inline void check_groups(const TensorTable& table, int64_t group_count) {
+  for (int64_t i = 0; i < table.tensor_count; ++i) {
+    STD_TORCH_CHECK(table.groups[i] >= 0 && table.groups[i] < group_count, "fastsam: tensor ", i,
+                    " names a group without options");
+  }
+}
+
+inline void check_moments(const TensorTable& table) {
+  for (int64_t i = 0; i < table.tensor_count; ++i) {
+    const bool needs_moments = table.sizes[i] != 0 && table.has(kGrad, i);
+    STD_TORCH_CHECK(!needs_moments || (table.has(kState0, i) && table.has(kState1, i)), "fastsam: tensor ", i,
+                    " has no moments");
+  }
+}
+
+}  // namespace fastsam

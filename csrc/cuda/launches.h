@@ -1,0 +1,140 @@
+// What is decided before an element is touched: which tensors a launch takes, what its arguments hold, and which part
+// of a chunk is walked in vectors. Plain C++, so that the tests run it on the CPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../elementwise.h"
+#include "../tensor_table.h"
+
+namespace fastsam::cuda {
+
+// Gradients are new tensors in every step, so their addresses travel in the kernel's arguments, of which CUDA takes
+// 32,764 bytes; what else is in them fits into the rest. Most models are content with the smaller ones.
+constexpr int64_t kFewTensors = 480;
+constexpr int64_t kManyTensors = 4064;
+
+// One launch: a run of tensors, in the table's order, and all of their chunks.
+struct Launch {
+  int64_t first_tensor;
+  int64_t tensor_count;
+  int64_t first_chunk;
+  int64_t chunk_count;
+  bool first;  // of the table's launches
+  bool last;
+};
+
+// A table in device memory.
+struct DeviceTable {
+  const int64_t* addresses;  // [kRoles, tensor_count]; the row of gradients is not read
+  const int64_t* chunks;     // [count, 4]: tensor, first element, length, parameter group
+  int64_t tensor_count;
+};
+
+// What a kernel gets: the table, its share of it, what only this operation needs, and addresses of gradients.
+template <typename Extra, int64_t kCapacity>
+struct Arguments {
+  DeviceTable table;
+  Launch launch;
+  Extra extra;
+  int64_t grads[kCapacity];  // of the launch's tensors; 0: none
+};
+
+inline int64_t chunks_of(int64_t size, int64_t chunk_size) { return (size + chunk_size - 1) / chunk_size; }
+
+// As few launches as it takes to hand over `capacity` addresses at a time. Every tensor is in one, empty ones too.
+inline std::vector<Launch> plan_launches(const TensorTable& table, int64_t capacity) {
+  std::vector<Launch> launches;
+  int64_t chunk = 0;
+  for (int64_t first = 0; first < table.tensor_count; first += capacity) {
+    const int64_t count = std::min(capacity, table.tensor_count - first), first_chunk = chunk;
+    for (int64_t i = first; i < first + count; ++i) chunk += chunks_of(table.sizes[i], table.chunk_size);
+    launches.push_back(
+        {first, count, first_chunk, chunk - first_chunk, first == 0, first + count == table.tensor_count});
+  }
+  return launches;
+}
+
+// `table` is the host's: the one whose gradients are up to date.
+template <typename Extra, int64_t kCapacity>
+void pack_arguments(const TensorTable& table, const DeviceTable& device, const Launch& launch, const Extra& extra,
+                    Arguments<Extra, kCapacity>& arguments) {
+  static_assert(sizeof(arguments) <= 32764, "CUDA takes no more");
+  arguments.table = device;
+  arguments.launch = launch;
+  arguments.extra = extra;
+  const int64_t* grads = table.addresses + kGrad * table.tensor_count + launch.first_tensor;
+  std::memcpy(arguments.grads, grads, launch.tensor_count * sizeof(int64_t));
+}
+
+// A block's share of the work.
+struct DeviceChunk {
+  int64_t tensor;
+  int64_t start;
+  int64_t length;
+  int64_t group;
+};
+
+// The launch's chunk `index`. A launch has at least one block; one of empty tensors alone has no chunk for it.
+FASTSAM_HOST_DEVICE DeviceChunk read_chunk(const DeviceTable& table, const Launch& launch, int64_t index) {
+  if (index >= launch.chunk_count) return {launch.first_tensor, 0, 0, 0};
+  const int64_t* row = table.chunks + 4 * (launch.first_chunk + index);
+  return {row[0], row[1], row[2], row[3]};
+}
+
+// The address of a chunk's first element; null where the tensor has no such role.
+template <typename scalar_t>
+FASTSAM_HOST_DEVICE scalar_t* element_pointer(int64_t address, const DeviceChunk& chunk) {
+  return address == 0 ? nullptr : reinterpret_cast<scalar_t*>(address) + chunk.start;
+}
+
+template <typename scalar_t>
+FASTSAM_HOST_DEVICE scalar_t* element_pointer(const DeviceTable& table, Role role, const DeviceChunk& chunk) {
+  return element_pointer<scalar_t>(table.addresses[role * table.tensor_count + chunk.tensor], chunk);
+}
+
+constexpr int64_t kVectorBytes = 16;
+
+// How a chunk is walked: `head` elements one by one, then `vectors` of 16 bytes, then the rest one by one.
+struct Split {
+  int64_t head;
+  int64_t vectors;
+};
+
+// `address`: of one role; `differences`: of all others, each xor-ed with it, or-ed together. They can be aligned at the
+// same element only if they are equally far from it.
+FASTSAM_HOST_DEVICE Split split_chunk(uint64_t address, uint64_t differences, int64_t length, int64_t element_size) {
+  const int64_t bytes_before = -address & (kVectorBytes - 1);
+  if ((differences & (kVectorBytes - 1)) != 0 || bytes_before % element_size != 0) return {0, 0};
+  const int64_t before = bytes_before / element_size, head = before < length ? before : length;
+  return {head, (length - head) * element_size / kVectorBytes};
+}
+
+// An option on the device: a number, or the address of a tensor to read it from when the kernel runs. The address is
+// odd if that tensor is float64, else it is float32.
+struct DeviceOption {
+  double number;
+  int64_t address;
+};
+
+// One group's options.
+struct OptionRow {
+  const DeviceOption* options;
+
+  FASTSAM_HOST_DEVICE double operator[](int64_t field) const {
+    const DeviceOption& option = options[field];
+    if (option.address == 0) return option.number;
+    if ((option.address & 1) != 0) return *reinterpret_cast<const double*>(option.address & ~int64_t{1});
+    return *reinterpret_cast<const float*>(option.address);
+  }
+};
+
+template <typename Options>
+FASTSAM_HOST_DEVICE Options read_options(const DeviceOption* options, int64_t group) {
+  return Options::read(OptionRow{options + group * Options::kFields});
+}
+
+}  // namespace fastsam::cuda
