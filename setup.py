@@ -49,7 +49,6 @@ COMPILE_ARGS = [
 SANITIZERS = "-fsanitize=address,undefined"
 SANITIZE_ARGS = [SANITIZERS, "-fno-sanitize-recover=all", "-fno-wrapv", "-fno-omit-frame-pointer", "-O1", "-g"]
 
-
 CUDA_LIBRARY = "fastsam._C_cuda"
 CUDA_ARCHS = ("80", "90", "100", "120")
 OLDEST_NVCC = (12, 1)  # takes 32,764 bytes of kernel arguments

@@ -209,4 +209,4 @@ def programs(draw):
     operations = draw(st.lists(operations_of(base, dtypes), min_size=1, max_size=8))
     # A last step shows what the operation before it has left behind.
     last = draw(steps)
-    return Program(base, groups, (*operations, last), draw(st.sampled_from([65536, 48])))
+    return Program(base, groups, (*operations, last), draw(st.sampled_from([65536, 64])))

@@ -120,6 +120,8 @@ def test_a_layer_that_is_frozen_between_the_passes_comes_back(backend, device, b
 @every_base
 def test_two_threads_train_two_halves_of_a_model(backend, device, base):
     """Each half as if it were alone, bit for bit."""
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("Triton's interpreter replaces triton.language while a kernel runs: one thread at a time")
     steps = 40
 
     def halves():

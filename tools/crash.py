@@ -52,7 +52,7 @@ def then_die(call):
     return both
 
 
-# The moment that a kill is planned for: what stands in for which function, and how often a step calls it.
+# The moments that a kill can be planned for: what stands in for which function.
 MOMENTS = {
     "between the passes": (FastSAM, "_clear_grads", die),
     "while saving": (torch, "save", half_a_file),
@@ -64,9 +64,14 @@ MOMENTS = {
 }
 
 
-def run(path, options, moment=None, after=0):
-    """The training, in a process of its own; it dies at the call number ``after`` of the ``moment``."""
+def run(path, options, begun, moment=None, after=0):
+    """The training, in a process of its own; it dies at the call number ``after`` of the ``moment``.
+
+    Sets the event ``begun`` at its first climb.
+    """
     torch.set_num_threads(1)
+    climb = FastSAM._climb
+    FastSAM._climb = lambda optimizer: (begun.set(), climb(optimizer))[1]
     if moment is not None:
         owner, name, fatal = MOMENTS[moment]
         usual, calls = getattr(owner, name), itertools.count()
@@ -83,15 +88,17 @@ class Runs:
         self.context.set_forkserver_preload(["__main__", "sklearn.datasets", "fastsam.demo.data", "fastsam._C"])
 
     def start(self, path, moment=None, after=0):
-        """Returns the running process."""
-        process = self.context.Process(target=run, args=(path, self.options, moment, after))
+        """Returns the process, which trains already or is at its end."""
+        begun = self.context.Event()
+        process = self.context.Process(target=run, args=(path, self.options, begun, moment, after))
         process.start()
+        while not begun.wait(0.1) and process.is_alive():
+            pass
         return process
 
     def finish(self, path):
         """Runs to the end, and returns the last checkpoint and the seconds it took."""
-        start = time.perf_counter()
-        process = self.start(path)
+        process, start = self.start(path), time.perf_counter()
         process.join()
         if process.exitcode != 0:
             raise SystemExit(f"the run ended with exit status {process.exitcode}")
