@@ -71,7 +71,7 @@ crash: $(EXTENSION)  ## Kill a training run KILLS=20 times: it must end as an un
 sanitize: $(SANITIZED)  ## The native backend's tests under AddressSanitizer and UBSan
 	PYTHONPATH=$(dir $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  FASTSAM_REQUIRE_BACKENDS=native $(BIN)/pytest --numprocesses $(WORKERS) --capture=sys --timeout 600 -k "native or fingerprint" $(ARGS)
+	  FASTSAM_REQUIRE_BACKENDS=native $(BIN)/pytest --numprocesses $(WORKERS) --capture=sys --timeout 600 -k "(native or fingerprint) and not cuda" $(ARGS)
 
 # A release that cannot be had is left out; the last line printed names those that were used.
 kernels: $(PACKAGE)  ## Compile the Triton kernels for every GPU, without one; a table; QUICK=1: a part

@@ -18,9 +18,9 @@ MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
 """For all backends together; 0: the suite's fixed programs."""
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-FIXED = {name: settings(QUIET, max_examples=1000, derandomize=True) for name in BACKENDS}
+FIXED = {name: settings(QUIET, max_examples=660, derandomize=True) for name in BACKENDS}
 # In Triton's interpreter each takes longer.
-FIXED["triton"] = settings(FIXED["triton"], max_examples=100)
+FIXED["triton"] = settings(FIXED["triton"], max_examples=20)
 ROUND = settings(QUIET, max_examples=50)
 
 
