@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from fastsam.backends import AdamOptions, SGDOptions
 from fastsam.optimizer_state import STEP_NAME, StateNames
-from fastsam.precision import PRECISION_OPTIONS, rounding_seed
+from fastsam.precision import rounding_seed
 
 Group = Mapping[str, Any]
 
@@ -84,8 +84,8 @@ FUSED: dict[type[torch.optim.Optimizer], FusedUpdate] = {
 }
 
 
-def check_base(base: Any, options: Mapping[str, Any]) -> None:
-    """Raises TypeError or ValueError if ``base`` cannot be the base optimizer, saying why."""
+def check_base(base: Any, options: Mapping[str, Any], reserved: Sequence[str]) -> None:
+    """Raises TypeError or ValueError if ``base`` cannot be the base optimizer; no option of it may be ``reserved``."""
     if isinstance(base, torch.optim.Optimizer):
         raise TypeError(f"base must be a class such as torch.optim.SGD, got an instance of {type(base).__name__}")
     if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
@@ -94,7 +94,7 @@ def check_base(base: Any, options: Mapping[str, Any]) -> None:
         raise TypeError(f"base {base.__name__} is not supported: its step() needs a closure of its own")
     if issubclass(base, torch.optim.SparseAdam):
         raise TypeError(f"base {base.__name__} is not supported: it takes sparse gradients only")
-    for name in ("rho", "adaptive", "perturb", *PRECISION_OPTIONS):
+    for name in reserved:
         if name in inspect.signature(base).parameters:
             raise TypeError(f"base {base.__name__} is not supported: its option {name!r} is also FastSAM's")
     if options.get("differentiable"):

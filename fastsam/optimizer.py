@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -18,22 +16,25 @@ from fastsam.backends import Backend, ClimbOptions, backend_of, check_name, fore
 from fastsam.backends.combination import Combination
 from fastsam.base_update import FUSED, FusedUpdate, check_base, unhooked_step
 from fastsam.batch_norm import RunningStatistics
+from fastsam.checkpoints import STEP_COUNT, check_shapes, complete_loaded, complete_saved
 from fastsam.interrupts import deferred_interrupts
-from fastsam.memory_layout import as_real, check_disjoint, check_parameter
+from fastsam.memory_layout import as_real
 from fastsam.method_steps import MethodSteps
-from fastsam.optimizer_state import MASTER_NAME, PreparedState, StateNames
-from fastsam.precision import PRECISION_OPTIONS, check_precision, default_seed, rounding_seed
+from fastsam.optimizer_state import PreparedState, StateNames
+from fastsam.parameter_groups import (
+    GROUP_OPTIONS,
+    as_groups,
+    check_parameters,
+    climb_options,
+    completed,
+    is_schedule,
+    tensors_of,
+)
+from fastsam.precision import check_precision
 from fastsam.replay_rng import GeneratorStates
 from fastsam.tensor_table import GRAD, STATE, TAKEN, TensorTable, TensorTables
 
 Closure = Callable[[], Any]
-
-# What FastSAM keeps in each parameter group beside the base's options.
-_GROUP_OPTIONS = ("rho", "adaptive", "perturb", *PRECISION_OPTIONS)
-# And the number of steps, where a method, an interval or a schedule asks for it.
-_STEP = "fastsam_step"
-# And in checkpoints the method, if it is not SAM.
-_METHOD = "fastsam_method"
 
 PLAIN = methods.SAM()
 
@@ -119,7 +120,7 @@ class FastSAM(Optimizer):
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
-        check_base(base, base_kwargs)
+        check_base(base, base_kwargs, GROUP_OPTIONS)
         check_name(backend)
         methods.check_method(method)
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
@@ -130,10 +131,10 @@ class FastSAM(Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         own: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "perturb": True, "rounding": rounding}
         own |= {"rounding_seed": rounding_seed, "master_weights": master_weights}
-        own = _completed({"params": []}, own, base)
+        own = completed({"params": []}, own, base)
         del own["params"]
-        groups = [_completed(group, own, base) for group in _as_groups(params)]
-        _check_parameters(groups)
+        groups = [completed(group, own, base) for group in as_groups(params)]
+        check_parameters(groups)
         self.backend = backend
         self._method, self._interval = method, interval
         for group in groups:
@@ -196,9 +197,9 @@ class FastSAM(Optimizer):
         if not self._complete:
             return
         self._refuse_perturbed("add_param_group()")
-        own = {name: self.defaults[name] for name in _GROUP_OPTIONS}
-        group = _completed(param_group, own, type(self.base_optimizer))
-        _check_parameters([*self.param_groups, group])
+        own = {name: self.defaults[name] for name in GROUP_OPTIONS}
+        group = completed(param_group, own, type(self.base_optimizer))
+        check_parameters([*self.param_groups, group])
         self._check_backends(group)
         self._check_group({**self.base_optimizer.defaults, **group})
         self.base_optimizer.add_param_group(group)
@@ -636,13 +637,7 @@ class FastSAM(Optimizer):
         """
         self._refuse_perturbed("state_dict()")
         saved = super().state_dict()
-        if (update := self._update) is not None:
-            saved["state"] = {key: update.saved(entries) for key, entries in saved["state"].items()}
-        for group in saved["param_groups"]:
-            if not isinstance(self._method, methods.SAM):
-                group[_METHOD] = type(self._method).__name__
-            if callable(group["rho"]) or isinstance(group["rho"], methods.RhoByLR):
-                group["rho"] = self._rho_now(group)  # a schedule is code, which a checkpoint cannot hold
+        complete_saved(saved, self._method, self._update, self._step_count())
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -686,55 +681,17 @@ class FastSAM(Optimizer):
 
     def _load_state(self, loaded: dict[str, Any], given: Mapping[str, Any]) -> None:
         """Takes over what torch has cast (``loaded``) of a state dict (``given``); all of it or nothing."""
-        for group, present in zip(loaded["param_groups"], self.param_groups, strict=True):
-            name = group.pop(_METHOD, None)
-            if name is not None and name != type(self._method).__name__:
-                raise ValueError(
-                    f"the state is {name}'s, this optimizer's method is {self._method}: what one keeps is of no use to "
-                    f"the other; to go on without, remove {_METHOD!r} from the state's param_groups"
-                )
-            for name in _GROUP_OPTIONS:
-                group.setdefault(name, present[name])
-            if _STEP in present:
-                group.setdefault(_STEP, present[_STEP])
-            if callable(present["rho"]) or isinstance(present["rho"], methods.RhoByLR):
-                group["rho"] = present["rho"]
+        complete_loaded(loaded, given, self.param_groups, self._method)
+        for group in loaded["param_groups"]:
             self._check_group(group)
-        self._check_state_shapes(loaded)
-        saved = chain.from_iterable(group["params"] for group in given["param_groups"])
-        params = ((param, group) for group in loaded["param_groups"] for param in group["params"])
-        for key, (param, group) in zip(saved, params, strict=True):
-            for name, value in given["state"].get(key, {}).items():
-                if not isinstance(value, Tensor):
-                    continue
-                entries = loaded["state"][param]
-                # torch casts what it loads to the parameter's dtype, in which a count may end at 256.
-                if name.startswith("fastsam_") or (group["master_weights"] and name != "step"):
-                    entries[name] = value.to(param.device, copy=True)
-                elif entries[name] is value:
-                    entries[name] = value.clone()  # two optimizers may load one dict
+        if (update := self._update) is not None:
+            check_shapes(loaded, lambda group: update.state_names({**self.defaults, **group}).moments)
         before = self.state, self.param_groups
         try:
             self.base_optimizer.__setstate__(loaded)
         except BaseException:
             self.state, self.param_groups = before
             raise
-
-    def _check_state_shapes(self, state: Mapping[str, Any]) -> None:
-        update = self._update
-        if update is None:
-            return
-        index = 0
-        for group in state["param_groups"]:
-            for param in group["params"]:
-                for name in (*update.state_names({**self.defaults, **group}).moments, MASTER_NAME):
-                    value = state["state"].get(param, {}).get(name)
-                    if value is not None and value.shape != param.shape:
-                        raise RuntimeError(
-                            f"parameter {index} (shape {tuple(param.shape)}): its loaded state {name!r} has shape "
-                            f"{tuple(value.shape)}"
-                        )
-                index += 1
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -762,7 +719,7 @@ class FastSAM(Optimizer):
         return resolve(self.backend, device_type, **more)
 
     def _check_backends(self, group: Mapping[str, Any]) -> None:
-        for device_type in {p.device.type for p in _tensors(group)}:
+        for device_type in {p.device.type for p in tensors_of(group)}:
             self._resolve(device_type)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
@@ -782,23 +739,18 @@ class FastSAM(Optimizer):
         return step % self._interval == 0 and self._method.climbs(step)
 
     def _step_count(self) -> int:
-        return int(self.param_groups[0].get(_STEP, 0))
+        return int(self.param_groups[0].get(STEP_COUNT, 0))
 
     def _count_step(self) -> None:
-        schedules = any(not isinstance(group["rho"], (numbers.Real, Tensor)) for group in self.param_groups)
+        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
         if self._interval > 1 or self._method.counts or schedules:
             count = self._step_count() + 1
             for group in self.param_groups:
-                group[_STEP] = count
-
-    def _rho_now(self, group: Mapping[str, Any]) -> Any:
-        rho = group["rho"]
-        if isinstance(rho, methods.RhoByLR):
-            return rho.of(group["lr"])
-        return rho(self._step_count()) if callable(rho) else rho
+                group[STEP_COUNT] = count
 
     def _climb_options(self) -> list[ClimbOptions]:
-        return [_climb_options({**group, "rho": self._rho_now(group)}) for group in self.param_groups]
+        step = self._step_count()
+        return [climb_options(group, step) for group in self.param_groups]
 
     def _clear_grads(self) -> None:
         for param in self._parameters():
@@ -809,86 +761,6 @@ class FastSAM(Optimizer):
             raise RuntimeError(
                 f"{what} is not possible while the weights are climbed; call second_step() or restore() first"
             )
-
-
-def _climb_options(group: Mapping[str, Any]) -> ClimbOptions:
-    rho = group["rho"]
-    _check_rho(rho, read=not isinstance(rho, Tensor) or rho.device.type == "cpu")
-    return ClimbOptions(rho, bool(group["adaptive"]), bool(group.get("maximize", False)), rounding_seed(group))
-
-
-def _check_rho(rho: Any, *, read: bool = True) -> None:
-    """Raises if ``rho`` is no radius; ``read=False``: without reading its value, which may be on an accelerator."""
-    if isinstance(rho, Tensor):
-        if rho.numel() != 1:
-            raise ValueError(f"rho must be a number or a tensor with one element, got shape {tuple(rho.shape)}")
-        if not read:
-            return
-        rho = rho.item()
-    if not isinstance(rho, numbers.Real):
-        raise TypeError(f"rho must be a number or a tensor with one element, got {type(rho).__name__}")
-    if not 0 <= float(rho) < math.inf:
-        raise ValueError(f"rho must be finite and >= 0, got {rho}")
-
-
-def _check_options(group: Mapping[str, Any]) -> None:
-    if not (callable(group["rho"]) or isinstance(group["rho"], methods.RhoByLR)):
-        _check_rho(group["rho"])
-    for name in ("adaptive", "perturb"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
-
-
-def _as_groups(params: Any) -> list[dict[str, Any]]:
-    if isinstance(params, (Tensor, Mapping)) or not isinstance(params, Iterable):
-        raise TypeError(
-            f"params must be an iterable of tensors, (name, tensor) pairs or dicts, got {type(params).__name__}"
-        )
-    entries = list(params)
-    if not entries:
-        raise ValueError("params is empty: there is nothing to optimize")
-    return entries if isinstance(entries[0], dict) else [{"params": entries}]
-
-
-def _completed(group: Any, own: Mapping[str, Any], base: type[Optimizer]) -> dict[str, Any]:
-    """A copy of a parameter group, with a list of parameters and FastSAM's options, all of them checked."""
-    if not isinstance(group, dict) or "params" not in group:
-        raise TypeError(f"a parameter group must be a dict with 'params', got {group!r}")
-    if group.get("differentiable"):
-        raise ValueError("differentiable=True is not supported")
-    params = group["params"]
-    if not isinstance(params, Iterable):
-        raise TypeError(
-            f"params must be an iterable of tensors, (name, tensor) pairs or dicts, got {type(params).__name__}"
-        )
-    if isinstance(params, set):
-        raise TypeError("params must be in an order that does not change from run to run, got a set")
-    params = [params] if isinstance(params, Tensor) else list(params)
-    completed = {**own, **group, "params": params}
-    if completed["rounding_seed"] is None:
-        completed["rounding_seed"] = default_seed()
-    _check_options(completed)
-    check_precision(completed, base, fused=base in FUSED)
-    if isinstance(completed["rho"], numbers.Real):
-        completed["rho"] = float(completed["rho"])  # a checkpoint with NumPy's numbers would not load as weights_only
-    return completed
-
-
-def _tensors(group: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors of a group whose parameters may be (name, tensor) pairs."""
-    return [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-
-
-def _check_parameters(groups: Sequence[Mapping[str, Any]]) -> None:
-    seen: dict[int, int] = {}
-    for index, param in enumerate(p for group in groups for p in _tensors(group)):
-        if not isinstance(param, Tensor):
-            raise TypeError(f"parameter {index} must be a tensor, got {type(param).__name__}")
-        if id(param) in seen:
-            raise ValueError(f"parameter {index} (shape {tuple(param.shape)}) is parameter {seen[id(param)]} again")
-        seen[id(param)] = index
-        check_parameter(param, index)
-    check_disjoint([p for group in groups for p in _tensors(group)])
 
 
 def _beside(scalar: Any, table: TensorTable) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fastsam import FastSAM, backends
 from fastsam.base_update import FUSED, check_base
+from fastsam.parameter_groups import GROUP_OPTIONS
 
 # What each class of torch.optim is built with here; small rates, so that nothing saturates.
 OPTIONS = {
@@ -97,7 +98,7 @@ def test_every_class_of_torch_optim_is_accounted_for():
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name):
     with pytest.raises(TypeError, match=f"base {name} is not supported"):
-        check_base(getattr(torch.optim, name), {})
+        check_base(getattr(torch.optim, name), {}, GROUP_OPTIONS)
 
 
 class Refusing(torch.optim.SGD):

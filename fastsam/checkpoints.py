@@ -1,0 +1,93 @@
+"""What FastSAM adds to the base's state_dict, and what it makes of one that is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from fastsam.base_update import FusedUpdate
+from fastsam.methods import SAM, Method
+from fastsam.optimizer_state import MASTER_NAME
+from fastsam.parameter_groups import GROUP_OPTIONS, is_schedule, rho_in
+
+STEP_COUNT = "fastsam_step"
+"""In each parameter group: the number of steps, where a method, an interval or a schedule asks for it."""
+
+METHOD = "fastsam_method"
+"""In the groups of a checkpoint: the method, if it is not SAM."""
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def complete_saved(saved: dict[str, Any], method: Method, update: FusedUpdate | None, step: int) -> None:
+    """Makes what ``Optimizer.state_dict()`` has returned in step ``step`` loadable by FastSAM and by its base."""
+    if update is not None:
+        saved["state"] = {key: update.saved(entries) for key, entries in saved["state"].items()}
+    for group in saved["param_groups"]:
+        if not isinstance(method, SAM):
+            group[METHOD] = type(method).__name__
+        if is_schedule(group["rho"]):
+            group["rho"] = rho_in(group, step)  # a schedule is code, which a checkpoint cannot hold
+
+
+def complete_loaded(loaded: dict[str, Any], given: Mapping[str, Any], present: Groups, method: Method) -> None:
+    """Fills in and puts right what ``Optimizer.load_state_dict()`` has made of a state dict.
+
+    Args:
+        loaded: torch's copy, its tensors cast to the parameters' dtype; changed in place.
+        given: the state dict itself.
+        present: the optimizer's parameter groups; what the loaded ones lack is theirs.
+        method: the optimizer's.
+
+    Raises:
+        ValueError: the state is another method's.
+    """
+    for group, mine in zip(loaded["param_groups"], present, strict=True):
+        name = group.pop(METHOD, None)
+        if name is not None and name != type(method).__name__:
+            raise ValueError(
+                f"the state is {name}'s, this optimizer's method is {method}: what one keeps is of no use to "
+                f"the other; to go on without, remove {METHOD!r} from the state's param_groups"
+            )
+        for name in GROUP_OPTIONS:
+            group.setdefault(name, mine[name])
+        if STEP_COUNT in mine:
+            group.setdefault(STEP_COUNT, mine[STEP_COUNT])
+        if is_schedule(mine["rho"]):
+            group["rho"] = mine["rho"]
+    saved = chain.from_iterable(group["params"] for group in given["param_groups"])
+    params = ((param, group) for group in loaded["param_groups"] for param in group["params"])
+    for key, (param, group) in zip(saved, params, strict=True):
+        for name, value in given["state"].get(key, {}).items():
+            if not isinstance(value, Tensor):
+                continue
+            entries = loaded["state"][param]
+            # torch casts what it loads to the parameter's dtype, in which a count may end at 256.
+            if name.startswith("fastsam_") or (group["master_weights"] and name != "step"):
+                entries[name] = value.to(param.device, copy=True)
+            elif entries[name] is value:
+                entries[name] = value.clone()  # two optimizers may load one dict
+
+
+def check_shapes(loaded: Mapping[str, Any], names_of: Callable[[Mapping[str, Any]], Sequence[str]]) -> None:
+    """Raises RuntimeError if a state tensor has another shape than its parameter.
+
+    Args:
+        loaded: the state and the groups, keyed by parameters.
+        names_of: the names of a group's state tensors that have their parameters' shapes.
+    """
+    index = 0
+    for group in loaded["param_groups"]:
+        names = [*names_of(group), MASTER_NAME]
+        for param in group["params"]:
+            for name in names:
+                value = loaded["state"].get(param, {}).get(name)
+                if value is not None and value.shape != param.shape:
+                    raise RuntimeError(
+                        f"parameter {index} (shape {tuple(param.shape)}): its loaded state {name!r} has shape "
+                        f"{tuple(value.shape)}"
+                    )
+            index += 1

@@ -1,0 +1,117 @@
+"""What a parameter group may hold: FastSAM's options completed and checked, radii and their schedules."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastsam.backends import ClimbOptions
+from fastsam.base_update import FUSED
+from fastsam.memory_layout import check_disjoint, check_parameter
+from fastsam.methods import RhoByLR
+from fastsam.precision import PRECISION_OPTIONS, check_precision, default_seed, rounding_seed
+
+GROUP_OPTIONS = ("rho", "adaptive", "perturb", *PRECISION_OPTIONS)
+"""What FastSAM keeps in each group beside the base's options."""
+
+
+def as_groups(params: Any) -> list[dict[str, Any]]:
+    """The groups in what a constructor was given for ``params``."""
+    if isinstance(params, (Tensor, Mapping)) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be an iterable of tensors, (name, tensor) pairs or dicts, got {type(params).__name__}"
+        )
+    entries = list(params)
+    if not entries:
+        raise ValueError("params is empty: there is nothing to optimize")
+    return entries if isinstance(entries[0], dict) else [{"params": entries}]
+
+
+def completed(group: Any, own: Mapping[str, Any], base: type[Optimizer]) -> dict[str, Any]:
+    """A copy of a parameter group, with a list of parameters and FastSAM's options, all of them checked."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"a parameter group must be a dict with 'params', got {group!r}")
+    if group.get("differentiable"):
+        raise ValueError("differentiable=True is not supported")
+    params = group["params"]
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be an iterable of tensors, (name, tensor) pairs or dicts, got {type(params).__name__}"
+        )
+    if isinstance(params, set):
+        raise TypeError("params must be in an order that does not change from run to run, got a set")
+    params = [params] if isinstance(params, Tensor) else list(params)
+    whole = {**own, **group, "params": params}
+    if whole["rounding_seed"] is None:
+        whole["rounding_seed"] = default_seed()
+    _check_options(whole)
+    check_precision(whole, base, fused=base in FUSED)
+    if isinstance(whole["rho"], numbers.Real):
+        whole["rho"] = float(whole["rho"])  # a checkpoint with NumPy's numbers would not load as weights_only
+    return whole
+
+
+def tensors_of(group: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a group whose parameters may be (name, tensor) pairs."""
+    return [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+
+
+def check_parameters(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises TypeError or ValueError if a parameter cannot be trained, or if two are one or share memory."""
+    params = [p for group in groups for p in tensors_of(group)]
+    seen: dict[int, int] = {}
+    for index, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"parameter {index} must be a tensor, got {type(param).__name__}")
+        if id(param) in seen:
+            raise ValueError(f"parameter {index} (shape {tuple(param.shape)}) is parameter {seen[id(param)]} again")
+        seen[id(param)] = index
+        check_parameter(param, index)
+    check_disjoint(params)
+
+
+def is_schedule(rho: Any) -> bool:
+    """Whether ``rho`` is no radius, but says which one it is in each step."""
+    return callable(rho) or isinstance(rho, RhoByLR)
+
+
+def rho_in(group: Mapping[str, Any], step: int) -> Any:
+    """The radius of ``group`` in step ``step`` (from 0)."""
+    rho = group["rho"]
+    if isinstance(rho, RhoByLR):
+        return rho.of(group["lr"])
+    return rho(step) if callable(rho) else rho
+
+
+def climb_options(group: Mapping[str, Any], step: int) -> ClimbOptions:
+    """What backends are told of ``group``'s climb in step ``step``."""
+    rho = rho_in(group, step)
+    _check_rho(rho, read=not isinstance(rho, Tensor) or rho.device.type == "cpu")
+    return ClimbOptions(rho, bool(group["adaptive"]), bool(group.get("maximize", False)), rounding_seed(group))
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    if not is_schedule(group["rho"]):
+        _check_rho(group["rho"])
+    for name in ("adaptive", "perturb"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+
+
+def _check_rho(rho: Any, *, read: bool = True) -> None:
+    """Raises if ``rho`` is no radius; ``read=False``: without reading its value, which may be on an accelerator."""
+    if isinstance(rho, Tensor):
+        if rho.numel() != 1:
+            raise ValueError(f"rho must be a number or a tensor with one element, got shape {tuple(rho.shape)}")
+        if not read:
+            return
+        rho = rho.item()
+    if not isinstance(rho, numbers.Real):
+        raise TypeError(f"rho must be a number or a tensor with one element, got {type(rho).__name__}")
+    if not 0 <= float(rho) < math.inf:
+        raise ValueError(f"rho must be finite and >= 0, got {rho}")
