@@ -56,7 +56,7 @@ def results(pytestconfig: pytest.Config) -> Iterator[Results]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results = config.stash.get(RESULTS, None)
-    if results is None or not (results.optimizer_part or results.training_step):
+    if results is None or not (results.optimizer_part or results.methods or results.training_step):
         return
     terminalreporter.section("FastSAM's benchmarks")
     for line in report.lines(results):

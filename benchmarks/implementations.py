@@ -22,6 +22,7 @@ LISTS = "lists"
 LISTS_ON_HOST = "lists, scale on the host"
 COMPILED = "compiled lists"
 FUSED_BASE = "one fused base step"
+HALF_BATCH = "FastSAM, ascent_closure on half the batch"
 # FastSAM's, slowest first; the last is the one that the speed table speaks of.
 BACKENDS = ("foreach", "triton", "native")
 

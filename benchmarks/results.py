@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from typing_extensions import Self
+
 from benchmarks.implementations import FUSED_BASE, LOOP, UPDATE
 from benchmarks.measure import STEP, Copy, Measured, Rounds, Timing
 
@@ -18,45 +20,69 @@ AROUND = "around the operations"
 
 
 @dataclass(frozen=True)
-class OptimizerPart:
-    """One case: every implementation's first_step() + second_step(), and one fused step of the base."""
+class Case:
+    """What was measured side by side, on one model over one base."""
 
     model: str
     base: str
     parameters: int
     tensors: int
     rounds: int
-    copy: Timing
     measured: dict[str, Measured]
-
-    @classmethod
-    def of(cls, model: str, base: str, shapes: Sequence[Sequence[int]], rounds: Rounds) -> OptimizerPart:
-        measured = dict(rounds.measured)
-        copy = measured.pop(Copy.NAME).parts[STEP]
-        return cls(model, base, sum(map(math.prod, shapes)), len(shapes), rounds.count, copy, measured)
 
     @property
     def name(self) -> str:
         return f"{self.model}, {self.base}"
 
+    def step(self, name: str) -> Timing:
+        return self.measured[name].parts[STEP]
+
+    def _head_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "base": self.base,
+            "parameters": self.parameters,
+            "tensors": self.tensors,
+            "rounds": self.rounds,
+        }
+
+
+@dataclass(frozen=True)
+class WithCopy(Case):
+    """A case in whose rounds a large copy was measured too."""
+
+    copy: Timing
+
+    @classmethod
+    def of(cls, model: str, base: str, shapes: Sequence[Sequence[int]], rounds: Rounds, **more: Any) -> Self:
+        measured = dict(rounds.measured)
+        copy = measured.pop(Copy.NAME).parts[STEP]
+        return cls(model, base, sum(map(math.prod, shapes)), len(shapes), rounds.count, measured, copy, **more)
+
     @property
     def copy_gb_s(self) -> float:
         return Copy.gb_s(self.copy.median)
 
-    def step(self, implementation: str) -> Timing:
-        return self.measured[implementation].parts[STEP]
+    def floor_bytes(self, name: str) -> float:
+        """Per parameter, of a step."""
+        raise NotImplementedError
+
+    def gb_s(self, name: str) -> float:
+        """The floor's bytes, whatever is moved beyond them, per second."""
+        return self.parameters * self.floor_bytes(name) / self.step(name).median / 1e6
+
+    def share_of_copy(self, name: str) -> float:
+        return self.gb_s(name) / self.copy_gb_s
+
+
+@dataclass(frozen=True)
+class OptimizerPart(WithCopy):
+    """Every implementation's first_step() + second_step(), and one fused step of the base."""
 
     def floor_bytes(self, implementation: str) -> int:
         """Per parameter, of a SAM step, or of the base's step alone."""
         update = FLOOR[UPDATE[self.base]]
         return update if implementation == FUSED_BASE else FLOOR["grad_norm"] + FLOOR["perturb_"] + update
-
-    def gb_s(self, implementation: str) -> float:
-        """The floor's bytes, whatever the implementation moves beyond them, per second."""
-        return self.parameters * self.floor_bytes(implementation) / self.step(implementation).median / 1e6
-
-    def share_of_copy(self, implementation: str) -> float:
-        return self.gb_s(implementation) / self.copy_gb_s
 
     def times_faster_than_loop(self, implementation: str) -> float:
         return self.step(LOOP).median / self.step(implementation).median
@@ -79,11 +105,7 @@ class OptimizerPart:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "model": self.model,
-            "base": self.base,
-            "parameters": self.parameters,
-            "tensors": self.tensors,
-            "rounds": self.rounds,
+            **self._head_json(),
             "copy_gb_s": self.copy_gb_s,
             "implementations": {name: self._implementation_json(name) for name in self.measured},
         }
@@ -110,24 +132,40 @@ class OptimizerPart:
 
 
 @dataclass(frozen=True)
-class TrainingStep:
-    """One model: whole training steps, the first implementation being the base optimizer alone."""
+class MethodsPart(WithCopy):
+    """The methods' optimizer parts of a step, the first one being SAM's."""
+
+    bytes_per_parameter: dict[str, float]
+
+    def floor_bytes(self, name: str) -> float:
+        return self.bytes_per_parameter[name]
+
+    def sam_steps(self, name: str) -> float:
+        """The time in units of SAM's."""
+        return self.step(name).median / self.step(next(iter(self.measured))).median
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self._head_json(),
+            "copy_gb_s": self.copy_gb_s,
+            "methods": {
+                name: {
+                    **_milliseconds(self.step(name)),
+                    "sam_steps": self.sam_steps(name),
+                    "bytes_per_parameter": self.floor_bytes(name),
+                    "gb_s": self.gb_s(name),
+                    "share_of_copy": self.share_of_copy(name),
+                }
+                for name in self.measured
+            },
+        }
+
+
+@dataclass(frozen=True)
+class TrainingStep(Case):
+    """Whole training steps, the first implementation being the base optimizer alone."""
 
     OPTIMIZER = "optimizer"
-
-    model: str
-    base: str
-    parameters: int
-    tensors: int
-    rounds: int
-    measured: dict[str, Measured]
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}, {self.base}"
-
-    def step(self, implementation: str) -> Timing:
-        return self.measured[implementation].parts[STEP]
 
     def optimizer_ms(self, implementation: str) -> float:
         """What is not forward and backward."""
@@ -143,11 +181,7 @@ class TrainingStep:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "model": self.model,
-            "base": self.base,
-            "parameters": self.parameters,
-            "tensors": self.tensors,
-            "rounds": self.rounds,
+            **self._head_json(),
             "implementations": {
                 name: {
                     **_milliseconds(self.step(name)),
@@ -168,12 +202,14 @@ class Results:
     """How long to measure each case."""
     environment: dict[str, Any]
     optimizer_part: list[OptimizerPart] = field(default_factory=list)
+    methods: list[MethodsPart] = field(default_factory=list)
     training_step: list[TrainingStep] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return {
             "environment": self.environment,
             "optimizer_part": [case.as_json() for case in self.optimizer_part],
+            "methods": [case.as_json() for case in self.methods],
             "training_step": [case.as_json() for case in self.training_step],
         }
 

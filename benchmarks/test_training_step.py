@@ -11,25 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.implementations import BASES, LOOP, RHO, LoopSAM
+from benchmarks.implementations import BASES, HALF_BATCH, LOOP, RHO, LoopSAM
 from benchmarks.measure import STEP, Seconds, Visit, benchmarked
+from benchmarks.methods import METHODS, SAM, period
 from benchmarks.results import Results, TrainingStep
 from fastsam import FastSAM, methods
 
 FASTSAM = "FastSAM"
-HALF_BATCH = "FastSAM, ascent_closure on half the batch"
-METHODS = (
-    methods.SAM(p=4),
-    methods.ASAM(),
-    methods.GSAM(),
-    methods.WSAM(),
-    methods.LookSAM(),
-    methods.FriendlySAM(),
-    methods.MomentumSAM(),
-    methods.AMP(),
-    methods.AWP(),
-    methods.RandomSAM(),
-)
 
 
 class CNN(nn.Sequential):
@@ -139,13 +127,12 @@ def test_training_step(
 ) -> None:
     visits: dict[str, Visit] = {}
     builds = {base: base_alone, LOOP: loop, FASTSAM: fastsam, HALF_BATCH: fastsam_half_batch}
-    for method in METHODS:
-        builds[f"FastSAM, {'SAM(p=4)' if method == METHODS[0] else type(method).__name__}"] = fastsam_method(method)
+    builds |= {f"FastSAM, {name}": fastsam_method(method) for name, method in METHODS.items() if name != SAM}
     for name, build in builds.items():
         torch.manual_seed(0)
         model = architecture()
-        # LookSAM's steps are not alike: a visit is one round of them.
-        steps = 5 if "LookSAM" in name else 1
+        # LookSAM's steps are not alike: a visit is one period of them.
+        steps = period(METHODS.get(name.removeprefix("FastSAM, "), METHODS[SAM]))
         visits[name] = one_visit(build(list(model.parameters()), base), model, *architecture.batch(), steps)
     sizes = [p.numel() for p in model.parameters()]
     rounds = benchmarked(visits, benchmark, results.seconds)

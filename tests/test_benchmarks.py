@@ -22,6 +22,7 @@ from benchmarks.implementations import (
     BACKENDS,
     COMPILED,
     FUSED_BASE,
+    HALF_BATCH,
     LISTS,
     LISTS_ON_HOST,
     LOOP,
@@ -30,7 +31,8 @@ from benchmarks.implementations import (
     LoopSAM,
 )
 from benchmarks.measure import STEP, Measured, Timing
-from benchmarks.results import AROUND, OptimizerPart, Results, TrainingStep
+from benchmarks.methods import METHODS, MethodSteps, floor_bytes, period
+from benchmarks.results import AROUND, MethodsPart, OptimizerPart, Results, TrainingStep
 from benchmarks.shapes import MODELS
 from fastsam import FastSAM
 from fastsam.backends import BackendUnavailable, load
@@ -216,20 +218,30 @@ def optimizer_part(model: str = "4 x 4096^2", base: str = "SGD", **milliseconds:
                 AROUND: 0.05 * ms,
             }
         measured[name] = Measured({part: timing(t) for part, t in parts.items()}, page_faults=1234)
-    return OptimizerPart(model, base, 2**26, 4, 15, timing(20.0), measured)
+    return OptimizerPart(model, base, 2**26, 4, 15, measured, timing(20.0))
 
 
 @pytest.fixture
 def results() -> Results:
     environment = {"cpu": "Some CPU", "threads": 2, "torch": "2.13.0", "date": "2026-11-21-120000", "commit": "abc1234"}
-    training = {"SGD": 50.0, LOOP: 120.0, "FastSAM": 105.0}
-    measured = {name: Measured({STEP: timing(t), "optimizer": timing(0.1 * t)}, 0) for name, t in training.items()}
     return Results(
         1.0,
         environment,
         [optimizer_part(), optimizer_part("2,000 x 256", native=4.0)],
-        [TrainingStep("CNN", "SGD", 1000, 10, 7, measured)],
+        [methods_part()],
+        [training_step()],
     )
+
+
+def methods_part() -> MethodsPart:
+    measured = {name: Measured({STEP: timing(t)}, 0) for name, t in {"SAM()": 20.0, "GSAM()": 30.0}.items()}
+    return MethodsPart("ResNet-18", "SGD", 2**24, 62, 9, measured, timing(20.0), {"SAM()": 40.0, "GSAM()": 52.0})
+
+
+def training_step(**milliseconds: float) -> TrainingStep:
+    training = {"SGD": 50.0, LOOP: 120.0, "FastSAM": 105.0, **milliseconds}
+    measured = {name: Measured({STEP: timing(t), "optimizer": timing(0.1 * t)}, 0) for name, t in training.items()}
+    return TrainingStep("CNN", "SGD", 1000, 10, 7, measured)
 
 
 def test_figures_follow_from_the_timings() -> None:
@@ -251,6 +263,9 @@ def test_tables(results: Results) -> None:
     assert next(line for line in text if line.startswith("native")).split() == [
         *("native", "40.0", "12.0", "32.0", "67.1", "250%", "5.00x", "2.00", "1,234")
     ]
+    assert next(line for line in text if line.startswith("GSAM()")).split() == [
+        *("GSAM()", "30.0", "9.00", "1.50", "52.0", "1.30", "29.1", "108%")
+    ]
     operations = next(line for line in text if line.startswith("4 x 4096^2, SGD") and " native " in line)
     assert operations.split()[5:] == ["4.00", "250%", "16.0", "250%", "8.00", "250%", "18.0", "278%", "2.00"]
     assert next(line for line in text if line.startswith("FastSAM ")).split() == [
@@ -259,12 +274,61 @@ def test_tables(results: Results) -> None:
     assert max(map(len, text)) <= 120
 
 
+def verdicts(*cases: OptimizerPart | TrainingStep) -> list[str]:
+    results = Results(1.0, {})
+    for case in cases:
+        (results.optimizer_part if isinstance(case, OptimizerPart) else results.training_step).append(case)
+    return report.verdicts(results)
+
+
 def test_verdicts() -> None:
-    missed = report.verdicts([optimizer_part(native=51.0, **{PEER: 260.0})])
-    assert [line.split(" ", 1)[0] for line in missed] == ["NOT", "NOT", "NOT"]
-    reached = report.verdicts([optimizer_part(), optimizer_part(base="AdamW"), optimizer_part("GPT-2 small")])
+    missed = verdicts(optimizer_part(native=51.0, **{PEER: 260.0}), training_step(**{HALF_BATCH: 81.0}))
+    assert [line.split(" ", 1)[0] for line in missed] == ["NOT", "NOT", "NOT", "NOT"]
+    reached = verdicts(optimizer_part(), optimizer_part(base="AdamW"), optimizer_part("GPT-2 small"))
     assert [line.split()[0] for line in reached] == ["reached"] * 4
     assert "5.00x faster than the loop, wanted >= 4.0x" in reached[0]
+    steps = {HALF_BATCH: 79.0, "FastSAM, LookSAM()": 62.0, "FastSAM, MomentumSAM()": 50.9, "FastSAM, GSAM()": 150.0}
+    assert [line.split()[0] for line in verdicts(training_step(**steps))] == ["reached"] * 3
+
+
+def test_methods_bytes() -> None:
+    """Counted by hand from the operations of each, over SGD with momentum (20 bytes)."""
+    norm, climb, update = 4, 16, 20
+    expected = {
+        "SAM()": norm + climb + update,
+        "SAM(p=4)": norm + climb + update,
+        # the second ascent: dots of g, w and backup; backup, w and g make w
+        "SAM(inner_steps=2)": norm + climb + 12 + 16 + update,
+        "ASAM()": norm + 4 + climb + update,  # T in the norm
+        "GSAM()": norm + climb + 8 + 4 + update,  # dots of both gradients; both in the update
+        "WSAM()": norm + climb + 4 + update,
+        # in one step of five: as GSAM, and the direction is read and written; in the others: dots of g and direction
+        "LookSAM()": ((norm + climb + 8 + 4 + 8 + update) + 4 * (8 + 4 + update)) / 5,
+        # the average in dots and climb; it, and the first gradient, in the update
+        "FriendlySAM()": (norm + 4) + (climb + 4) + 4 + 8 + update,
+        "MomentumSAM()": norm + climb + update,
+        "AMP()": norm + climb + update,
+        "AWP()": norm + 4 + climb + update,
+        "RandomSAM()": 4 + norm + climb + update,
+    }
+    assert {name: floor_bytes(method, "SGD") for name, method in METHODS.items()} == expected
+    assert floor_bytes(METHODS["GSAM()"], "AdamW") == expected["GSAM()"] + 8
+    assert {name: period(method) for name, method in METHODS.items() if period(method) > 1} == {"LookSAM()": 5}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_take_the_steps_that_are_timed(name: str) -> None:
+    shapes = [(7, 3), (5,)]
+    gradients = measure.Gradients(shapes)
+    params = [torch.linspace(-1, 1, math.prod(s)).view(s).requires_grad_() for s in shapes]
+    steps = MethodSteps(METHODS[name], params, gradients, "SGD", "foreach")
+    ticks = iter(range(1000))
+    for _ in range(2):
+        before = [p.detach().clone() for p in params]
+        # One climb and the update, or as many climbs as it takes; each between two ticks.
+        assert steps(lambda: next(ticks)) == METHODS[name].ascents + 1
+        assert not steps.optimizer.perturbed
+        assert not any(map(torch.equal, params, before))
 
 
 def test_json_names_device_and_versions_and_no_paths(results: Results, tmp_path: Path) -> None:
@@ -273,6 +337,7 @@ def test_json_names_device_and_versions_and_no_paths(results: Results, tmp_path:
     written = json.loads(path.read_text())
     assert written["environment"]["torch"] == "2.13.0"
     assert written["optimizer_part"][0]["implementations"]["native"]["median_ms"] == 40
+    assert written["methods"][0]["methods"]["GSAM()"]["bytes_per_parameter"] == 52
     assert written["training_step"][0]["implementations"]["FastSAM"]["base_steps"] == pytest.approx(2.1)
     assert str(tmp_path) not in path.read_text()
 
@@ -290,5 +355,5 @@ def test_without_the_flag_everything_is_skipped_with_the_reason() -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "a benchmark: pytest benchmarks/ --benchmark" in run.stdout
-    assert "11 skipped" in run.stdout
+    assert "12 skipped" in run.stdout
     assert "passed" not in run.stdout
