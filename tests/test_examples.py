@@ -5,21 +5,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-MIXED_PRECISION = Path(__file__).parents[1] / "examples" / "mixed_precision.py"
+from fastsam import FastSAM, methods
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    """The names that examples/``name``.py defines."""
+    path = EXAMPLES / f"{name}.py"
+    if not path.exists():
+        pytest.skip("the tests run without the checkout, against an installed wheel")
+    pytest.importorskip("sklearn")
+    return runpy.run_path(str(path))
 
 
 @pytest.fixture
-def train(backend, device):
-    """The training of examples/mixed_precision.py. In layers this small a second thread only waits."""
-    if not MIXED_PRECISION.exists():
-        pytest.skip("the tests run without the checkout, against an installed wheel")
-    pytest.importorskip("sklearn")
-    function = runpy.run_path(str(MIXED_PRECISION))["train"]
+def one_thread():
+    """In layers this small a second thread only waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield lambda dtype, **options: function(dtype, device=device.type, backend=backend, **options)
+    yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(backend, device, one_thread):
+    """The training of examples/mixed_precision.py."""
+    function = example("mixed_precision")["train"]
+    return lambda dtype, **options: function(dtype, device=device.type, backend=backend, **options)
 
 
 @pytest.mark.slow
@@ -38,3 +54,40 @@ def test_a_scale_that_is_too_large_comes_down_by_itself(train):
     assert 1 < scaler.get_scale() < 2.0**30
     assert all(p.isfinite().all() for p in model.parameters())
     assert accuracy > 0.5
+
+
+def test_adversarial_training_perturbs_inputs_and_weights(backend, device, one_thread):
+    """The attack stays in its ball and does harm; both passes see its images, the second at AWP's weights."""
+    names = example("adversarial_training")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to(device)
+    images, labels = torch.rand(20, 1, 8, 8, device=device), torch.randint(10, (20,), device=device)
+    worst = names["attack"](model, images, labels)
+    assert (worst - images).abs().max() <= names["EPSILON"] + 1e-6
+    assert worst.min() >= 0
+    assert worst.max() <= 1
+    assert F.cross_entropy(model(worst), labels) > F.cross_entropy(model(images), labels) + 0.5
+    assert all(p.grad is None for p in model.parameters())
+
+    gamma = 0.1
+    optimizer = FastSAM(model.parameters(), method=methods.AWP(gamma), lr=0.1, backend=backend)
+    weight = model[1].weight
+    before = weight.detach().clone()
+    seen = []
+    model.register_forward_hook(lambda module, given, _: seen.append((given[0], (weight - before).norm().item())))
+    names["train_step"](model, optimizer, images, labels)
+    attacks, (proxy, at_weights), (clean, climbed), (adversarial, climbed_too) = seen[:-3], *seen[-3:]
+    assert len(attacks) == 5
+    assert at_weights == 0
+    assert adversarial is proxy
+    assert clean is images
+    assert climbed == climbed_too == pytest.approx(gamma * before.norm().item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_adversarial_training_learns(backend, device, one_thread):
+    if device.type != "cpu":
+        pytest.skip("the example is about the CPU")
+    _, clean, attacked = example("adversarial_training")["train"](epochs=4, backend=backend)
+    assert clean > 70
+    assert attacked > 20
