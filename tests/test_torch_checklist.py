@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+import triton_interpreter
 from checks import assert_same_bits, values
 from problem import Matrices, Problem, assert_same_state, state_of
 from torch import nn
@@ -383,7 +384,7 @@ def test_complex_parameters_are_pairs_of_reals(backend, device, base, options):
     complex_params = [nn.Parameter(number.clone()) for number in numbers]
     real_params = [nn.Parameter(as_real(number).clone()) for number in numbers]
     one, two = (FastSAM(p, base, backend=backend, **copy.deepcopy(options)) for p in (complex_params, real_params))
-    for step in range(3):
+    for step in range(triton_interpreter.fewer(3, 2, backend, device)):
         for phase in ("first_step", "second_step"):
             for i, (z, pair) in enumerate(zip(complex_params, real_params, strict=True)):
                 z.grad = values(z.shape, z.dtype, device, 10 * step + 2 * i + (phase == "second_step"))
@@ -448,7 +449,7 @@ def test_parameters_with_gaps_go_in_the_right_direction(backend, device, base, o
     optimizer = FastSAM(problem.params, base, rho=0.02, backend=backend, **copy.deepcopy(options))
     assert not any(p.is_contiguous() for p in problem.params)
     before = problem.loss().item()
-    for _ in range(10):
+    for _ in range(triton_interpreter.fewer(10, 4, backend, device)):
         problem.step(optimizer)
     after = problem.loss().item()
     assert after > before if options.get("maximize") else after < before
@@ -466,7 +467,7 @@ def test_a_group_of_its_own_weight_decay_and_one_of_no_rate(backend, device, bas
         groups[0]["weight_decay"], groups[1]["weight_decay"] = 0.01, 0.0
     optimizer = FastSAM(groups, base, rho=0.02, lr=0.01, backend=backend, **rest)
     before = problem.loss().item()
-    for _ in range(10):
+    for _ in range(triton_interpreter.fewer(10, 4, backend, device)):
 
         def closure():
             loss = problem.closure(optimizer)()

@@ -5,6 +5,8 @@ import os
 
 import torch
 
+THOROUGH = os.environ.get("FASTSAM_THOROUGH", "0") != "0"
+
 
 def set_up():
     """To be called before the kernels are imported. Where there is a GPU, they are compiled for it instead."""
@@ -24,6 +26,11 @@ def set_up():
 def runs(backend, device):
     """Whether the interpreter runs ``backend`` on ``device``: at a microsecond per element, a hundred per operation."""
     return backend == "triton" and device.type == "cpu"
+
+
+def fewer(count, few, backend, device):
+    """``few`` instead of ``count`` steps where the interpreter runs them; FASTSAM_THOROUGH=1: all the same."""
+    return few if runs(backend, device) and not THOROUGH else count
 
 
 def prepare_once_per_launch(interpreter):
