@@ -1,5 +1,6 @@
 """What every test shares: the devices, the backends, and which of them must be able to run."""
 
+import gc
 import importlib
 import os
 import sys
@@ -27,6 +28,16 @@ def pytest_configure():
 def pytest_collection_modifyitems(config, items):
     if "huge" not in config.option.markexpr:
         items[:] = [item for item in items if "huge" not in item.keywords]
+
+
+def pytest_collection_finish():
+    """What was collected lives to the end: the collector of garbage need not look at it ever again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
