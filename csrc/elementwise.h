@@ -6,9 +6,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/bit_cast.h>
 
 #if defined(__CUDACC__)
 #define FASTSAM_HOST_DEVICE __host__ __device__ __forceinline__
@@ -32,6 +34,18 @@ struct OpMath<double> {
 };
 template <typename scalar_t>
 using opmath_t = typename OpMath<scalar_t>::type;
+
+// condition ? yes : no, of unsigned words. Without a branch, which would keep loops scalar: `?:` between floating-point
+// results is one.
+template <typename word_t>
+FASTSAM_HOST_DEVICE word_t select(bool condition, word_t yes, word_t no) {
+  const word_t mask = -static_cast<word_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
+FASTSAM_HOST_DEVICE double select(bool condition, double yes, double no) {
+  return c10::bit_cast<double>(select(condition, c10::bit_cast<uint64_t>(yes), c10::bit_cast<uint64_t>(no)));
+}
 
 // ---- the climb (Foret et al. 2021, eq. 2; adaptive: Kwon et al. 2021 with T = |w|) ----
 
@@ -81,10 +95,43 @@ FASTSAM_HOST_DEVICE T times(T factor, T value) {
   return factor != 0 ? factor * value : T(0);
 }
 
-template <Map map, typename T>
+// base^exponent for a base >= 0 that a float can be, to 1e-12 of it: what the loops over pow() cannot have, vectors.
+// 2^(exponent * log2(base)), with base = m * 2^k and m in [sqrt(1/2), sqrt(2)); 0 counts as 2^-1023.
+FASTSAM_HOST_DEVICE double vector_power(double base, double exponent) {
+  constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kBias = uint64_t{1024} << 52, kTwoTo52 = 0x4330000000000000;
+  constexpr double kLn2 = 0.6931471805599453, kRounding = 0x1.8p52;
+  const auto bits = c10::bit_cast<uint64_t>(base);
+  const uint64_t biased = (bits - kSqrtHalf + kBias) >> 52;
+  const double k = c10::bit_cast<double>(biased | kTwoTo52) - (0x1p52 + 1024);
+  const auto m = c10::bit_cast<double>(bits - (biased << 52) + kBias);
+  // log(m) = 2 artanh(s)
+  const double s = (m - 1) / (m + 1), z = s * s;
+  double series = 0;
+  for (int i = 17; i > 0; i -= 2) series = series * z + 1.0 / i;
+  const double wanted = exponent * (k + 2 / kLn2 * s * series);
+  const double log2 = select(wanted < -1000, -1000.0, select(wanted > 1023, 1023.0, wanted));
+  // The low bits of the sum are the nearest whole number.
+  const double sum = log2 + kRounding, f = (log2 - (sum - kRounding)) * kLn2;
+  double power = 1;
+  for (int i = 12; i > 0; --i) power = power * f * (1.0 / i) + 1;
+  // base - base: NaN for NaN and Inf
+  return c10::bit_cast<double>(c10::bit_cast<uint64_t>(power) + (c10::bit_cast<uint64_t>(sum) << 52)) + (base - base);
+}
+
+template <typename scalar_t>
+FASTSAM_HOST_DEVICE double signed_power(double x, double exponent) {
+  if constexpr (std::is_same_v<scalar_t, double>) {
+    return x == 0 ? 0 : std::copysign(std::pow(std::fabs(x), exponent), x);
+  } else {
+    return select(x == 0, 0.0, std::copysign(vector_power(std::fabs(x), exponent), x));
+  }
+}
+
+// scalar_t: the tensors', of which x is one.
+template <Map map, typename scalar_t, typename T>
 FASTSAM_HOST_DEVICE T mapped(T x, T param, T scale, T term) {
   if constexpr (map == Map::kPower) {
-    return x == 0 ? T(0) : std::copysign(std::pow(std::fabs(scale * x), term), x);
+    return static_cast<T>(signed_power<scalar_t>(static_cast<double>(scale) * x, term));
   } else if constexpr (map == Map::kAdaptive) {
     const T normalizer = scale * std::fabs(param) + term;
     return normalizer * normalizer * x;

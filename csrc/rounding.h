@@ -6,8 +6,6 @@
 
 #include <cstdint>
 
-#include <torch/headeronly/util/bit_cast.h>
-
 #include "elementwise.h"
 
 namespace fastsam {
@@ -58,12 +56,6 @@ FASTSAM_HOST_DEVICE bfloat16 round_stochastically(float x, uint32_t random, bflo
   return {static_cast<uint16_t>(size < 0x7f7f0000u ? rounded : nearest), bfloat16::from_bits()};
 }
 
-// Without a branch, which would keep loops scalar.
-FASTSAM_HOST_DEVICE uint32_t select(bool condition, uint32_t yes, uint32_t no) {
-  const uint32_t mask = -static_cast<uint32_t>(condition);
-  return (yes & mask) | (no & ~mask);
-}
-
 FASTSAM_HOST_DEVICE half round_stochastically(float x, uint32_t random, half) {
   const uint32_t bits = c10::bit_cast<uint32_t>(x), size = bits & 0x7fffffffu;
   // A float's bits, with 13 less in the fraction and 112 less in the exponent. From 2^16 on everything is infinite.
@@ -72,7 +64,7 @@ FASTSAM_HOST_DEVICE half round_stochastically(float x, uint32_t random, half) {
   const uint32_t normal = ((capped + added) >> 13) - (112u << 10);
   // Below 2^-14, numbers are 2^-24 apart. x, counted in those, and 24 random bits are exact in a float.
   const bool is_subnormal = size < 0x38800000u;
-  const float count = c10::bit_cast<float>(select(is_subnormal, size, 0)) * 0x1p24f;
+  const float count = c10::bit_cast<float>(select(is_subnormal, size, 0u)) * 0x1p24f;
   const auto whole = static_cast<int32_t>(count), share = static_cast<int32_t>(random >> 8);
   const bool up = static_cast<float>(share) * 0x1p-24f < count - static_cast<float>(whole);
   const uint32_t subnormal = static_cast<uint32_t>(whole) + static_cast<uint32_t>(up);

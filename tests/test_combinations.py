@@ -142,6 +142,31 @@ def test_dots_of_a_climb(operations, device, shapes, dtype, form, offset):
     scene.assert_surroundings()
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.0078125, 0.34375, 1.0, 3.0, 19.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_powers_of_every_magnitude(operations, device, dtype, exponent):
+    """From the smallest subnormal number of float32 to the largest; 0 stays 0, whatever the exponent."""
+    scene = CombinedScene([(4096,)], dtype, device)
+    exponents = torch.empty(4096, dtype=torch.float64).uniform_(-149, 128)
+    x = torch.exp2(exponents).copysign(torch.randn(4096, dtype=torch.float64)).to(device, dtype)
+    x[::7] = 0.0
+    x[1::7] = -0.0
+    scene.grads[0].copy_(x)
+    scene.params[0].zero_()
+    combination = scene.combination(CLIMBS["power"], {A: 1.0, SCALE: 1.0, TERM: 0.0}, climbing=True)
+    combination.weights[:, TERM] = exponent
+    operations.perturb_by_(scene.table, combination)
+    expected = x.double().sign() * x.double().abs() ** exponent
+    # As 2^(t * log2(x)) in float64: t * log2(x) is rounded, and the subnormal numbers of float32 twice.
+    steps = 4 if dtype == torch.float32 else 4 + 149 * exponent
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        scene.params[0], expected.to(dtype), rtol=steps * torch.finfo(dtype).eps, atol=1.01 * smallest
+    )
+    dots = operations.dots(scene.table, combination).tolist()[0]
+    assert dots[0] == pytest.approx(family.dot([expected], [x.double()]), rel=1e-12)
+
+
 @pytest.mark.parametrize("y", [TAKEN, KEPT, NOTHING], ids=["taken", "kept", "nothing"])
 @every_dtype
 def test_dots_of_a_descent_are_of_what_has_both(operations, device, dtype, y):

@@ -7,7 +7,7 @@
 namespace fastsam::cpu {
 namespace {
 
-constexpr int64_t kLanes = 8;
+constexpr int64_t kLanes = 32;
 
 enum class Second { kNothing, kTensor, kDistance };
 
@@ -28,7 +28,8 @@ FASTSAM_MULTIVERSION void sum_products(const scalar_t* x, const scalar_t* param,
     const double value = static_cast<opmath_t<scalar_t>>(x[i]);
     const double y = second_of<second>(param, other, i);
     sums[0][lane] +=
-        mapped<map>(value, static_cast<double>(static_cast<opmath_t<scalar_t>>(param[i])), scale, term) * value;
+        mapped<map, scalar_t>(value, static_cast<double>(static_cast<opmath_t<scalar_t>>(param[i])), scale, term) *
+        value;
     if constexpr (second != Second::kNothing) {
       sums[1][lane] += value * y;
       sums[2][lane] += y * y;
@@ -51,10 +52,14 @@ FASTSAM_MULTIVERSION void climb(scalar_t* param, const scalar_t* backup, const s
   using T = opmath_t<scalar_t>;
   const T a = static_cast<T>(weights[kWeightA]), b = static_cast<T>(weights[kWeightB]);
   const T scale = static_cast<T>(weights[kMapScale]), term = static_cast<T>(weights[kMapTerm]);
+  // A first ascent begins at the weights: their backup has just been streamed past the cache.
+  constexpr bool again = second == Second::kDistance;
+#pragma GCC ivdep  // AWP's second tensor are the weights themselves
   for (int64_t i = 0; i < length; ++i) {
-    const T e = times(a, mapped<map>(static_cast<T>(x[i]), static_cast<T>(param[i]), scale, term)) +
+    const T w = static_cast<T>(param[i]);
+    const T e = times(a, mapped<map, scalar_t>(static_cast<T>(x[i]), w, scale, term)) +
                 times(b, second_of<second>(param, other, i));
-    param[i] = static_cast<scalar_t>(static_cast<T>(backup[i]) + e);
+    param[i] = static_cast<scalar_t>((again ? static_cast<T>(backup[i]) : w) + e);
   }
 }
 

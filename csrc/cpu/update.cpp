@@ -139,6 +139,12 @@ FASTSAM_MULTIVERSION void go_beyond(scalar_t* __restrict__ result, const T* __re
   for (int64_t i = 0; i < length; ++i) result[i] = static_cast<scalar_t>(param[i] - extra[i]);
 }
 
+// One block to come. What lies behind a tensor is not read.
+template <typename scalar_t>
+void prefetch(const scalar_t* next) {
+  for (int64_t i = 0; i < kBlock; i += 64 / sizeof(scalar_t)) __builtin_prefetch(next + i);
+}
+
 // One block of an update that takes a combination in the gradient's place.
 template <typename scalar_t, typename Block>
 void update_block(scalar_t* result, const Combined<scalar_t>& combined, const Block& block, const scalar_t* source,
@@ -151,6 +157,9 @@ void update_block(scalar_t* result, const Combined<scalar_t>& combined, const Bl
   combine(extra, x, y, length, combined.extra_x, combined.extra_y);
   go_beyond(result, updated, extra, length);
   if (combined.kept != nullptr) {
+    // Streams that are visited in bursts, with much between them: the hardware gives them up.
+    prefetch(combined.taken + start + kBlock);
+    prefetch(combined.kept + start + kBlock);
     keep(x, combined.taken + start, combined.kept + start, length, combined.keep_x, combined.keep_taken,
          combined.keep_kept);
   }
