@@ -79,6 +79,7 @@ class TensorTable:
     ) -> None:
         self.device, self.dtype = device, dtype
         self.grad_dtype = self._taken_dtype = dtype
+        self._has_taken = False
         self.stochastic, self.has_masters = precision
         self.params = [m.param for m in members]
         self.groups = [m.group for m in members]
@@ -307,12 +308,13 @@ class TensorTable:
     def lend(self, tensors: list[Tensor | None]) -> None:
         """Makes ``tensors`` (like ``values`` or ``grads``) the ``taken`` ones, until :meth:`drop_taken`."""
         self.taken = tensors
-        self._taken_dtype = next((tensor.dtype for tensor in tensors if tensor is not None), self.dtype)
+        dtype = next((tensor.dtype for tensor in tensors if tensor is not None), None)
+        self._has_taken, self._taken_dtype = dtype is not None, dtype or self.dtype
         self._write_row(TAKEN, tensors)
 
     def drop_taken(self) -> None:
         """Lets go of them."""
-        if any(tensor is not None for tensor in self.taken):
+        if self._has_taken:
             self.lend([None] * len(self.params))
 
     def keep(self, state: OptimizerState, name: str, indices: Sequence[int]) -> None:
