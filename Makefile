@@ -126,7 +126,7 @@ compat:  ## The wheel's tests with another torch: make compat TORCH=2.11.0
 	.compat/$(TORCH)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps dist/*.whl
 	rm -rf .compat/$(TORCH)/suite && mkdir .compat/$(TORCH)/suite && cp -r tests pyproject.toml .compat/$(TORCH)/suite
 	cd .compat/$(TORCH)/suite && ../bin/python -c "import torch, fastsam; print(torch.__version__, fastsam.__file__)" && \
-	  $(REQUIRED) ../bin/pytest $(ARGS)
+	  $(REQUIRED) ../bin/pytest --numprocesses $(WORKERS) $(ARGS)
 
 clean:  ## Remove what make made
 	rm -rf .venv .compat build dist *.egg-info fastsam/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
