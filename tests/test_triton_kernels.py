@@ -83,9 +83,9 @@ def launches(monkeypatch, triton_gpu):
     names = []
     launch = triton_gpu._launch
 
-    def recorded(kernel, *arguments):
+    def recorded(kernel, *arguments, **options):
         names.append(kernel.__name__)
-        launch(kernel, *arguments)
+        launch(kernel, *arguments, **options)
 
     monkeypatch.setattr(triton_gpu, "_launch", recorded)
     return names
@@ -177,11 +177,11 @@ def cut_off(triton_gpu, monkeypatch, after):
     launched = []
     launch = triton_gpu._launch
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         if len(launched) == after:
             raise KeyboardInterrupt
         launched.append(1)
-        launch(*arguments)
+        launch(*arguments, **options)
 
     monkeypatch.setattr(triton_gpu, "_launch", interrupted)
 

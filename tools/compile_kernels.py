@@ -130,7 +130,7 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in constants else POINTERS.get(key, "i32") for key in kernel.arg_names}
     begin = time.perf_counter()
-    options = compile_options(nvidia=is_nvidia)
+    options = compile_options(dtype, combined=bool(KERNELS[name].constants), nvidia=is_nvidia)
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
     seconds = time.perf_counter() - begin
 

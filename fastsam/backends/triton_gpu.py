@@ -53,26 +53,27 @@ if not _obstacle:
     }
 
 WARPS = 4
-# The most that Adam needs. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills.
-REGISTERS = 128
+# The most that Adam needs. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills. With a second
+# gradient it needs more in float64.
+REGISTERS, MOST_REGISTERS = 128, 192
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
 # interpreter's time goes with the number of blocks, but most tensors of tests are small.
 BLOCK_BYTES = 32768 if _interpreted else 4096
+
+_NVIDIA = torch.version.hip is None
 
 # The most elements that a program gets; a small table is cut finer.
 CHUNK_SIZE = 65536
 SMALLEST_CHUNK = CHUNK_SIZE if _interpreted else 4096
 
 
-def compile_options(*, nvidia: bool) -> dict[str, Any]:
+def compile_options(dtype: torch.dtype, *, combined: bool = False, nvidia: bool = _NVIDIA) -> dict[str, Any]:
     """What Triton is told beside the kernels' arguments."""
     # Fusion is said, not left to a default that changes from one Triton to the next: the same bits under all of them.
     options = {"num_warps": WARPS, "enable_fp_fusion": True}
-    return {**options, "maxnreg": REGISTERS} if nvidia else options
-
-
-_NVIDIA = torch.version.hip is None
-_COMPILE_OPTIONS = compile_options(nvidia=_NVIDIA)
+    if nvidia:
+        options["maxnreg"] = MOST_REGISTERS if combined and dtype == torch.float64 else REGISTERS
+    return options
 
 
 def check(device_type: str) -> None:
@@ -144,7 +145,7 @@ def dots(table: TensorTable, combination: Combination) -> Tensor:
     _launch(dots_kernel, table, (addresses, copy.chunks, weights, partials, len(table.params)), constants)
     result = torch.empty((len(table.params), 3), dtype=torch.float64, device=table.device)
     with _on(table.device):
-        sum_partials_kernel[(len(table.params),)](bounds, partials, result, **_COMPILE_OPTIONS)
+        sum_partials_kernel[(len(table.params),)](bounds, partials, result, **compile_options(table.dtype))
     return result
 
 
@@ -216,7 +217,7 @@ def _update(
         constants |= {"Y": form.y, "KEEPS": form.keeps, "BLOCK": _combined_block(table)}
     with copy.counting() as finished:
         arguments = packed, table.steps, grad_scale, found_inf, finished, positions, weights, len(table.params)
-        _launch(kernel, table, (addresses, copy.chunks, *arguments), constants)
+        _launch(kernel, table, (addresses, copy.chunks, *arguments), constants, combined=weights is not None)
 
 
 def _precision(table: TensorTable, *, stochastic: bool) -> dict[str, Any]:
@@ -233,10 +234,12 @@ def _arithmetic(table: TensorTable, options: Sequence[tuple[Any, ...]]) -> dict[
     return {"OPMATH": _LANGUAGE_DTYPES[opmath_dtype(table.dtype)], "FIELDS": len(options[0])}
 
 
-def _launch(kernel: Any, table: TensorTable, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """One program per chunk (``arguments[1]``)."""
+def _launch(
+    kernel: Any, table: TensorTable, arguments: tuple[Any, ...], constants: dict[str, Any], *, combined: bool = False
+) -> None:
+    """One program per chunk (``arguments[1]``); ``combined``: by a combination."""
     with _on(table.device):
-        kernel[(len(arguments[1]),)](*arguments, **constants, **_COMPILE_OPTIONS)
+        kernel[(len(arguments[1]),)](*arguments, **constants, **compile_options(table.dtype, combined=combined))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
