@@ -47,9 +47,7 @@ class MethodSteps:
         for table, dots, fact in zip(tables, each, facts, strict=True):
             weights = self.method.climb_weights(Dots(totals[table.device], dots), fact, again)
             packed = _weights(table, weights, climbing=True)
-            stays = default_weights(len(table.params), table.device, climbing=True)
-            if again:
-                stays[:, B] = 1.0
+            stays = _neutral(table, climbing=True, again=again)
             result.append(Combination(form, torch.where(finite[table.device], packed, stays)))
         return result
 
@@ -69,7 +67,7 @@ class MethodSteps:
         facts = [_facts(table, options, [group["lr"] for group in groups]) for table in tables]
         each = [torch.zeros((len(table.params), 3), dtype=torch.float64, device=table.device) for table in tables]
         if self.method.measures(climbed):
-            plain = [Combination(form, default_weights(len(t.params), t.device, climbing=True)) for t in tables]
+            plain = [Combination(form, _neutral(t, climbing=True)) for t in tables]
             each = [b.dots(t, c) for b, t, c in zip(backends, tables, plain, strict=True)]
         totals = _totals(tables, each)
         result = []
@@ -81,7 +79,7 @@ class MethodSteps:
             packed = _weights(table, weights, climbing=False)
             if form.decoupled and scale is not None:
                 packed[:, [EXTRA_X, EXTRA_Y]] /= scale.double()
-            stays = default_weights(len(table.params), table.device, climbing=False)
+            stays = _neutral(table, climbing=False)
             packed = torch.where(finite, packed, stays)
             # Where rho is 0, the gradient is the base's own.
             given = [A, B, EXTRA_X, EXTRA_Y]
@@ -132,8 +130,22 @@ def _by_parameter(table: TensorTable, name: str, values: Sequence[float | Tensor
     return tensor
 
 
+def _neutral(table: TensorTable, *, climbing: bool, again: bool = False) -> Tensor:
+    """The weights that leave everything as it is; not to be written to."""
+    key = f"neutral weights {climbing} {again}"
+    if key not in table.cache:
+        weights = default_weights(len(table.params), table.device, climbing=climbing)
+        if again:
+            weights[:, B] = 1.0
+        table.cache[key] = weights
+    neutral: Tensor = table.cache[key]
+    return neutral
+
+
 def _weights(table: TensorTable, columns: Weights, *, climbing: bool) -> Tensor:
-    weights = default_weights(len(table.params), table.device, climbing=climbing)
+    if not columns:
+        return _neutral(table, climbing=climbing)
+    weights = _neutral(table, climbing=climbing).clone()
     for column, value in columns.items():
         weights[:, column] = value
     return weights

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ class Method:
     counts: ClassVar[bool] = False
     """Whether the number of the step matters."""
 
-    @property
+    @cached_property
     def is_combined(self) -> bool:
         """Whether backends need more than SAM's five operations."""
         forms = [self.climb_form(again=False), self.descent_form(climbed=True), self.descent_form(climbed=False)]
