@@ -54,7 +54,10 @@ FASTSAM_MULTIVERSION void climb(scalar_t* param, const scalar_t* backup, const s
   const T scale = static_cast<T>(weights[kMapScale]), term = static_cast<T>(weights[kMapTerm]);
   // A first ascent begins at the weights: their backup has just been streamed past the cache.
   constexpr bool again = second == Second::kDistance;
-#pragma GCC ivdep  // AWP's second tensor are the weights themselves
+  // AWP's second tensor are the weights themselves, element for element: no turn reads what another writes.
+#if !defined(__clang__)
+#pragma GCC ivdep
+#endif
   for (int64_t i = 0; i < length; ++i) {
     const T w = static_cast<T>(param[i]);
     const T e = times(a, mapped<map, scalar_t>(static_cast<T>(x[i]), w, scale, term)) +

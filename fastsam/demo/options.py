@@ -84,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", "FastSAM's backend (default: %(default)s, the fastest that can run)", choices=("auto", *BACKENDS))
     add(
         "--method",
-        "a member of the SAM family to show beside the others, or all of them (default: %(default)s alone)",
+        "a member of the SAM family to show beside the others, or all of them, which takes about "
+        "ten minutes (default: %(default)s alone)",
         choices=("sam", "all", *FAMILY_NAMES),
     )
     add("--output", "the picture, a PNG (default: %(default)s)", type=Path, metavar="FILE")
