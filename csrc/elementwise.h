@@ -236,7 +236,7 @@ struct AdamStep {
 
   // amsgrad's maximum; a NaN in either stays one, as in torch.maximum. No ||: its branch would keep loops scalar.
   FASTSAM_HOST_DEVICE static T larger(T previous, T square) {
-    return (previous > square) | (previous != previous) ? previous : square;
+    return ((previous > square) | (previous != previous)) ? previous : square;
   }
 
   FASTSAM_HOST_DEVICE T update(T param, T exp_avg, T second_moment) const {
