@@ -796,7 +796,7 @@ def test_schedulers_as_on_the_base_alone(backend, device, make, variant, use):
     with warnings.catch_warnings():
         # SequentialLR's own, about a call that it makes itself.
         warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step")
-        for _ in range(triton_interpreter.fewer(6, 3, backend, device)):
+        for _ in range(triton_interpreter.fewer(6, 2, backend, device)):
             mine.step(optimizer) if use == "closure" else mine.two_phase(optimizer)
             theirs.plain_step(base)
             for scheduler in schedulers:
