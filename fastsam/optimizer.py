@@ -17,7 +17,7 @@ from fastsam.backends.combination import Combination
 from fastsam.base_update import FUSED, FusedUpdate, check_base, unhooked_step
 from fastsam.batch_norm import RunningStatistics
 from fastsam.checkpoints import STEP_COUNT, check_shapes, complete_loaded, complete_saved
-from fastsam.interrupts import deferred_interrupts
+from fastsam.interrupts import DeferredInterrupts
 from fastsam.memory_layout import as_real
 from fastsam.method_steps import MethodSteps
 from fastsam.optimizer_state import PreparedState, StateNames
@@ -421,7 +421,7 @@ class FastSAM(Optimizer):
         self._is_single = False
         if not self._perturbed:
             return
-        with deferred_interrupts():
+        with DeferredInterrupts():
             moved = any(table.changed() for table in self._tables)
             for table in self._tables:
                 if not table.climbed:
@@ -473,7 +473,7 @@ class FastSAM(Optimizer):
                 self._steps.note_norms(norms)
         if self._statistics is not None and not again and self._climbs_by_gradients():
             self._statistics.save()
-        with deferred_interrupts():
+        with DeferredInterrupts():
             self._perturbed = True
             try:
                 for index, (backend, table) in enumerate(zip(backends, tables, strict=True)):
@@ -543,7 +543,7 @@ class FastSAM(Optimizer):
             table.gather()
         combinations = self._combinations(scale)
         prepared = [table.prepare_state(self.state, names) for table in self._tables]
-        with deferred_interrupts():
+        with DeferredInterrupts():
             self._bind_state(list(self._tables), prepared)
             for index, table in enumerate(self._tables):
                 operation = getattr(self._backend(table), update.operation)
@@ -598,7 +598,7 @@ class FastSAM(Optimizer):
         if found_inf is not None and float(found_inf) != 0:
             self._count_step()
             return
-        with deferred_interrupts():
+        with DeferredInterrupts():
             if scale is not None:
                 inverse = scale.double().reciprocal().float()
                 for param in self._parameters():

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fastsam.interrupts import deferred_interrupts
+from fastsam.interrupts import DeferredInterrupts
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def keyboard():
 
 
 def test_nothing_happens_without_a_signal(handler):
-    with deferred_interrupts():
+    with DeferredInterrupts():
         assert signal.getsignal(signal.SIGINT) is not handler
     assert handler.calls == []
 
@@ -41,7 +41,7 @@ def test_keyboard_interrupt_comes_at_the_end(keyboard):
     reached = []
 
     def work():
-        with deferred_interrupts():
+        with DeferredInterrupts():
             signal.raise_signal(signal.SIGINT)
             reached.append("end of the block")
         reached.append("beyond")
@@ -52,7 +52,7 @@ def test_keyboard_interrupt_comes_at_the_end(keyboard):
 
 
 def test_the_programs_own_handler_is_called_once_with_what_the_signal_came_with(handler):
-    with deferred_interrupts():
+    with DeferredInterrupts():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert handler.calls == []
@@ -63,7 +63,7 @@ def test_the_programs_own_handler_is_called_once_with_what_the_signal_came_with(
 
 def test_signals_outside_the_block_are_the_programs(handler):
     signal.raise_signal(signal.SIGINT)
-    with deferred_interrupts():
+    with DeferredInterrupts():
         pass
     signal.raise_signal(signal.SIGINT)
     assert len(handler.calls) == 2
@@ -71,7 +71,7 @@ def test_signals_outside_the_block_are_the_programs(handler):
 
 def test_an_exception_in_the_block_passes_through(handler):
     error = ValueError("mine")
-    with pytest.raises(ValueError, match="mine") as caught, deferred_interrupts():
+    with pytest.raises(ValueError, match="mine") as caught, DeferredInterrupts():
         raise error
     assert caught.value is error
     assert handler.calls == []
@@ -80,10 +80,10 @@ def test_an_exception_in_the_block_passes_through(handler):
 def test_ctrl_c_and_an_exception_both_show(keyboard):
     error = ValueError("mine")
 
-    @deferred_interrupts()
     def work():
-        signal.raise_signal(signal.SIGINT)
-        raise error
+        with DeferredInterrupts():
+            signal.raise_signal(signal.SIGINT)
+            raise error
 
     with pytest.raises(KeyboardInterrupt) as caught:
         work()
@@ -91,8 +91,8 @@ def test_ctrl_c_and_an_exception_both_show(keyboard):
 
 
 def test_blocks_within_blocks_wait_for_the_outermost(handler):
-    with deferred_interrupts():
-        with deferred_interrupts():
+    with DeferredInterrupts():
+        with DeferredInterrupts():
             signal.raise_signal(signal.SIGINT)
         assert handler.calls == []
     assert len(handler.calls) == 1
@@ -102,7 +102,7 @@ def test_blocks_within_blocks_wait_for_the_outermost(handler):
 def test_a_disposition_that_is_not_pythons_stays(disposition):
     previous = signal.signal(signal.SIGINT, disposition)
     try:
-        with deferred_interrupts():
+        with DeferredInterrupts():
             assert signal.getsignal(signal.SIGINT) is disposition
         assert signal.getsignal(signal.SIGINT) is disposition
     finally:
@@ -113,7 +113,7 @@ def test_other_threads_neither_get_nor_defer_signals(handler):
     seen = []
 
     def work():
-        with deferred_interrupts():
+        with DeferredInterrupts():
             seen.append(signal.getsignal(signal.SIGINT))
 
     worker = threading.Thread(target=work)
