@@ -157,25 +157,39 @@ std::optional<cpu::Descent> read_descent(const TensorTable& table, const std::op
   return cpu::Descent{check_weights(*weights, table), y, keeps, decoupled};
 }
 
+// What both updates check, and then one of them: check_state(groups), update(groups, steps, inv_grad_scale, descent).
+template <typename Options, typename CheckState, typename Update>
+void restore_and_update(const TensorTable& table, ScalarType dtype, const Tensor& options, const Tensor& steps,
+                        const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                        const std::optional<Tensor>& weights, int64_t y, bool keeps, bool decoupled,
+                        const CheckState& check_state, const Update& update) {
+  STD_TORCH_CHECK(!weights.has_value() || (table.positions == nullptr && !table.has_masters),
+                  "fastsam: no combinations with masters or random numbers");
+  const auto groups = read_options<Options>(options, table);
+  check_masters(table);
+  check_state(groups);
+  float* step_counts = check_steps(steps, table);
+  const double inv_scale = 1.0 / read_scalar(grad_scale, 1.0, "grad_scale");
+  if (read_scalar(found_inf, 0.0, "found_inf") != 0) return cpu::restore_(table, dtype);
+  const auto descent = read_descent(table, weights, y, keeps, decoupled);
+  update(groups.data(), step_counts, inv_scale, descent ? &*descent : nullptr);
+}
+
 void restore_and_sgd_by_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
                             std::optional<Tensor>, std::optional<Tensor> positions, bool masters, Tensor options,
                             Tensor steps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
                             std::optional<Tensor>, std::optional<Tensor> weights, int64_t y, bool keeps,
                             bool decoupled) {
-  STD_TORCH_CHECK(!weights.has_value() || (!positions.has_value() && !masters),
-                  "fastsam: no combinations with masters or random numbers");
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
-  const auto groups = read_options<SgdOptions>(options, table);
-  check_masters(table);
-  for (int64_t i = 0; i < table.tensor_count; ++i) {
-    const bool needs_buffer = table.sizes[i] != 0 && table.has(kGrad, i) && groups[table.groups[i]].momentum != 0;
-    STD_TORCH_CHECK(!needs_buffer || table.has(kState0, i), "fastsam: tensor ", i, " has no momentum buffer");
-  }
-  float* step_counts = check_steps(steps, table);
-  const double inv_scale = 1.0 / read_scalar(grad_scale, 1.0, "grad_scale");
-  if (read_scalar(found_inf, 0.0, "found_inf") != 0) return cpu::restore_(table, dtype);
-  const auto descent = read_descent(table, weights, y, keeps, decoupled);
-  cpu::restore_and_sgd_(table, dtype, groups.data(), step_counts, inv_scale, descent ? &*descent : nullptr);
+  const auto check_state = [&](const auto& groups) {
+    for (int64_t i = 0; i < table.tensor_count; ++i) {
+      const bool needs_buffer = table.sizes[i] != 0 && table.has(kGrad, i) && groups[table.groups[i]].momentum != 0;
+      STD_TORCH_CHECK(!needs_buffer || table.has(kState0, i), "fastsam: tensor ", i, " has no momentum buffer");
+    }
+  };
+  const auto update = [&](auto... arguments) { cpu::restore_and_sgd_(table, dtype, arguments...); };
+  restore_and_update<SgdOptions>(table, dtype, options, steps, grad_scale, found_inf, weights, y, keeps, decoupled,
+                                 check_state, update);
 }
 
 void restore_and_sgd_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
@@ -191,21 +205,17 @@ void restore_and_adam_by_cpu(Tensor addresses, Tensor tensors, Tensor chunks, in
                              Tensor steps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
                              std::optional<Tensor>, std::optional<Tensor> weights, int64_t y, bool keeps,
                              bool decoupled) {
-  STD_TORCH_CHECK(!weights.has_value() || (!positions.has_value() && !masters),
-                  "fastsam: no combinations with masters or random numbers");
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
-  const auto groups = read_options<AdamOptions>(options, table);
-  check_masters(table);
-  check_moments(table);
-  for (int64_t i = 0; i < table.tensor_count; ++i) {
-    const bool needs_largest = table.sizes[i] != 0 && table.has(kGrad, i) && groups[table.groups[i]].amsgrad;
-    STD_TORCH_CHECK(!needs_largest || table.has(kState2, i), "fastsam: tensor ", i, " has no max_exp_avg_sq");
-  }
-  float* step_counts = check_steps(steps, table);
-  const double inv_scale = 1.0 / read_scalar(grad_scale, 1.0, "grad_scale");
-  if (read_scalar(found_inf, 0.0, "found_inf") != 0) return cpu::restore_(table, dtype);
-  const auto descent = read_descent(table, weights, y, keeps, decoupled);
-  cpu::restore_and_adam_(table, dtype, groups.data(), step_counts, inv_scale, descent ? &*descent : nullptr);
+  const auto check_state = [&](const auto& groups) {
+    check_moments(table);
+    for (int64_t i = 0; i < table.tensor_count; ++i) {
+      const bool needs_largest = table.sizes[i] != 0 && table.has(kGrad, i) && groups[table.groups[i]].amsgrad;
+      STD_TORCH_CHECK(!needs_largest || table.has(kState2, i), "fastsam: tensor ", i, " has no max_exp_avg_sq");
+    }
+  };
+  const auto update = [&](auto... arguments) { cpu::restore_and_adam_(table, dtype, arguments...); };
+  restore_and_update<AdamOptions>(table, dtype, options, steps, grad_scale, found_inf, weights, y, keeps, decoupled,
+                                  check_state, update);
 }
 
 void restore_and_adam_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,

@@ -7,8 +7,8 @@ present weights, then climbs with the weights on a proxy loss over these inputs,
 (Zhang et al., ICML 2019, https://arxiv.org/abs/1901.08573): right on clean inputs, and alike on adversarial ones. Needs
 scikit-learn.
 
-Two seeds without AWP: 91.9 and 92.9% of the clean test digits, 42.9 and 43.3% of the attacked ones; with it 92.9 and
-93.5%, 44.5 and 45.3%.
+With --seed 0 and 1 and without AWP: 91.9 and 92.9% of the clean test digits, 42.9 and 43.3% of the attacked ones; with
+it 92.9 and 93.5%, 44.5 and 45.3%.
 """
 
 import argparse
@@ -66,14 +66,14 @@ def accuracy(model, images, labels):
         return 100 * (model(images).argmax(1) == labels).float().mean().item()
 
 
-def train(*, gamma=0.01, epochs=20, backend="auto", seed=0):
+def train(*, gamma=0.01, epochs=20, backend="auto", seed=0, device="cpu"):
     """Returns the model, and its accuracy on the test digits: clean, and attacked."""
-    data = load_noisy_digits(noise=0.0, seed=seed)
+    data = load_noisy_digits(noise=0.0, seed=seed, device=device)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).to(device)
     optimizer = FastSAM(model.parameters(), method=methods.AWP(gamma), lr=0.05, momentum=0.9, backend=backend)
     for epoch in range(epochs):
-        for batch in torch.randperm(len(data.train_labels)).split(BATCH_SIZE):
+        for batch in torch.randperm(len(data.train_labels), device=device).split(BATCH_SIZE):
             loss = train_step(model, optimizer, data.train_images[batch], data.train_labels[batch])
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
     attacked = attack(model, data.test_images, data.test_labels, steps=20)
@@ -86,6 +86,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--backend", default="auto", help="FastSAM's backend")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     _, clean, attacked = train(**vars(options))
     print(f"test accuracy: {clean:.1f}% clean, {attacked:.1f}% attacked")

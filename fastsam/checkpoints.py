@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fastsam.base_update import FusedUpdate
-from fastsam.methods import SAM, Method
+from fastsam.method import Method
+from fastsam.methods import SAM
 from fastsam.optimizer_state import MASTER_NAME
 from fastsam.parameter_groups import GROUP_OPTIONS, is_schedule, rho_in
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import_benchmarks()
 
-from benchmarks import implementations, measure, report
+from benchmarks import implementations, low_precision, measure, report
 from benchmarks.implementations import (
     BACKENDS,
     COMPILED,
@@ -272,6 +272,18 @@ def test_tables(results: Results) -> None:
         *("FastSAM", "105", "31.5", "2.10", "10.5", "10.0%")
     ]
     assert max(map(len, text)) <= 120
+
+
+def test_low_precision_is_the_readmes_table() -> None:
+    """A fortieth of the weights, and e per weight as the whole has it: what is lost does not depend on their number."""
+    scale = math.sqrt(40)
+    nearest, stochastic, masters = low_precision.rows(625_000, "reference", rho=low_precision.RHO / scale)
+    for (_, length, cosine, projection), expected in (
+        (nearest, (0.0304, 0.460, 0.0140)),
+        (stochastic, (0.1344, 0.372, 0.0500)),
+        (masters, (0.1345, 0.371, 0.0499)),
+    ):
+        assert (length * scale, cosine, projection * scale) == pytest.approx(expected, rel=0.02)
 
 
 def verdicts(*cases: OptimizerPart | TrainingStep) -> list[str]:

@@ -373,11 +373,9 @@ def test_a_deepcopy_has_every_public_attribute(backend, device, base):
 REAL_ONLY = ("Adafactor", "Muon")
 
 
-@every_case
+@pytest.mark.parametrize(("base", "options"), [case for case in CASES if _name(case[0]) not in REAL_ONLY], ids=_name)
 def test_complex_parameters_are_pairs_of_reals(backend, device, base, options):
     """torch's test_complex: real parameters beside them."""
-    if base.__name__ in REAL_ONLY:
-        pytest.skip(f"{base.__name__} refuses them: the next test")
     if options.get("capturable"):
         options = {**options, "capturable": device.type != "cpu"}
     numbers = [values((10, 5), torch.complex64, device), values((10, 5), torch.float32, device, 1)]
