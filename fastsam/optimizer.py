@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 from fastsam import methods
 from fastsam.backends import Backend, ClimbOptions, backend_of, check_name, foreach, grad_norms, resolve
 from fastsam.backends.combination import Combination
-from fastsam.base_update import FUSED, FusedUpdate, check_base, unhooked_step
-from fastsam.batch_norm import RunningStatistics
-from fastsam.checkpoints import STEP_COUNT, check_shapes, complete_loaded, complete_saved
-from fastsam.interrupts import DeferredInterrupts
-from fastsam.memory_layout import as_real
+from fastsam.bases import FUSED, FusedUpdate, check_base, unhooked_step
+from fastsam.runtime.batch_norm import RunningStatistics
+from fastsam.checkpoint import STEP_COUNT, check_shapes, complete_loaded, complete_saved
+from fastsam.runtime.interrupts import DeferredInterrupts
+from fastsam.tables.memory import as_real
 from fastsam.method_steps import MethodSteps
-from fastsam.optimizer_state import PreparedState, StateNames
-from fastsam.parameter_groups import (
+from fastsam.tables.state import PreparedState, StateNames
+from fastsam.groups import (
     GROUP_OPTIONS,
     as_groups,
     check_parameters,
@@ -31,8 +31,8 @@ from fastsam.parameter_groups import (
     tensors_of,
 )
 from fastsam.precision import check_precision
-from fastsam.replay_rng import GeneratorStates
-from fastsam.tensor_table import GRAD, STATE, TAKEN, TensorTable, TensorTables
+from fastsam.runtime.replay_rng import GeneratorStates
+from fastsam.tables import GRAD, STATE, TAKEN, TensorTable, TensorTables
 
 Closure = Callable[[], Any]
 

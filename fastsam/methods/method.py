@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastsam.backends.combination import Climb, Descent
-from fastsam.base_update import FUSED
-from fastsam.tensor_table import GRAD
+from fastsam.bases import FUSED
+from fastsam.tables import GRAD
 
 Weights = dict[int, Tensor | float]
 """Columns of :mod:`fastsam.backends.combination`: one number for all parameters, or ``(n,)``."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.backends import ClimbOptions
-from fastsam.base_update import FUSED
-from fastsam.memory_layout import check_disjoint, check_parameter
+from fastsam.bases import FUSED
+from fastsam.tables.memory import check_disjoint, check_parameter
 from fastsam.methods import RhoByLR
 from fastsam.precision import PRECISION_OPTIONS, check_precision, default_seed, rounding_seed
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastsam.backends import AdamOptions, SGDOptions
-from fastsam.optimizer_state import STEP_NAME, StateNames
+from fastsam.tables.state import STEP_NAME, StateNames
 from fastsam.precision import rounding_seed
 
 Group = Mapping[str, Any]

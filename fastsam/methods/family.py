@@ -30,9 +30,9 @@ from fastsam.backends.combination import (
     Descent,
     Map,
 )
-from fastsam.base_update import FUSED
+from fastsam.bases import FUSED
 from fastsam.method import Dots, Facts, Method, Weights
-from fastsam.tensor_table import KEPT, PARAM, STATE, TAKEN
+from fastsam.tables import KEPT, PARAM, STATE, TAKEN
 
 TINY = 1e-12
 """Added to every norm that something is divided by, as in SAM."""

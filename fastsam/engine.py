@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastsam.backends import Backend, ClimbOptions
 from fastsam.backends.combination import EXTRA_X, EXTRA_Y, A, B, Combination, default_weights
-from fastsam.memory_layout import allocate_like
+from fastsam.tables.memory import allocate_like
 from fastsam.method import Dots, Facts, Method, Weights
-from fastsam.tensor_table import TensorTable
+from fastsam.tables import TensorTable
 
 
 class MethodSteps:
