@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastsam.tables.memory import same_order
 from fastsam.tables import TensorTable
+from fastsam.tables.memory import same_order
 
 # What a random number is for: the climb, the update's weights; UPDATE + 1 and so on: its state slots.
 CLIMB, UPDATE = range(2)

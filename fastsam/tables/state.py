@@ -183,9 +183,7 @@ def _complete(table: TensorTable, names: Sequence[StateNames]) -> tuple[StateNam
     return tuple(mine if mine.step is not None else mine._replace(step=STEP_NAME) for mine in names)
 
 
-def _slots(
-    table: TensorTable, names: Sequence[StateNames], method_state: str | None, i: int
-) -> list[tuple[Row, str]]:
+def _slots(table: TensorTable, names: Sequence[StateNames], method_state: str | None, i: int) -> list[tuple[Row, str]]:
     """The parameter's rows, and the names in ``state`` of what is in them."""
     moments, step = names[table.groups[i]] if names else StateNames()
     slots = [(Row(Row.STATE + slot), name) for slot, name in enumerate(moments)]
