@@ -25,8 +25,9 @@ class SAM(Method):
 
     With ``inner_steps`` K > 1 the ascent is projected gradient ascent (there, appendix C; Andriushchenko and
     Flammarion, ICML 2022, https://arxiv.org/abs/2206.06232): K times
-    ``e <- P(e + s * rho * g(w + e) / ||g(w + e)||)``, where P shortens ``e`` to the ball of radius rho. A step costs K + 1 passes. With groups of different rho the ball is
-    ``||e / rho|| <= 1``; groups with rho = 0 have no part in its norms.
+    ``e <- P(e + s * rho * g(w + e) / ||g(w + e)||)``, where P shortens ``e`` to the ball of radius
+    rho. A step costs K + 1 passes. With groups of different rho the ball is ``||e / rho|| <= 1``; groups with rho = 0
+    have no part in its norms.
 
     Args:
         p: in (1, inf].
