@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fastsam import methods
 from fastsam.arguments import check_count
-from fastsam.backends import Request, check_name, resolve
+from fastsam.backends import check_name, resolve
 from fastsam.bases import FUSED, FusedUpdate, check_base, unhooked_step
 from fastsam.checkpoint import STEP_COUNT, check_shapes, complete_loaded, complete_saved
 from fastsam.engine import Engine, Plan
@@ -486,7 +486,7 @@ class FastSAM(Optimizer):
 
     def _check_backends(self, group: Mapping[str, Any]) -> None:
         for device_type in {p.device.type for p in tensors_of(group)}:
-            resolve(self.backend, Request(device_type))
+            resolve(self.backend, device_type)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         base, fused = type(self.base_optimizer), self._update is not None
