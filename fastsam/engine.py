@@ -282,7 +282,7 @@ class Engine:
             yield
         finally:
             for param, tensor in hidden.items():
-                state[param][name] = tensor
+                state[param][str(name)] = tensor
 
     # ---- small things ----
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,24 +12,24 @@ from torch.optim import Optimizer
 
 from fastsam import methods
 from fastsam.arguments import check_count
-from fastsam.backends import check_name, resolve
-from fastsam.bases import FUSED, FusedUpdate, check_base, unhooked_step
-from fastsam.checkpoint import STEP_COUNT, check_shapes, complete_loaded, complete_saved
+from fastsam.backends import check_name
+from fastsam.bases import check_base, unhooked_step
+from fastsam.checkpoint import STEP_COUNT
 from fastsam.engine import Engine, Plan
-from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, tensors_of, with_defaults
+from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, with_defaults
 from fastsam.micro_batches import GradientSums
-from fastsam.precision import check_precision
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.replay_rng import GeneratorStates
 from fastsam.schedules import RhoSchedule, is_schedule
+from fastsam.wrapper import BaseWrapper
 
 Closure = Callable[[], Any]
 
 PLAIN = methods.SAM()
 
 
-class FastSAM(Optimizer):
+class FastSAM(BaseWrapper):
     r"""Sharpness-Aware Minimization over any base optimizer, as fused multi-tensor operations.
 
     Every step moves from the weights to the worst point nearby, takes the gradient there, restores the weights, and
@@ -138,52 +137,6 @@ class FastSAM(Optimizer):
         self.base_optimizer.state, self.base_optimizer.param_groups = state, param_groups
         self._engine.is_constructed = True
 
-    # ---- one object with the base ----
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's own parameter groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's own state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base_optimizer.state = state
-
-    @property
-    def perturbed(self) -> bool:
-        """Whether the weights are perturbed: between ``first_step()`` and ``second_step()``."""
-        return self._engine.perturbed
-
-    @property
-    def method(self) -> methods.Method:
-        """The method, which cannot be changed: its state would be of no use to another."""
-        return self._engine.method
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; what it does not set is taken from the constructor's options.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        if not self._engine.is_constructed:
-            return
-        self._refuse_perturbed("add_param_group()")
-        own = {name: self.defaults[name] for name in GROUP_OPTIONS}
-        group = with_defaults(param_group, own, type(self.base_optimizer))
-        check_parameters([*self.param_groups, group])
-        self._check_backends(group)
-        self._check_group({**self.base_optimizer.defaults, **group})
-        self.base_optimizer.add_param_group(group)
-
     # ---- steps ----
 
     def step(
@@ -200,8 +153,8 @@ class FastSAM(Optimizer):
                 pass, with gradients enabled. Between the passes gradients are set to None whatever it does.
             ascent_closure: takes ``closure``'s place in all passes but the last of a step with an ascent (a part of the
                 batch; or the whole data set: n-SAM).
-            closures: in the place of ``closure``, one for each micro-batch: each has an ascent and a descent gradient of
-                its own, and one update takes the average of these (m-sharpness: mSAM,
+            closures: in the place of ``closure``, one for each micro-batch: each has an ascent and a second pass of its
+                own, and one update takes the average of the gradients (m-sharpness: mSAM,
                 https://arxiv.org/abs/2302.09693).
 
         Returns:
@@ -411,87 +364,7 @@ class FastSAM(Optimizer):
         for name in ("grad_scale", "found_inf"):
             self.__dict__.pop(name, None)
 
-    # ---- checkpoints and copies ----
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's: ``base`` alone can load it, and FastSAM loads the base's.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._refuse_perturbed("state_dict()")
-        saved = super().state_dict()
-        complete_saved(saved, self.method, self._update, self._step_count())
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of FastSAM or of the base alone; what the latter lacks is kept as it is.
-
-        Raises:
-            RuntimeError: the weights are perturbed, or a state tensor has another shape than its parameter.
-            ValueError: the parameter groups are others, or it is another method's.
-        """
-        self._refuse_perturbed("load_state_dict()")
-        given: list[Mapping[str, Any]] = []
-        # The last of the hooks: it sees what the others have made of the dict.
-        last = self.register_load_state_dict_pre_hook(lambda _, state: given.append(state))
-        self._load = lambda loaded: self._load_state(loaded, given[-1] if given else state_dict)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-            del self._load
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._refuse_perturbed("copying or pickling")
-        names = ("base_optimizer", "defaults", "backend", "method", "_interval", "_replay_rng", "_statistics")
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" in state:  # a copy or a pickle
-            method = state.pop("method")
-            super().__setstate__(state)
-            self._engine = Engine(self.backend, method)
-            self._engine.is_constructed = True
-            return
-        self._load(state)  # from Optimizer.load_state_dict: nothing has been changed yet
-
-    def _load_state(self, loaded: dict[str, Any], given: Mapping[str, Any]) -> None:
-        """Takes over what torch has cast (``loaded``) of a state dict (``given``); all of it or nothing."""
-        complete_loaded(loaded, given, self.param_groups, self.method)
-        for group in loaded["param_groups"]:
-            self._check_group(group)
-        if (update := self._update) is not None:
-            check_shapes(loaded, lambda group: update.state_names({**self.defaults, **group}).moments)
-        before = self.state, self.param_groups
-        try:
-            self.base_optimizer.__setstate__(loaded)
-        except BaseException:
-            self.state, self.param_groups = before
-            raise
-
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        return text.replace(type(self).__name__, f"{type(self).__name__} over {type(self.base_optimizer).__name__}", 1)
-
     # ---- small things ----
-
-    def _parameters(self) -> Iterable[Tensor]:
-        return chain.from_iterable(group["params"] for group in self.param_groups)
-
-    @property
-    def _update(self) -> FusedUpdate | None:
-        """How the base runs on the backends; None: by its own ``step()``."""
-        return FUSED.get(type(self.base_optimizer))
-
-    def _check_backends(self, group: Mapping[str, Any]) -> None:
-        for device_type in {p.device.type for p in tensors_of(group)}:
-            resolve(self.backend, device_type)
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        base, fused = type(self.base_optimizer), self._update is not None
-        check_precision(group, base, fused=fused)
-        self.method.check_group(base, group, fused=fused)
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._parameters())
@@ -504,9 +377,6 @@ class FastSAM(Optimizer):
         step = self._step_count()
         return step % self._interval == 0 and self.method.ascends(step)
 
-    def _step_count(self) -> int:
-        return int(self.param_groups[0].get(STEP_COUNT, 0))
-
     def _count_step(self) -> None:
         self._engine.is_single = False
         schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
@@ -518,12 +388,6 @@ class FastSAM(Optimizer):
     def _restore_statistics(self) -> None:
         if self._statistics is not None:
             self._statistics.restore()
-
-    def _refuse_perturbed(self, what: str) -> None:
-        if self._engine.perturbed:
-            raise RuntimeError(
-                f"{what} is not possible while the weights are perturbed; call second_step() or restore() first"
-            )
 
 
 def _run(closure: Closure) -> Any:

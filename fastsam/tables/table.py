@@ -227,7 +227,8 @@ class TensorTable:
         self.first_grad_dtype = self.dtype
         for row in (Row.FIRST_GRAD, Row.DIRECTION):
             if any(tensor is not None for tensor in self.rows[row]):
-                self.set_row(row, [None] * len(self.params))
+                nothing: Tensors = [None] * len(self.params)
+                self.set_row(row, nothing)
 
     # ---- the ascent ----
 
