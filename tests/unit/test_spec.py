@@ -3,6 +3,7 @@
 from enum import EnumMeta
 
 import pytest
+
 from fastsam import spec
 
 SHARED = ("ROWS", "STATE_SLOTS", "NONE", "PERTURBATION", "DRAWS")
