@@ -16,7 +16,7 @@ from fastsam.tables.memory import allocate_like, as_real, is_dense
 from fastsam.tables.signature import BLOCK, ParameterBlock, describe
 from fastsam.tables.state import StateSlots
 
-# What finding a chunk costs, in elements (csrc/tensor_table.h): threads share the chunks by it.
+# What finding a chunk costs, in elements (csrc/table.h): threads share the chunks by it.
 CHUNK_OVERHEAD = 64
 
 Tensors = list[Tensor | None]
