@@ -1,164 +1,328 @@
-"""Runs a method over the tables: asks the backends for dots, and lets the method turn them into weights."""
+"""One step over tables: perturb, restore, update, from a plan that says what the optimizer wants."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsam.backends import Backend, ClimbOptions
-from fastsam.backends.combination import EXTRA_X, EXTRA_Y, A, B, Combination, default_weights
-from fastsam.tables.memory import allocate_like
-from fastsam.method import Dots, Facts, Method, Weights
-from fastsam.tables import TensorTable
+from fastsam.backends import Backend, grad_norms, resolve
+from fastsam.bases import FusedUpdate
+from fastsam.coefficients import Coefficients
+from fastsam.directions import choose_directions, draw_noise
+from fastsam.groups import ascent_options
+from fastsam.methods import Method
+from fastsam.precision import ascent_seed
+from fastsam.spec import Ascent, AscentOptions, Descent, Row, StateNames, Update
+from fastsam.tables import TensorTable, TensorTables, Wanted
+from fastsam.tables.memory import as_real
+from fastsam.tables.state import OptimizerState
 
 
-class MethodSteps:
-    """One method's way from dots to weights, and whether the present step's climb was finite.
+class Plan(NamedTuple):
+    """What one phase of a step is to work on.
 
-    Args:
-        method: the method.
+    Attributes:
+        groups: the parameter groups.
+        state: the base optimizer's state.
+        step: the number of the step, from 0.
+        update: how the base runs fused; None: by its own ``step()``.
+        grad_scale, found_inf: a GradScaler's, or None.
+        micro_batch: which of the step's closures this is, each with an ascent of its own.
     """
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
-        # On each device: whether the climb's dots were finite. If not, what was taken is not used.
-        self._finite: dict[torch.device, Tensor] = {}
+    groups: Sequence[Mapping[str, Any]]
+    state: OptimizerState
+    step: int
+    update: FusedUpdate | None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    micro_batch: int = 0
 
-    def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
-        """The climb was SAM's own, by these norms."""
-        self._finite = {device: torch.isfinite(norm) for device, norm in norms.items()}
+    @property
+    def state_names(self) -> list[StateNames]:
+        """What the base update keeps, for each group."""
+        return [] if self.update is None else [self.update.state_names(group) for group in self.groups]
 
-    def climb_combinations(
-        self, backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[ClimbOptions], again: bool
-    ) -> list[Combination]:
-        """What each table climbs by."""
-        form = self.method.climb_form(again)
-        assert form is not None
-        facts = [_facts(table, options, [0.0] * len(options)) for table in tables]
-        maps = [_weights(t, self.method.map_weights(f), climbing=True) for t, f in zip(tables, facts, strict=True)]
-        each = [b.dots(t, Combination(form, w)) for b, t, w in zip(backends, tables, maps, strict=True)]
-        totals = _totals(tables, [self.method.weigh(d, f) for d, f in zip(each, facts, strict=True)])
-        finite = {device: torch.isfinite(total).all() for device, total in totals.items()}
-        self._finite = {d: f & self._finite[d] if again else f for d, f in finite.items()}
-        result = []
-        for table, dots, fact in zip(tables, each, facts, strict=True):
-            weights = self.method.climb_weights(Dots(totals[table.device], dots), fact, again)
-            packed = _weights(table, weights, climbing=True)
-            stays = _neutral(table, climbing=True, again=again)
-            result.append(Combination(form, torch.where(finite[table.device], packed, stays)))
-        return result
 
-    def descent_combinations(
-        self,
-        backends: Sequence[Backend],
-        tables: Sequence[TensorTable],
-        options: Sequence[ClimbOptions],
-        groups: Sequence[Mapping[str, Any]],
-        climbed: bool,
-        grad_scales: Sequence[Tensor | None],
-    ) -> list[Combination] | None:
-        """What each table gives the base in the gradient's place; None: the gradient."""
-        form = self.method.descent_form(climbed)
+class Engine:
+    """The tables of one optimizer, and where in a step they are.
+
+    Args:
+        backend: the name of one, or "auto".
+        method: the method.
+
+    Attributes:
+        tables: the tables.
+        perturbed: whether the weights are perturbed.
+        is_single: whether ``first_step()`` has found that this step has no ascent: its gradients are for the update.
+        ascents: how many ascent steps this step has had.
+        is_constructed: whether the optimizer's constructor is through.
+    """
+
+    def __init__(self, backend: str, method: Method) -> None:
+        self.backend, self.method = backend, method
+        self.tables = TensorTables()
+        self.perturbed = False
+        self.is_single = False
+        self.ascents = 0
+        self.is_constructed = False
+        self._coefficients = Coefficients(method)
+
+    # ---- perturb ----
+
+    @torch.no_grad()
+    def ascend(self, plan: Plan) -> None:
+        """Moves the weights uphill by the present gradients (or by what the method has instead).
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or one cannot be used; nothing has been changed then.
+        """
+        further = self.perturbed
+        with self.tables.holding_grads():
+            if further:
+                self._read_grads_again()
+                tables = list(self.tables)
+            else:
+                tables = self.tables.read_grads(plan.groups)
+            if self.method.needs_first_pass and not any(table.present for table in tables):
+                raise RuntimeError("no parameter has a gradient; call backward() first")
+            self._choose_perturbed(tables, plan, further)
+            self._perturb(tables, self._plan_ascents(tables, plan, further))
+            if self.method.needs_first_grads:
+                for table in tables:
+                    table.keep_first_grads()
+        torch.clear_autocast_cache()
+
+    def _choose_perturbed(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> None:
+        """Decides which parameters move, and gives them all that the ascent reads or writes."""
+        if (seed := self.method.noise_seed()) is not None:
+            draw_noise(tables, seed, plan.step)
+        if not further:
+            form = self.method.ascent_form(further)
+            if form is not None and Row.STATE <= form.x < Row.STATE + 3:
+                self._bind(tables, plan)
+            perturb = [bool(group["perturb"]) for group in plan.groups]
+            for table in tables:
+                among = table.present
+                if form is not None and form.x not in (Row.GRAD, Row.DIRECTION):
+                    among = [i for i, tensor in enumerate(table.rows[form.x]) if tensor is not None]
+                elif seed is not None:
+                    among = list(range(len(table.params)))
+                table.choose_perturbed(perturb, among)
+        if self.method.has_direction:
+            choose_directions(tables, self.method, further)
+        for table in tables:
+            if table.stochastic or table.has_masters or self.method.state_name is not None:
+                self._bind([table], plan, masters=True)
+
+    def _plan_ascents(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> list[Ascent]:
+        number = plan.micro_batch * self.method.ascents + self.ascents
+        options = [_for_ascent(ascent_options(group, plan.step), number) for group in plan.groups]
+        backends = [self._backend(table) for table in tables]
+        if self.method.ascent_form(further) is not None:
+            return self._coefficients.ascents(backends, tables, options, further)
+        norms = grad_norms(backends, tables, options)
+        if self.method.needs_first_grads:
+            self._coefficients.note_norms(norms)
+        return [Ascent(options, norms[table.device]) for table in tables]
+
+    def _perturb(self, tables: Sequence[TensorTable], ascents: Sequence[Ascent]) -> None:
+        self.perturbed = True
+        try:
+            for table, ascent in zip(tables, ascents, strict=True):
+                self._backend(table).perturb_(table, ascent)
+                table.is_perturbed = True
+                table.scatter(table.perturbed)
+        except BaseException:
+            self.restore()
+            raise
+        self.ascents += 1
+
+    # ---- restore ----
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Brings the weights back, bit for bit, and ends the step without an update."""
+        moved = any(table.changed() for table in self.tables)
+        for table in self.tables:
+            if not table.is_perturbed:
+                continue
+            if moved:
+                table.restore_elsewhere()
+            else:
+                self._backend(table).restore_(table)
+                table.scatter(table.perturbed)
+        self._end_step()
+        if moved:
+            self.tables.drop()
+
+    # ---- update ----
+
+    @torch.no_grad()
+    def begin_without_ascent(self, plan: Plan) -> None:
+        """Reads the gradients of a step that has no ascent, or none any more; :meth:`descend` follows."""
+        with self.tables.holding_grads():
+            for table in self.tables.read_grads(plan.groups):
+                table.choose_perturbed([False] * len(plan.groups), [])
+
+    @torch.no_grad()
+    def descend(self, plan: Plan, base_step: Callable[[], None]) -> None:
+        """Restores the weights and lets the base apply the present gradients.
+
+        Args:
+            plan: the plan.
+            base_step: the base's own step, which runs if there is no fused update.
+        """
+        with self.tables.holding_grads():
+            self._read_grads_again()
+            tables = list(self.tables)
+            for table in tables:
+                table.gather()
+            overflow = plan.update is None and plan.found_inf is not None and float(plan.found_inf) != 0
+            descents = None if overflow else self._plan_descents(tables, plan)
+            wanted = self._bind_all(tables, plan, descents)
+            self._publish(tables, plan, wanted)
+            if plan.update is not None:
+                self._update(tables, plan, descents)
+                self._end_step()
+                return
+            moves = self._prepare_base(tables, descents)
+            self._end_step()
+        if not overflow:
+            with self._hiding_method_state(plan.state):
+                _unscale(plan)
+                base_step()
+                for param, move in moves:
+                    param.sub_(move)
+
+    def _plan_descents(self, tables: Sequence[TensorTable], plan: Plan) -> list[Descent] | None:
+        form = self.method.descent_form(self.ascents > 0)
         if form is None:
             return None
-        facts = [_facts(table, options, [group["lr"] for group in groups]) for table in tables]
-        each = [torch.zeros((len(table.params), 3), dtype=torch.float64, device=table.device) for table in tables]
-        if self.method.measures(climbed):
-            plain = [Combination(form, _neutral(t, climbing=True)) for t in tables]
-            each = [b.dots(t, c) for b, t, c in zip(backends, tables, plain, strict=True)]
-        totals = _totals(tables, each)
+        if self.method.state_name is not None:
+            self._bind(tables, plan, method=form.keeps)
+        options = [ascent_options(group, plan.step) for group in plan.groups]
+        backends = [self._backend(table) for table in tables]
+        # An unfused base is given unscaled gradients: the combination is unscaled with them.
+        scales = [to_table_device(plan.grad_scale, t) if plan.update is not None else None for t in tables]
+        lrs = lambda: [group["lr"] for group in plan.groups]  # noqa: E731
+        return self._coefficients.descents(backends, tables, options, lrs, self.ascents > 0, scales)
+
+    def _update(self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None) -> None:
+        update = plan.update
+        assert update is not None
+        options = [update.options(group) for group in plan.groups]
+        for index, table in enumerate(tables):
+            descent = None if descents is None else descents[index]
+            scalars = to_table_device(plan.grad_scale, table), to_table_device(plan.found_inf, table)
+            self._backend(table).restore_and_update_(table, update.kind, options, descent, *scalars)
+            table.is_perturbed = False
+            table.scatter(table.written, state=True)
+
+    def _prepare_base(
+        self, tables: Sequence[TensorTable], descents: Sequence[Descent] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Restores, and gives the base its gradients; returns what is to be subtracted after its step, by parameter."""
+        moves: list[tuple[Tensor, Tensor]] = []
+        for index, table in enumerate(tables):
+            descent = None if descents is None else descents[index]
+            self._backend(table).restore_and_update_(table, Update.NONE, [], descent)
+            table.is_perturbed = False
+            table.scatter(table.perturbed)
+            if descent is None:
+                continue
+            for i in table.present:
+                grad, laid_out = table.params[i].grad, table.grads[i]
+                if grad is not None and laid_out is not None and as_real(grad).data_ptr() != laid_out.data_ptr():
+                    as_real(grad).copy_(laid_out)
+                move = table.first_grads[i]
+                if descent.form.decoupled and move is not None:
+                    moves.append((as_real(table.params[i]), move))
+        return moves
+
+    # ---- state ----
+
+    def _bind(self, tables: Sequence[TensorTable], plan: Plan, *, masters: bool = False, method: bool = False) -> None:
+        for table in tables:
+            kept = table.perturbed if method else ()
+            table.slots.bind(table, plan.state, self._wanted(plan, table.perturbed if masters else (), (), kept))
+
+    def _wanted(self, plan: Plan, masters: Sequence[int], moments: Sequence[int], method: Sequence[int]) -> Wanted:
+        return Wanted(plan.state_names, self.method.state_name, masters, moments, method)
+
+    def _bind_all(
+        self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None
+    ) -> list[tuple[Wanted, bool]]:
+        """Allocates what the update needs and ``state`` lacks."""
+        keeps = descents is not None and descents[0].form.keeps
         result = []
-        for table, dots, fact, scale in zip(tables, each, facts, grad_scales, strict=True):
-            finite = torch.isfinite(totals[table.device]).all()
-            if climbed:
-                finite = finite & self._finite.get(table.device, finite)
-            weights = self.method.descent_weights(Dots(totals[table.device], dots), fact, climbed)
-            packed = _weights(table, weights, climbing=False)
-            if form.decoupled and scale is not None:
-                packed[:, [EXTRA_X, EXTRA_Y]] /= scale.double()
-            stays = _neutral(table, climbing=False)
-            packed = torch.where(finite, packed, stays)
-            # Where rho is 0, the gradient is the base's own.
-            given = [A, B, EXTRA_X, EXTRA_Y]
-            packed[:, given] = torch.where(fact.rho[:, None] == 0, stays[:, given], packed[:, given])
-            result.append(Combination(form, packed))
+        for table in tables:
+            wanted = self._wanted(plan, table.perturbed, table.present, table.perturbed if keeps else ())
+            result.append((wanted, table.slots.bind(table, plan.state, wanted)))
         return result
 
-    def lend_random(self, tables: Sequence[TensorTable], seed: int, step: int) -> None:
-        """Gives every table a direction drawn from N(0, I)."""
-        for number, table in enumerate(tables):
-            directions = allocate_like(table.values, zero=False)
-            memory = directions[0].untyped_storage().nbytes() // table.dtype.itemsize
-            generator = torch.Generator(table.device)
-            # 32 bits: the CPU's generator reads no more of a seed.
-            generator.manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77 + number * 0xC2B2AE3D) % 2**32)
-            directions[0].as_strided((memory,), (1,), 0).normal_(generator=generator)
-            table.lend(list(directions))
+    def _publish(self, tables: Sequence[TensorTable], plan: Plan, wanted: Sequence[tuple[Wanted, bool]]) -> None:
+        if not any(is_new for _, is_new in wanted):
+            return
+        for table, (mine, _) in zip(tables, wanted, strict=True):
+            table.slots.publish(table, plan.state, mine)
+        for table, (mine, _) in zip(tables, wanted, strict=True):
+            table.slots.note(table, plan.state, mine)
+
+    @contextmanager
+    def _hiding_method_state(self, state: OptimizerState) -> Iterator[None]:
+        """A block in which ``state`` holds the base's own entries alone: an empty one tells it of a first step."""
+        name = self.method.state_name
+        hidden = {} if name is None else {p: e.pop(name) for p, e in state.items() if name in e}
+        try:
+            yield
+        finally:
+            for param, tensor in hidden.items():
+                state[param][name] = tensor
+
+    # ---- small things ----
+
+    def _backend(self, table: TensorTable) -> Backend:
+        return resolve(self.backend, table.device.type, table.has_own_grads)
+
+    def _read_grads_again(self) -> None:
+        for table in self.tables:
+            if not table.read_grads():
+                raise RuntimeError(
+                    f"{table.name(table.changed()[0])} was moved, cast or given other memory between the two "
+                    "passes; call restore() to give the ascent up"
+                )
+
+    def _end_step(self) -> None:
+        self.perturbed, self.ascents = False, 0
+        for table in self.tables:
+            table.end_step()
+        torch.clear_autocast_cache()
 
 
-def _facts(table: TensorTable, options: Sequence[ClimbOptions], lrs: Sequence[float | Tensor]) -> Facts:
-    sign = [-1.0 if option.maximize else 1.0 for option in options]
-    rho = _by_parameter(table, "rho", [option.rho for option in options], sign)
-    lr = _by_parameter(table, "lr", lrs, sign)
-    if "matrix" not in table.cache:
-        flags = [float(param.dim() > 1) for param in table.params]
-        table.cache["matrix"] = torch.tensor(flags, dtype=torch.float64).to(table.device)
-    return Facts(rho, lr, table.cache["matrix"])
+def _for_ascent(options: AscentOptions, number: int) -> AscentOptions:
+    """The options with random numbers of their own for each ascent of a step."""
+    return options._replace(rounding_seed=ascent_seed(options.rounding_seed, number)) if number else options
 
 
-def _by_parameter(table: TensorTable, name: str, values: Sequence[float | Tensor], signs: Sequence[float]) -> Tensor:
-    """A number for each group as one for each parameter, on the table's device; sent there only when it changes."""
-    numbers = [
-        sign if isinstance(value, Tensor) and value.device.type != "cpu" else float(value) * sign
-        for value, sign in zip(values, signs, strict=True)
-    ]
-    known, tensor = table.cache.get(f"{name} by parameter", (None, None))
-    if known != numbers:
-        tensor = torch.tensor([numbers[group] for group in table.groups], dtype=torch.float64)
-        if table.device.type != "cpu":
-            tensor = tensor.pin_memory().to(table.device, non_blocking=True)
-        table.cache[f"{name} by parameter"] = numbers, tensor
-    assert tensor is not None
-    for index, value in enumerate(values):
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            mine = torch.tensor([group == index for group in table.groups]).to(table.device)
-            factor = value.detach().reshape(()).to(table.device, torch.float64, non_blocking=True)
-            tensor = torch.where(mine, tensor * factor, tensor)
-    return tensor
+def _unscale(plan: Plan) -> None:
+    if plan.grad_scale is None:
+        return
+    inverse = plan.grad_scale.double().reciprocal().float()
+    for group in plan.groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                param.grad.mul_(inverse.to(param.grad.device))
 
 
-def _neutral(table: TensorTable, *, climbing: bool, again: bool = False) -> Tensor:
-    """The weights that leave everything as it is; not to be written to."""
-    key = f"neutral weights {climbing} {again}"
-    if key not in table.cache:
-        weights = default_weights(len(table.params), table.device, climbing=climbing)
-        if again:
-            weights[:, B] = 1.0
-        table.cache[key] = weights
-    neutral: Tensor = table.cache[key]
-    return neutral
-
-
-def _weights(table: TensorTable, columns: Weights, *, climbing: bool) -> Tensor:
-    if not columns:
-        return _neutral(table, climbing=climbing)
-    weights = _neutral(table, climbing=climbing).clone()
-    for column, value in columns.items():
-        weights[:, column] = value
-    return weights
-
-
-def _totals(tables: Sequence[TensorTable], each: Sequence[Tensor]) -> dict[torch.device, Tensor]:
-    """The sums over all parameters, on each of the tables' devices."""
-    sums: dict[torch.device, Tensor] = {}
-    for table, dots in zip(tables, each, strict=True):
-        mine = dots.sum(dim=0)
-        sums[table.device] = sums[table.device] + mine if table.device in sums else mine
-    if len(sums) == 1:
-        return sums
-    home = next((device for device in sums if device.type != "cpu"), next(iter(sums)))
-    total = torch.stack([part.to(home, non_blocking=True) for part in sums.values()]).sum(dim=0)
-    return {device: total.to(device, non_blocking=device.type != "cpu") for device in sums}
+def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
+    """GradScaler's scalar on the table's device."""
+    if scalar is None:
+        return None
+    # A number where the scaler saw no gradient at all.
+    tensor = torch.as_tensor(scalar, dtype=torch.float32)
+    return tensor.to(table.device, non_blocking=table.device.type != "cpu").reshape(())

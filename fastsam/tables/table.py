@@ -99,6 +99,10 @@ class TensorTable:
 
     # ---- rows ----
 
+    def row(self, row: int) -> Tensors:
+        """The tensors of a row."""
+        return self.rows[row]
+
     @property
     def values(self) -> list[Tensor]:
         """The parameters' memory."""
