@@ -71,7 +71,7 @@ class FastSAM(BaseWrapper):
             or down at random so that the expected value is exact; nearest loses every step of less than half a unit in
             the last place, which at a common ``rho`` is most of the perturbation. Bases: SGD, Adam, AdamW.
         rounding_seed: 0 <= seed < 2^32, kept in ``param_groups``; the same one gives the same bits on every backend.
-            None: from ``torch.initial_seed()``.
+            None: 0, so that the replicas of a model round alike.
         master_weights: bfloat16 and float16 parameters have float32 master weights in ``state``, and so is the base's
             state in float32; the parameters are the masters' rounding to nearest. Training is then that of float32
             parameters with the same gradients; ``rounding`` applies to the perturbation alone, which needs no backup. A
@@ -139,6 +139,8 @@ class FastSAM(BaseWrapper):
 
     # ---- steps ----
 
+    # Dynamo cannot trace what works on addresses: a compiled training step calls these as they are.
+    @torch.compiler.disable
     def step(
         self,
         closure: Closure | None = None,
@@ -151,6 +153,8 @@ class FastSAM(BaseWrapper):
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()``, returns the loss; called once per
                 pass, with gradients enabled. Between the passes gradients are set to None whatever it does.
+                While the weights are perturbed it is the second pass (a wrapper's closure that does nothing is allowed:
+                the gradients are there then).
             ascent_closure: takes ``closure``'s place in all passes but the last of a step with an ascent (a part of the
                 batch; or the whole data set: n-SAM).
             closures: in the place of ``closure``, one for each micro-batch: each has an ascent and a second pass of its
@@ -174,13 +178,15 @@ class FastSAM(BaseWrapper):
                 raise RuntimeError("step(): ascent_closure needs a closure for the second pass beside it")
             self._finish()
             return None
+        if self._engine.perturbed and not self._engine.is_running:
+            return self._finish_with(closure)
         self._check_closure_step()
         if not self.method.needs_first_pass:
             return self._step_of_one_pass(closure)
         first = ascent_closure or closure
         ascends = self._ascends_now()
-        states = GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
-        loss = _run(first if ascends else closure)
+        states = self._generator_states()
+        loss = self._run(first if ascends else closure)
         if not self._has_gradients():
             return loss
         if states is not None and ascends:
@@ -188,7 +194,7 @@ class FastSAM(BaseWrapper):
         with self._undone_by_exceptions():
             if ascends:
                 self._ascend_all_the_way(first)
-                _run(closure)
+                self._run(closure)
             self._descend()
         return loss
 
@@ -197,7 +203,7 @@ class FastSAM(BaseWrapper):
         with self._undone_by_exceptions():
             self._ascend()
             self._clear_grads()
-            loss = _run(closure)
+            loss = self._run(closure)
             if self._has_gradients():
                 self._descend()
             else:
@@ -216,16 +222,19 @@ class FastSAM(BaseWrapper):
             for number, closure in enumerate(closures):
                 if losses:
                     self._clear_grads()
-                losses.append(_run(closure))
+                states = self._generator_states()
+                losses.append(self._run(closure))
                 if self._ascends_now() and self._has_gradients():
-                    self._ascend_all_the_way(closure, number)
-                    _run(closure)
+                    again = closure if states is None else states.replayed(closure)
+                    self._ascend_all_the_way(again, number)
+                    self._run(again)
                     self.restore()
                 sums.add(self._parameters())
             if sums.hand_over(self._parameters(), len(closures)):
                 self._descend()
         return losses
 
+    @torch.compiler.disable
     def first_step(self, zero_grad: bool = True) -> bool:
         """Perturbs: call it after the first backward; then compute the loss and its gradients again.
 
@@ -257,6 +266,7 @@ class FastSAM(BaseWrapper):
             self._clear_grads()
         return self.method.needs_first_pass
 
+    @torch.compiler.disable
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and lets the base apply the present gradients; calls :meth:`step`.
 
@@ -272,6 +282,7 @@ class FastSAM(BaseWrapper):
         if zero_grad:
             self._clear_grads()
 
+    @torch.compiler.disable
     def restore(self) -> None:
         """Gives the ascent up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
         self._engine.is_single = False
@@ -287,7 +298,7 @@ class FastSAM(BaseWrapper):
         self._ascend(micro_batch)
         for _ in range(1, self.method.ascents):
             self._clear_grads()
-            _run(ascent_closure)
+            self._run(ascent_closure)
             self._ascend(micro_batch)
         self._clear_grads()
 
@@ -322,6 +333,9 @@ class FastSAM(BaseWrapper):
         engine = self._engine
         try:
             if not (engine.perturbed or engine.is_single):
+                if self._is_initialized_by_this():
+                    engine.initialize_state(self._plan(), lambda: unhooked_step(self.base_optimizer))
+                    return
                 raise RuntimeError(
                     "step() needs a closure; in a loop without one, call first_step() after the first backward and "
                     "second_step() (or step()) after the second"
@@ -335,6 +349,21 @@ class FastSAM(BaseWrapper):
         except BaseException:
             self._forget_scaler()
             raise
+
+    def _is_initialized_by_this(self) -> bool:
+        """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""
+        lrs = [group.get("lr") for group in self.param_groups]
+        on_host = all(lr.device.type == "cpu" if isinstance(lr, Tensor) else lr is not None for lr in lrs)
+        return not any(self.state.values()) and on_host and all(float(lr) == 0 for lr in lrs) and self._has_gradients()
+
+    def _finish_with(self, closure: Closure) -> Any:
+        """``closure`` as the second pass of two-phase use, and the update."""
+        loss = self._run(closure)
+        self._finish()
+        return loss
+
+    def _generator_states(self) -> GeneratorStates | None:
+        return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
 
     def _plan(self, micro_batch: int = 0) -> Plan:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -389,7 +418,13 @@ class FastSAM(BaseWrapper):
         if self._statistics is not None:
             self._statistics.restore()
 
-
-def _run(closure: Closure) -> Any:
-    with torch.enable_grad():
-        return closure()
+    def _run(self, closure: Closure) -> Any:
+        engine = self._engine
+        if engine.is_running:
+            raise RuntimeError("step(closure) was called within a closure of the same optimizer")
+        engine.is_running = True
+        try:
+            with torch.enable_grad():
+                return closure()
+        finally:
+            engine.is_running = False

@@ -151,7 +151,8 @@ class BaseWrapper(Optimizer):
         self.method.check_group(base, group, fused=fused)
 
     def _step_count(self) -> int:
-        return int(self.param_groups[0].get(STEP_COUNT, 0))
+        # A group that was added later, or put first, has no count yet.
+        return max((int(group.get(STEP_COUNT, 0)) for group in self.param_groups), default=0)
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._engine.perturbed:

@@ -86,7 +86,7 @@ class TensorTable:
         self._bytes = bytearray(8 * ROWS * n)
         self.addresses = torch.frombuffer(self._bytes, dtype=torch.int64).view(ROWS, n)
         self.versions = [0] * ROWS
-        self.tensors = torch.tensor([[v.numel() for v in values], self.groups], dtype=torch.int64)
+        self.tensors = torch.tensor([[v.numel() for v in values], self.groups], dtype=torch.int64, device="cpu")
         self.set_row(Row.PARAM, values)
         # Of each parameter alone: a resized one takes its detached twin's memory along.
         self._descriptions = [describe([p]) for p in self.params]
@@ -216,6 +216,16 @@ class TensorTable:
                 firsts[i] = self.gradients.adopt(self, i)
         self.first_grad_dtype = self.grad_dtype
         self.set_row(Row.FIRST_GRAD, firsts)
+
+    def fill_missing_grads(self) -> None:
+        """Gives zeros to the perturbed parameters without a gradient: a further ascent still counts their perturbation."""
+        missing = [i for i in self.perturbed if self.grads[i] is None]
+        if not missing:
+            return
+        grads = list(self.grads)
+        for i in missing:
+            grads[i] = torch.zeros_like(self.values[i], dtype=self.grad_dtype)
+        self.set_row(Row.GRAD, grads)
 
     def set_directions(self, tensors: Tensors) -> None:
         """Makes ``tensors``, which are laid out like ``values``, the directions of this step."""
