@@ -218,7 +218,7 @@ class TensorTable:
         self.set_row(Row.FIRST_GRAD, firsts)
 
     def fill_missing_grads(self) -> None:
-        """Gives zeros to the perturbed parameters without a gradient: a further ascent still counts their perturbation."""
+        """Gives zeros to perturbed parameters without a gradient: a further ascent still counts their perturbation."""
         missing = [i for i in self.perturbed if self.grads[i] is None]
         if not missing:
             return
