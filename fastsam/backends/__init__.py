@@ -92,7 +92,7 @@ class Backend(Protocol):
     def restore_and_update_(
         table: TensorTable,
         update: Update,
-        options: Sequence[SGDOptions] | Sequence[AdamOptions],
+        options: Sequence[SGDOptions | AdamOptions],
         descent: Descent | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
