@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from benchmarks.plain import CompiledSAM, ListSAM
 from fastsam import FastSAM
 from fastsam.backends import FASTEST_FIRST, Backend, resolve
-from fastsam.tensor_table import TensorTable
+from fastsam.tables import TensorTable
 
 LOOP = "loop"
 PEER = "pytorch_optimizer.SAM"

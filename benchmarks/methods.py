@@ -11,7 +11,7 @@ from benchmarks.implementations import BASES, RHO, UPDATE
 from benchmarks.results import FLOOR
 from fastsam import FastSAM, methods
 from fastsam.backends.combination import DISTANCE, NOTHING, Climb, Descent, Map
-from fastsam.tensor_table import PARAM, TAKEN
+from fastsam.tables import PARAM, TAKEN
 
 METHODS: dict[str, methods.Method] = {
     "SAM()": methods.SAM(),

@@ -7,7 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "tensor_table.h"
+#include "table.h"
 
 namespace fastsam {
 
@@ -31,8 +31,8 @@ inline void check_precision(const TensorTable& table, ScalarType dtype, bool sto
   STD_TORCH_CHECK(is_narrow || !table.has_masters, "fastsam: only float16 and bfloat16 have masters");
   if (!table.has_masters) return;
   for (int64_t i = 0; i < table.tensor_count; ++i) {
-    const bool climbs = table.sizes[i] != 0 && table.has(kBackup, i);
-    STD_TORCH_CHECK(!climbs || table.pointer<float>(kBackup, i) == table.pointer<float>(kMaster, i),
+    const bool is_perturbed = table.sizes[i] != 0 && table.has(kBackup, i);
+    STD_TORCH_CHECK(!is_perturbed || table.pointer<float>(kBackup, i) == table.pointer<float>(kMaster, i),
                     "fastsam: the backup of tensor ", i, " is not its master");
   }
 }
@@ -44,8 +44,8 @@ inline TensorTable read_tensors(const Tensor& addresses, const Tensor& tensors, 
   check_cpu(tensors, ScalarType::Long, "tensors");
   STD_TORCH_CHECK(tensors.dim() == 2 && tensors.size(0) == 2, "fastsam: tensors must be [2, n]");
   const int64_t n = tensors.size(1);
-  STD_TORCH_CHECK(addresses.dim() == 2 && addresses.size(0) == kRoles && addresses.size(1) == n,
-                  "fastsam: addresses must be [", int64_t{kRoles}, ", n]");
+  STD_TORCH_CHECK(addresses.dim() == 2 && addresses.size(0) == kRows && addresses.size(1) == n,
+                  "fastsam: addresses must be [", int64_t{kRows}, ", n]");
   STD_TORCH_CHECK(chunk_size > 0, "fastsam: chunk_size must be positive");
   const int64_t* rows = tensors.const_data_ptr<int64_t>();
   const TensorTable table{
@@ -62,18 +62,49 @@ inline void check_groups(const TensorTable& table, int64_t group_count) {
   }
 }
 
-inline void check_masters(const TensorTable& table) {
-  for (int64_t i = 0; table.has_masters && i < table.tensor_count; ++i) {
-    const bool needs_master = table.sizes[i] != 0 && table.has(kGrad, i);
-    STD_TORCH_CHECK(!needs_master || table.has(kMaster, i), "fastsam: tensor ", i, " has no master");
+// A row of one address per tensor's elements: a step is none.
+inline void check_row(int64_t row) {
+  STD_TORCH_CHECK(row >= 0 && row < kRows && row != kStep, "fastsam: there is no row ", row);
+}
+
+inline Map check_map(int64_t map) {
+  STD_TORCH_CHECK(map >= 0 && map <= static_cast<int64_t>(Map::kAdaptive), "fastsam: there is no map ", map);
+  return static_cast<Map>(map);
+}
+
+inline Update check_update(int64_t update) {
+  STD_TORCH_CHECK(update >= 0 && update <= static_cast<int64_t>(Update::kAdam), "fastsam: there is no update ", update);
+  return static_cast<Update>(update);
+}
+
+// [n, fields] in double, dense.
+inline void check_coefficients(const Tensor& coefficients, const TensorTable& table, int fields) {
+  check_dense(coefficients, ScalarType::Double, "coefficients");
+  STD_TORCH_CHECK(
+      coefficients.dim() == 2 && coefficients.size(0) == table.tensor_count && coefficients.size(1) == fields,
+      "fastsam: coefficients must be [n, ", fields, "]");
+}
+
+// What an update needs of every tensor that has a gradient: that is, of each with elements.
+template <typename Needs>
+void check_present(const TensorTable& table, Row row, const char* name, const Needs& needs) {
+  for (int64_t i = 0; i < table.tensor_count; ++i) {
+    const bool is_updated = table.sizes[i] != 0 && table.has(kGrad, i);
+    STD_TORCH_CHECK(!is_updated || table.has(row, i) || !needs(i), "fastsam: tensor ", i, " has no ", name);
   }
 }
 
-inline void check_moments(const TensorTable& table) {
+inline void check_masters(const TensorTable& table) {
+  check_present(table, kMaster, "master", [&](int64_t) { return table.has_masters; });
+}
+
+// A count is a float of its own, of an empty tensor too.
+inline void check_steps(const TensorTable& table, bool needed) {
+  check_present(table, kStep, "step", [&](int64_t) { return needed; });
   for (int64_t i = 0; i < table.tensor_count; ++i) {
-    const bool needs_moments = table.sizes[i] != 0 && table.has(kGrad, i);
-    STD_TORCH_CHECK(!needs_moments || (table.has(kState0, i) && table.has(kState1, i)), "fastsam: tensor ", i,
-                    " has no moments");
+    const int64_t address = table.addresses[kStep * table.tensor_count + i];
+    STD_TORCH_CHECK(address % static_cast<int64_t>(sizeof(float)) == 0, "fastsam: the step of tensor ", i,
+                    " is not at an address of a float");
   }
 }
 

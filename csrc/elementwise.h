@@ -12,12 +12,7 @@
 #include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/util/bit_cast.h>
 
-#if defined(__CUDACC__)
-#define FASTSAM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-// Inlined by force: only inside a multiversioned caller is the element compiled for that caller's instruction set.
-#define FASTSAM_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "spec.h"
 
 namespace fastsam {
 
@@ -47,26 +42,13 @@ FASTSAM_HOST_DEVICE double select(bool condition, double yes, double no) {
   return c10::bit_cast<double>(select(condition, c10::bit_cast<uint64_t>(yes), c10::bit_cast<uint64_t>(no)));
 }
 
-// ---- the climb (Foret et al. 2021, eq. 2; adaptive: Kwon et al. 2021 with T = |w|) ----
-
-struct ClimbOptions {
-  static constexpr int kFields = 4;
-  double rho;
-  bool adaptive;
-  bool maximize;
-  uint32_t rounding_seed;
-
-  template <typename Row>
-  FASTSAM_HOST_DEVICE static ClimbOptions read(const Row& row) {
-    return {row[0], row[1] != 0, row[2] != 0, static_cast<uint32_t>(row[3])};
-  }
-};
+// ---- the ascent (Foret et al. 2021, eq. 2; adaptive: Kwon et al. 2021 with T = |w|; spec.py for all forms) ----
 
 // rho / (||g|| + 1e-12), signed; 0 where the norm is not finite, which every caller takes as "leave w alone".
-FASTSAM_HOST_DEVICE double climb_scale(double norm, const ClimbOptions& options) {
+FASTSAM_HOST_DEVICE double ascent_scale(double norm, const AscentOptions& options) {
   const double scale = options.rho / (norm + 1e-12);
   // x - x is 0 for every finite x, and NaN for NaN and Inf.
-  return norm - norm == 0 ? (options.maximize ? -scale : scale) : 0.0;
+  return norm - norm == 0 ? (options.maximize != 0 ? -scale : scale) : 0.0;
 }
 
 // The square that an element adds to ||g||^2 (adaptive: || |w| g ||^2), in double so that 1e25 has a square.
@@ -74,20 +56,6 @@ FASTSAM_HOST_DEVICE double norm_square(double param, double grad, bool adaptive)
   const double term = adaptive ? param * grad : grad;
   return term * term;
 }
-
-// from + e(w); `from` is w, or w's master
-template <typename T>
-FASTSAM_HOST_DEVICE T climbed(T from, T param, T grad, T scale, bool adaptive) {
-  const T step = scale * grad;
-  return from + (adaptive ? step * param * param : step);
-}
-
-// ---- methods beyond SAM: a * map(x) + b * y in the gradient's place (fastsam/backends/combination.py) ----
-
-constexpr int kWeightColumns = 7;
-enum Weight { kWeightA, kWeightB, kMapScale, kMapTerm, kKeepX = 2, kKeepTaken, kKeepKept, kExtraX, kExtraY };
-
-enum class Map : int64_t { kIdentity, kPower, kAdaptive };
 
 // A factor of 0 selects: 0 * inf would be NaN.
 template <typename T>
@@ -140,23 +108,40 @@ FASTSAM_HOST_DEVICE T mapped(T x, T param, T scale, T term) {
   }
 }
 
-// ---- base updates: torch.optim's for-loops, one element ----
+// w <- from + A * map(x) + B * y
+template <typename T>
+struct AscentStep {
+  T a, b, scale, term;
+  bool adaptive;  // of plain SAM: A * x * w^2
 
-struct SgdOptions {
-  static constexpr int kFields = 7;
-  double lr;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  bool nesterov;
-  bool maximize;
-  uint32_t rounding_seed;
+  // By the norm: plain SAM.
+  FASTSAM_HOST_DEVICE AscentStep(const AscentOptions& options, double norm)
+      : a(static_cast<T>(ascent_scale(norm, options))), b(0), scale(0), term(0), adaptive(options.adaptive != 0) {}
 
-  template <typename Row>
-  FASTSAM_HOST_DEVICE static SgdOptions read(const Row& row) {
-    return {row[0], row[1], row[2], row[3], row[4] != 0, row[5] != 0, static_cast<uint32_t>(row[6])};
+  // Without y, its coefficient counts as 0.
+  FASTSAM_HOST_DEVICE AscentStep(const AscentCoefficients& coefficients, bool has_y)
+      : a(static_cast<T>(coefficients.a)),
+        b(has_y ? static_cast<T>(coefficients.b) : T(0)),
+        scale(static_cast<T>(coefficients.scale)),
+        term(static_cast<T>(coefficients.term)),
+        adaptive(false) {}
+
+  // Whether w stays exactly as it is; again: y is the perturbation. Selected: 0 * inf would be NaN.
+  FASTSAM_HOST_DEVICE bool stays(bool again) const { return a == 0 && b == (again ? T(1) : T(0)); }
+
+  // from: w, its backup or its master. scalar_t: see mapped. Not for a step that stays.
+  template <Map map, bool has_y, typename scalar_t>
+  FASTSAM_HOST_DEVICE T perturbed(T from, T param, T x, T y) const {
+    if constexpr (map == Map::kIdentity && !has_y) {
+      const T step = a * x;
+      return from + (adaptive ? step * param * param : step);
+    } else {
+      return from + (times(a, mapped<map, scalar_t>(x, param, scale, term)) + times(b, y));
+    }
   }
 };
+
+// ---- base updates: torch.optim's for-loops, one element ----
 
 template <typename T>
 struct SgdStep {
@@ -170,8 +155,8 @@ struct SgdStep {
         momentum(static_cast<T>(options.momentum)),
         grad_weight(static_cast<T>(first ? 1.0 : 1.0 - options.dampening)),
         weight_decay(static_cast<T>(options.weight_decay)),
-        grad_factor(static_cast<T>(options.maximize ? -inv_grad_scale : inv_grad_scale)),
-        nesterov(options.nesterov) {}
+        grad_factor(static_cast<T>(options.maximize != 0 ? -inv_grad_scale : inv_grad_scale)),
+        nesterov(options.nesterov != 0) {}
 
   FASTSAM_HOST_DEVICE T direction(T param, T grad) const {
     const T unscaled = grad * grad_factor;
@@ -187,24 +172,12 @@ struct SgdStep {
     momentum_buffer = buffer;
     return param - lr * (nesterov ? step + momentum * buffer : buffer);
   }
-};
 
-struct AdamOptions {
-  static constexpr int kFields = 9;
-  double lr;
-  double beta1;
-  double beta2;
-  double eps;
-  double weight_decay;
-  bool decoupled;
-  bool amsgrad;
-  bool maximize;
-  uint32_t rounding_seed;
-
-  template <typename Row>
-  FASTSAM_HOST_DEVICE static AdamOptions read(const Row& row) {
-    return {
-        row[0], row[1], row[2], row[3], row[4], row[5] != 0, row[6] != 0, row[7] != 0, static_cast<uint32_t>(row[8])};
+  // The same for both: kSlots is the number of state tensors, 0 or 1.
+  template <int kSlots>
+  FASTSAM_HOST_DEVICE T updated(T param, T grad, T& momentum_buffer, T&, T&) const {
+    if constexpr (kSlots == 0) return update(param, grad);
+    return update(param, grad, momentum_buffer);
   }
 };
 
@@ -221,9 +194,9 @@ struct AdamStep {
         eps(static_cast<T>(options.eps)),
         step_size(static_cast<T>(options.lr / (1.0 - beta1_power))),
         root_correction(static_cast<T>(sqrt(1.0 - beta2_power))),
-        coupled_decay(static_cast<T>(options.decoupled ? 0.0 : options.weight_decay)),
-        decay_factor(static_cast<T>(options.decoupled ? 1.0 - options.lr * options.weight_decay : 1.0)),
-        grad_factor(static_cast<T>(options.maximize ? -inv_grad_scale : inv_grad_scale)) {}
+        coupled_decay(static_cast<T>(options.decoupled != 0 ? 0.0 : options.weight_decay)),
+        decay_factor(static_cast<T>(options.decoupled != 0 ? 1.0 - options.lr * options.weight_decay : 1.0)),
+        grad_factor(static_cast<T>(options.maximize != 0 ? -inv_grad_scale : inv_grad_scale)) {}
 
   // exp_avg and exp_avg_sq become their new values; returns the second moment to divide by (before amsgrad's max).
   FASTSAM_HOST_DEVICE void moments(T param, T grad, T& exp_avg, T& exp_avg_sq) const {
@@ -242,6 +215,15 @@ struct AdamStep {
   FASTSAM_HOST_DEVICE T update(T param, T exp_avg, T second_moment) const {
     const T denominator = std::sqrt(second_moment) / root_correction + eps;
     return param * decay_factor - step_size * exp_avg / denominator;
+  }
+
+  // kSlots is the number of state tensors: 2, or 3 with amsgrad.
+  template <int kSlots>
+  FASTSAM_HOST_DEVICE T updated(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
+    moments(param, grad, exp_avg, exp_avg_sq);
+    if constexpr (kSlots == 2) return update(param, exp_avg, exp_avg_sq);
+    max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq);
+    return update(param, exp_avg, max_exp_avg_sq);
   }
 };
 

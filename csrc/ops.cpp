@@ -1,14 +1,13 @@
 // The operators' schemas and argument checks. Every device registers its kernels behind the same schemas.
 //
-// A table is (addresses [kRoles, n], tensors [2, n]: sizes and groups, chunks [count, 3], chunk_size, dtype, positions
-// [n]: in the parameter groups, masters), int64, on the CPU; `options` is [groups, fields] in double, in the order of
-// elementwise.h's structs. With positions, results are rounded stochastically, to which the climb needs `steps`; with
-// masters, weights and state are kept in float. What other devices read from their own memory instead, and what
-// `device_addresses` and `finished` are to them: cuda/ops.cpp.
+// A table is (addresses [kRows, n], tensors [2, n]: sizes and groups, chunks [count, 3], chunk_size, dtype, positions
+// [n]: in the parameter groups, masters), int64, on the CPU; `options` is [groups, fields] and `coefficients` [n,
+// fields] in double, as spec.h's structs. With positions, results are rounded stochastically; with masters, weights and
+// state are kept in float. What other devices read from their own memory instead, and what `device_addresses` and
+// `finished` are to them: cuda/ops.cpp.
 #include <cmath>
 #include <cstdint>
 #include <optional>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +16,7 @@
 #include "arguments.h"
 #include "cpu/operations.h"
 #include "elementwise.h"
-#include "tensor_table.h"
+#include "table.h"
 
 namespace fastsam {
 namespace {
@@ -47,24 +46,27 @@ TensorTable read_table(const Tensor& addresses, const Tensor& tensors, const Ten
   return table;
 }
 
-// The rows of `options` as structs.
+// [groups, fields]
 template <typename Options>
-std::vector<Options> read_options(const Tensor& options, const TensorTable& table) {
+const Options* read_options(const Tensor& options, const TensorTable& table) {
   check_cpu(options, ScalarType::Double, "options");
-  STD_TORCH_CHECK(options.dim() == 2 && options.size(1) == Options::kFields, "fastsam: options must be [groups, ",
-                  Options::kFields, "]");
+  STD_TORCH_CHECK(options.dim() == 2 && options.size(1) == kFields<Options>, "fastsam: options must be [groups, ",
+                  kFields<Options>, "]");
   check_groups(table, options.size(0));
-  std::vector<Options> result;
-  result.reserve(options.size(0));
-  const double* row = options.const_data_ptr<double>();
-  for (int64_t i = 0; i < options.size(0); ++i, row += Options::kFields) result.push_back(Options::read(row));
-  return result;
+  return reinterpret_cast<const Options*>(options.const_data_ptr<double>());
 }
 
-float* check_steps(const Tensor& steps, const TensorTable& table) {
-  check_cpu(steps, ScalarType::Float, "steps");
-  STD_TORCH_CHECK(steps.numel() == table.tensor_count, "fastsam: steps must be [n]");
-  return steps.mutable_data_ptr<float>();
+template <typename Coefficients>
+const Coefficients* read_coefficients(const Tensor& coefficients, const TensorTable& table) {
+  check_cpu(coefficients, ScalarType::Double, "coefficients");
+  check_coefficients(coefficients, table, kFields<Coefficients>);
+  return reinterpret_cast<const Coefficients*>(coefficients.const_data_ptr<double>());
+}
+
+double* read_doubles(const Tensor& tensor, int64_t count, const char* name) {
+  check_cpu(tensor, ScalarType::Double, name);
+  STD_TORCH_CHECK(tensor.numel() == count, "fastsam: ", name, " must have ", count, " elements");
+  return tensor.mutable_data_ptr<double>();
 }
 
 // torch.amp's two tensors, read on the host: on this device that is no synchronisation.
@@ -79,68 +81,46 @@ void grad_norm_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chun
                    std::optional<Tensor>, std::optional<Tensor> positions, bool masters, Tensor options,
                    Tensor partials, Tensor norm, std::optional<Tensor>, bool first, bool last) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
-  const auto groups = read_options<ClimbOptions>(options, table);
-  check_cpu(partials, ScalarType::Double, "partials");
-  check_cpu(norm, ScalarType::Double, "norm");
-  STD_TORCH_CHECK(partials.numel() == table.chunk_count, "fastsam: partials must be [chunks]");
-  STD_TORCH_CHECK(norm.numel() == 1, "fastsam: norm must have one element");
-  double* total = norm.mutable_data_ptr<double>();
-  const double before = first ? 0 : *total;
-  const double sum = before + cpu::square_sum(table, dtype, groups.data(), partials.mutable_data_ptr<double>());
+  const auto* groups = read_options<AscentOptions>(options, table);
+  double* sums = read_doubles(partials, table.chunk_count, "partials");
+  double* total = read_doubles(norm, 1, "norm");
+  const double sum = (first ? 0 : *total) + cpu::square_sum(table, dtype, groups, sums);
   *total = last ? std::sqrt(sum) : sum;
 }
 
-void perturb_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                 std::optional<Tensor>, std::optional<Tensor> positions, bool masters, Tensor options, Tensor norm,
-                 std::optional<Tensor> steps) {
-  const TensorTable table = read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
-  const auto groups = read_options<ClimbOptions>(options, table);
-  check_cpu(norm, ScalarType::Double, "norm");
-  STD_TORCH_CHECK(norm.numel() == 1, "fastsam: norm must have one element");
-  STD_TORCH_CHECK(steps.has_value() || table.positions == nullptr, "fastsam: random numbers need steps");
-  const float* step_counts = steps.has_value() ? check_steps(*steps, table) : nullptr;
-  cpu::perturb_(table, dtype, groups.data(), step_counts, *norm.const_data_ptr<double>());
-}
-
-// Combinations are for tables that round to nearest and have no masters.
-TensorTable read_plain_table(const Tensor& addresses, const Tensor& tensors, const Tensor& chunks, int64_t chunk_size,
-                             ScalarType dtype, const std::optional<Tensor>& positions, bool masters) {
-  STD_TORCH_CHECK(!positions.has_value() && !masters, "fastsam: no combinations with masters or random numbers");
-  return read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
-}
-
-// [n, kWeightColumns] in double.
-const double* check_weights(const Tensor& weights, const TensorTable& table) {
-  check_cpu(weights, ScalarType::Double, "weights");
-  STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == table.tensor_count && weights.size(1) == kWeightColumns,
-                  "fastsam: weights must be [n, ", kWeightColumns, "]");
-  return weights.const_data_ptr<double>();
-}
-
-cpu::Climb check_climb(const Tensor& weights, const TensorTable& table, int64_t x, int64_t y, int64_t map) {
-  STD_TORCH_CHECK(x >= 0 && x < kRoles, "fastsam: there is no row ", x);
-  STD_TORCH_CHECK(y >= cpu::kDistance && y < kRoles, "fastsam: there is no row ", y);
-  STD_TORCH_CHECK(map >= 0 && map <= static_cast<int64_t>(Map::kAdaptive), "fastsam: there is no map ", map);
-  return {check_weights(weights, table), x, y, static_cast<Map>(map)};
-}
-
 void dots_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-              std::optional<Tensor>, std::optional<Tensor> positions, bool masters, Tensor weights, int64_t x,
-              int64_t y, int64_t map, bool climbing, Tensor partials, Tensor result) {
-  const TensorTable table = read_plain_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
-  const cpu::Climb climb = check_climb(weights, table, x, y, map);
-  check_cpu(partials, ScalarType::Double, "partials");
-  check_cpu(result, ScalarType::Double, "result");
-  STD_TORCH_CHECK(partials.numel() == 3 * table.chunk_count, "fastsam: partials must be [chunks, 3]");
-  STD_TORCH_CHECK(result.numel() == 3 * table.tensor_count, "fastsam: result must be [n, 3]");
-  cpu::dots(table, dtype, climb, climbing, partials.mutable_data_ptr<double>(), result.mutable_data_ptr<double>());
+              std::optional<Tensor>, std::optional<Tensor> positions, bool masters, Tensor coefficients, int64_t x,
+              int64_t y, int64_t map, bool ascent, Tensor partials, Tensor result, std::optional<Tensor>) {
+  const TensorTable table = read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
+  check_row(x);
+  if (y != kNone && !(ascent && y == kPerturbation)) check_row(y);
+  const auto* weights = ascent ? read_coefficients<AscentCoefficients>(coefficients, table) : nullptr;
+  const Map mapping = check_map(map);
+  STD_TORCH_CHECK(ascent || mapping == Map::kIdentity, "fastsam: a descent has no map");
+  double* sums = read_doubles(partials, 3 * table.chunk_count, "partials");
+  double* dots = read_doubles(result, 3 * table.tensor_count, "result");
+  cpu::dots(table, dtype, {nullptr, 0, weights, x, y, mapping}, sums, dots);
 }
 
-void perturb_by_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                    std::optional<Tensor>, std::optional<Tensor> positions, bool masters, Tensor weights, int64_t x,
-                    int64_t y, int64_t map) {
-  const TensorTable table = read_plain_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
-  cpu::perturb_by_(table, dtype, check_climb(weights, table, x, y, map));
+void perturb_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+                 std::optional<Tensor>, std::optional<Tensor> positions, bool masters, Tensor options,
+                 std::optional<Tensor> norm, std::optional<Tensor> coefficients, int64_t x, int64_t y, int64_t map) {
+  const TensorTable table = read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
+  STD_TORCH_CHECK(norm.has_value() != coefficients.has_value(), "fastsam: give either norm or coefficients");
+  cpu::Ascent ascent{read_options<AscentOptions>(options, table), 0, nullptr, x, y, check_map(map)};
+  check_row(x);
+  if (norm.has_value()) {
+    STD_TORCH_CHECK(x == kGrad && y == kNone && ascent.map == Map::kIdentity, "fastsam: a norm is of the gradient");
+    ascent.norm = *read_doubles(*norm, 1, "norm");
+  } else {
+    if (y != kNone && y != kPerturbation) check_row(y);
+    ascent.coefficients = read_coefficients<AscentCoefficients>(*coefficients, table);
+  }
+  for (int64_t i = 0; table.positions != nullptr && i < table.tensor_count; ++i) {
+    const bool draws = table.sizes[i] != 0 && table.has(kBackup, i) && table.has(x, i);
+    STD_TORCH_CHECK(!draws || table.has(kStep, i), "fastsam: tensor ", i, " has no step for its random numbers");
+  }
+  cpu::perturb_(table, dtype, ascent);
 }
 
 void restore_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
@@ -148,82 +128,49 @@ void restore_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_
   cpu::restore_(read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters), dtype);
 }
 
-// What the updates by a combination are given besides.
-std::optional<cpu::Descent> read_descent(const TensorTable& table, const std::optional<Tensor>& weights, int64_t y,
-                                         bool keeps, bool decoupled) {
-  if (!weights.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(y >= cpu::kNothing && y < kRoles, "fastsam: there is no row ", y);
-  STD_TORCH_CHECK(!decoupled || y != cpu::kNothing, "fastsam: a decoupled update needs a second tensor");
-  return cpu::Descent{check_weights(*weights, table), y, keeps, decoupled};
+// The options of the update's groups; checks the state that it reads.
+const void* read_update(const TensorTable& table, Update update, const Tensor& options) {
+  if (update == Update::kSgd) {
+    const auto* groups = read_options<SgdOptions>(options, table);
+    check_present(table, kState0, "momentum buffer", [&](int64_t i) { return groups[table.groups[i]].momentum != 0; });
+    return groups;
+  }
+  if (update == Update::kAdam) {
+    const auto* groups = read_options<AdamOptions>(options, table);
+    const auto always = [](int64_t) { return true; };
+    check_present(table, kState0, "exp_avg", always);
+    check_present(table, kState1, "exp_avg_sq", always);
+    check_present(table, kState2, "max_exp_avg_sq", [&](int64_t i) { return groups[table.groups[i]].amsgrad != 0; });
+    return groups;
+  }
+  return nullptr;
 }
 
-// What both updates check, and then one of them: check_state(groups), update(groups, steps, inv_grad_scale, descent).
-template <typename Options, typename CheckState, typename Update>
-void restore_and_update(const TensorTable& table, ScalarType dtype, const Tensor& options, const Tensor& steps,
-                        const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                        const std::optional<Tensor>& weights, int64_t y, bool keeps, bool decoupled,
-                        const CheckState& check_state, const Update& update) {
-  STD_TORCH_CHECK(!weights.has_value() || (table.positions == nullptr && !table.has_masters),
-                  "fastsam: no combinations with masters or random numbers");
-  const auto groups = read_options<Options>(options, table);
-  check_masters(table);
-  check_state(groups);
-  float* step_counts = check_steps(steps, table);
-  const double inv_scale = 1.0 / read_scalar(grad_scale, 1.0, "grad_scale");
-  if (read_scalar(found_inf, 0.0, "found_inf") != 0) return cpu::restore_(table, dtype);
-  const auto descent = read_descent(table, weights, y, keeps, decoupled);
-  update(groups.data(), step_counts, inv_scale, descent ? &*descent : nullptr);
-}
-
-void restore_and_sgd_by_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                            std::optional<Tensor>, std::optional<Tensor> positions, bool masters, Tensor options,
-                            Tensor steps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                            std::optional<Tensor>, std::optional<Tensor> weights, int64_t y, bool keeps,
+void restore_and_update_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+                            std::optional<Tensor>, std::optional<Tensor> positions, bool masters, int64_t update,
+                            Tensor options, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                            std::optional<Tensor>, std::optional<Tensor> coefficients, int64_t y, bool keeps,
                             bool decoupled) {
   const TensorTable table = read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
-  const auto check_state = [&](const auto& groups) {
-    for (int64_t i = 0; i < table.tensor_count; ++i) {
-      const bool needs_buffer = table.sizes[i] != 0 && table.has(kGrad, i) && groups[table.groups[i]].momentum != 0;
-      STD_TORCH_CHECK(!needs_buffer || table.has(kState0, i), "fastsam: tensor ", i, " has no momentum buffer");
-    }
-  };
-  const auto update = [&](auto... arguments) { cpu::restore_and_sgd_(table, dtype, arguments...); };
-  restore_and_update<SgdOptions>(table, dtype, options, steps, grad_scale, found_inf, weights, y, keeps, decoupled,
-                                 check_state, update);
-}
-
-void restore_and_sgd_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                         std::optional<Tensor> device_addresses, std::optional<Tensor> positions, bool masters,
-                         Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
-                         std::optional<Tensor> found_inf, std::optional<Tensor> finished) {
-  restore_and_sgd_by_cpu(addresses, tensors, chunks, chunk_size, dtype, device_addresses, positions, masters, options,
-                         steps, grad_scale, found_inf, finished, std::nullopt, 0, false, false);
-}
-
-void restore_and_adam_by_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                             std::optional<Tensor>, std::optional<Tensor> positions, bool masters, Tensor options,
-                             Tensor steps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                             std::optional<Tensor>, std::optional<Tensor> weights, int64_t y, bool keeps,
-                             bool decoupled) {
-  const TensorTable table = read_table(addresses, tensors, chunks, chunk_size, dtype, positions, masters);
-  const auto check_state = [&](const auto& groups) {
-    check_moments(table);
-    for (int64_t i = 0; i < table.tensor_count; ++i) {
-      const bool needs_largest = table.sizes[i] != 0 && table.has(kGrad, i) && groups[table.groups[i]].amsgrad;
-      STD_TORCH_CHECK(!needs_largest || table.has(kState2, i), "fastsam: tensor ", i, " has no max_exp_avg_sq");
-    }
-  };
-  const auto update = [&](auto... arguments) { cpu::restore_and_adam_(table, dtype, arguments...); };
-  restore_and_update<AdamOptions>(table, dtype, options, steps, grad_scale, found_inf, weights, y, keeps, decoupled,
-                                  check_state, update);
-}
-
-void restore_and_adam_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                          std::optional<Tensor> device_addresses, std::optional<Tensor> positions, bool masters,
-                          Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
-                          std::optional<Tensor> found_inf, std::optional<Tensor> finished) {
-  restore_and_adam_by_cpu(addresses, tensors, chunks, chunk_size, dtype, device_addresses, positions, masters, options,
-                          steps, grad_scale, found_inf, finished, std::nullopt, 0, false, false);
+  const Update algorithm = check_update(update);
+  const void* groups = read_update(table, algorithm, options);
+  if (algorithm != Update::kNone) {
+    check_masters(table);
+    check_steps(table, algorithm == Update::kAdam || (table.positions != nullptr && !table.has_masters));
+  }
+  std::optional<cpu::Descent> descent;
+  if (coefficients.has_value()) {
+    if (y != kNone) check_row(y);
+    // Without a fused update, that is where the decoupled part is left for its caller.
+    const bool needs_first_grad = decoupled && algorithm == Update::kNone;
+    check_present(table, kFirstGrad, "first gradient", [&](int64_t i) {
+      return needs_first_grad && (y == kNone || table.has(y, i)) && (!keeps || table.has(kMethodState, i));
+    });
+    descent = {read_coefficients<DescentCoefficients>(*coefficients, table), y, keeps, decoupled};
+  }
+  const double inv_scale = 1.0 / read_scalar(grad_scale, 1.0, "grad_scale");
+  if (read_scalar(found_inf, 0.0, "found_inf") != 0) return cpu::restore_(table, dtype);
+  cpu::restore_and_update_(table, dtype, algorithm, groups, inv_scale, descent ? &*descent : nullptr);
 }
 
 }  // namespace
@@ -232,33 +179,24 @@ void restore_and_adam_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int64
 #define FASTSAM_TABLE                                                                   \
   "Tensor addresses, Tensor tensors, Tensor chunks, int chunk_size, ScalarType dtype, " \
   "Tensor? device_addresses, Tensor? positions, bool masters"
-#define FASTSAM_UPDATE \
-  FASTSAM_TABLE ", Tensor options, Tensor(a!) steps, Tensor? grad_scale, Tensor? found_inf, Tensor(b!)? finished"
-#define FASTSAM_UPDATE_BY FASTSAM_UPDATE ", Tensor? weights, int y, bool keeps, bool decoupled"
 
 STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def("grad_norm_(" FASTSAM_TABLE
         ", Tensor options, Tensor(a!) partials, Tensor(b!) norm, Tensor(c!)? finished, bool first, bool last) -> ()");
-  m.def("perturb_(" FASTSAM_TABLE ", Tensor options, Tensor norm, Tensor? steps) -> ()");
+  m.def("dots_(" FASTSAM_TABLE
+        ", Tensor coefficients, int x, int y, int map, bool ascent, Tensor(a!) partials, Tensor(b!) result, "
+        "Tensor(c!)? finished) -> ()");
+  m.def("perturb_(" FASTSAM_TABLE ", Tensor options, Tensor? norm, Tensor? coefficients, int x, int y, int map) -> ()");
   m.def("restore_(" FASTSAM_TABLE ") -> ()");
-  m.def("restore_and_sgd_(" FASTSAM_UPDATE ") -> ()");
-  m.def("restore_and_adam_(" FASTSAM_UPDATE ") -> ()");
-  // For methods beyond SAM (fastsam/backends/combination.py).
-  m.def("dots(" FASTSAM_TABLE
-        ", Tensor weights, int x, int y, int map, bool climbing, Tensor(a!) partials, Tensor(b!) result) -> ()");
-  m.def("perturb_by_(" FASTSAM_TABLE ", Tensor weights, int x, int y, int map) -> ()");
-  m.def("restore_and_sgd_by_(" FASTSAM_UPDATE_BY ") -> ()");
-  m.def("restore_and_adam_by_(" FASTSAM_UPDATE_BY ") -> ()");
+  m.def("restore_and_update_(" FASTSAM_TABLE
+        ", int update, Tensor options, Tensor? grad_scale, Tensor? found_inf, Tensor(a!)? finished, "
+        "Tensor? coefficients, int y, bool keeps, bool decoupled) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {
   m.impl("grad_norm_", TORCH_BOX(&fastsam::grad_norm_cpu));
+  m.impl("dots_", TORCH_BOX(&fastsam::dots_cpu));
   m.impl("perturb_", TORCH_BOX(&fastsam::perturb_cpu));
   m.impl("restore_", TORCH_BOX(&fastsam::restore_cpu));
-  m.impl("restore_and_sgd_", TORCH_BOX(&fastsam::restore_and_sgd_cpu));
-  m.impl("restore_and_adam_", TORCH_BOX(&fastsam::restore_and_adam_cpu));
-  m.impl("dots", TORCH_BOX(&fastsam::dots_cpu));
-  m.impl("perturb_by_", TORCH_BOX(&fastsam::perturb_by_cpu));
-  m.impl("restore_and_sgd_by_", TORCH_BOX(&fastsam::restore_and_sgd_by_cpu));
-  m.impl("restore_and_adam_by_", TORCH_BOX(&fastsam::restore_and_adam_by_cpu));
+  m.impl("restore_and_update_", TORCH_BOX(&fastsam::restore_and_update_cpu));
 }

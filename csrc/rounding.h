@@ -25,9 +25,6 @@ FASTSAM_HOST_DEVICE uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// What a tensor is rounded for: the climb, the weights of an update, or kUpdateDraw + 1 + k, slot k of its state.
-enum Draw : uint32_t { kClimbDraw, kUpdateDraw, kDraws = 8 };
-
 // The random numbers for one tensor in one step and draw.
 struct RandomKey {
   uint32_t low;
@@ -83,17 +80,18 @@ struct Nearest {
   FASTSAM_HOST_DEVICE Nearest at(int64_t) const { return *this; }
 };
 
-// Result 0 are the weights, result 1 + k is slot k of the state.
+// Result k has draw + k: of an update, result 0 are the weights, and result 1 + k is slot k of the state.
 template <typename scalar_t, int kResults>
 struct Stochastic {
   RandomKey keys[kResults];
   uint32_t first;
 
-  FASTSAM_HOST_DEVICE static Stochastic make(uint32_t seed, float steps, int64_t position, Draw draw) {
+  FASTSAM_HOST_DEVICE static Stochastic make(double seed, float steps, int64_t position, Draw draw) {
     Stochastic rounding{};
     for (int result = 0; result < kResults; ++result) {
-      rounding.keys[result] = RandomKey::make(seed, static_cast<uint32_t>(static_cast<int64_t>(steps)),
-                                              static_cast<uint32_t>(position), draw + result);
+      rounding.keys[result] =
+          RandomKey::make(static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<int64_t>(steps)),
+                          static_cast<uint32_t>(position), draw + result);
     }
     return rounding;
   }

@@ -12,7 +12,7 @@ from fastsam.optimizer import FastSAM
 
 
 class SAM(FastSAM):
-    """FastSAM for code written for https://github.com/davda54/sam.
+    r"""FastSAM for code written for https://github.com/davda54/sam.
 
     The differences from :class:`FastSAM` are that ``step(closure)`` expects the first pass's gradients to be there
     already and calls the closure once, and that ``first_step`` and ``second_step`` keep the gradients unless told.
@@ -30,7 +30,7 @@ class SAM(FastSAM):
         params: as for any torch optimizer.
         base_optimizer: a :class:`torch.optim.Optimizer` class.
         rho: radius of the neighbourhood, >= 0.
-        adaptive: ASAM's climb.
+        adaptive: ASAM's ascent, with T = \|w\|.
         **kwargs: the base optimizer's options; also FastSAM's ``model``, ``backend``, ``rounding``,
             ``rounding_seed`` and ``master_weights``.
     """
@@ -47,25 +47,29 @@ class SAM(FastSAM):
             raise ValueError("replay_rng is FastSAM's: here the first pass is over before step(closure) begins")
         for name in ("method", "interval"):
             if name in kwargs:
-                raise ValueError(f"{name} is FastSAM's: here every step climbs once")
+                raise ValueError(f"{name} is FastSAM's: here every step ascends once")
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, **kwargs)
 
     def first_step(self, zero_grad: bool = False) -> bool:
-        """Climbs; see :meth:`FastSAM.first_step`."""
+        """Perturbs; see :meth:`FastSAM.first_step`."""
         return super().first_step(zero_grad)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Climbs by the gradients that are there, calls ``closure`` once for those at the climbed weights, and updates.
+        """Perturbs by the gradients that are there, calls ``closure`` once for those at w + e, and updates.
 
         Args:
             closure: a full forward and backward pass; gradients are set to None before it.
 
         Raises:
-            RuntimeError: no closure while not climbed, or no parameter has a gradient.
+            RuntimeError: no closure while not perturbed, or no parameter has a gradient.
             Exception: whatever the closure raises; the weights are then as before.
         """
         if closure is None:
             self._finish()
             return
         self._check_closure_step()
-        self._climb_and_descend(closure)
+        with self._undone_by_exceptions():
+            self._ascend_all_the_way(closure)
+            with torch.enable_grad():
+                closure()
+            self._descend()

@@ -1,4 +1,4 @@
-"""FastSAM: arguments, parameter groups, the two phases, closures and the state_dict."""
+"""FastSAM: arguments, the two phases of a step, closures."""
 
 from __future__ import annotations
 
@@ -12,27 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsam import methods
-from fastsam.backends import Backend, ClimbOptions, backend_of, check_name, foreach, grad_norms, resolve
-from fastsam.backends.combination import Combination
-from fastsam.base_update import FUSED, FusedUpdate, check_base, unhooked_step
-from fastsam.batch_norm import RunningStatistics
-from fastsam.checkpoints import STEP_COUNT, check_shapes, complete_loaded, complete_saved
-from fastsam.interrupts import DeferredInterrupts
-from fastsam.memory_layout import as_real
-from fastsam.method_steps import MethodSteps
-from fastsam.optimizer_state import PreparedState, StateNames
-from fastsam.parameter_groups import (
-    GROUP_OPTIONS,
-    as_groups,
-    check_parameters,
-    climb_options,
-    completed,
-    is_schedule,
-    tensors_of,
-)
+from fastsam.arguments import check_count
+from fastsam.backends import Request, check_name, resolve
+from fastsam.bases import FUSED, FusedUpdate, check_base, unhooked_step
+from fastsam.checkpoint import STEP_COUNT, check_shapes, complete_loaded, complete_saved
+from fastsam.engine import Engine, Plan
+from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, tensors_of, with_defaults
+from fastsam.micro_batches import GradientSums
 from fastsam.precision import check_precision
-from fastsam.replay_rng import GeneratorStates
-from fastsam.tensor_table import GRAD, STATE, TAKEN, TensorTable, TensorTables
+from fastsam.runtime.batch_norm import RunningStatistics
+from fastsam.runtime.interrupts import DeferredInterrupts
+from fastsam.runtime.replay_rng import GeneratorStates
+from fastsam.schedules import RhoSchedule, is_schedule
 
 Closure = Callable[[], Any]
 
@@ -42,8 +33,8 @@ PLAIN = methods.SAM()
 class FastSAM(Optimizer):
     r"""Sharpness-Aware Minimization over any base optimizer, as fused multi-tensor operations.
 
-    Every step climbs from the weights to the worst point nearby, takes the gradient there, goes back, and lets the base
-    optimizer apply that gradient (Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412, equation 2):
+    Every step moves from the weights to the worst point nearby, takes the gradient there, restores the weights, and
+    lets the base optimizer apply that gradient (Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412, equation 2):
 
     .. math::
         e(w) = \rho \, g / (\lVert g \rVert_2 + 10^{-12}), \qquad w \leftarrow \text{base}(w, \nabla L(w + e(w)))
@@ -64,28 +55,28 @@ class FastSAM(Optimizer):
 
     Args:
         params: parameters, named parameters, or dicts of parameter groups, as for any torch optimizer. A group may set
-            ``rho``, ``adaptive``, ``perturb`` (False: it does not climb and has no part in the norm), ``rounding``,
+            ``rho``, ``adaptive``, ``perturb`` (False: it is not perturbed and has no part in the norm), ``rounding``,
             ``rounding_seed``, ``master_weights`` and any option of the base. With ``maximize=True`` (the base's option)
-            the climb is downhill.
+            the ascent goes downhill.
         base: a :class:`torch.optim.Optimizer` class. SGD, Adam and AdamW run fused with the restore, every other class
             by its own ``step()``.
         rho: radius of the neighbourhood, in the units of the weights' L2 norm; a number or a 0-dim tensor, >= 0; or a
             schedule: a function of the number of the step (from 0), or :class:`fastsam.methods.RhoByLR`.
-        adaptive: ASAM's climb with T = \|w\|: ``e = rho * w^2 * g / || |w| g ||`` (Kwon et al., ICML 2021,
+        adaptive: ASAM's ascent with T = \|w\|: ``e = rho * w^2 * g / || |w| g ||`` (Kwon et al., ICML 2021,
             https://arxiv.org/abs/2102.11600, without its eta, as in davda54/sam).
         method: one of :mod:`fastsam.methods`; :class:`fastsam.methods.SAM` by default.
-        interval: climb in every ``interval``-th step only; the others are the base's, of one pass.
+        interval: perturb in every ``interval``-th step only; the others are the base's, of one pass.
         model: if given, the running statistics of its batch-norm layers move in the first pass only.
         replay_rng: give both passes of ``step(closure)`` the same random numbers (dropout masks).
         rounding: how bfloat16 and float16 parameters and their state are stored: ``"nearest"``, or ``"stochastic"``, up
             or down at random so that the expected value is exact; nearest loses every step of less than half a unit in
-            the last place, which at a common ``rho`` is most of the climb. Bases: SGD, Adam, AdamW.
+            the last place, which at a common ``rho`` is most of the perturbation. Bases: SGD, Adam, AdamW.
         rounding_seed: 0 <= seed < 2^32, kept in ``param_groups``; the same one gives the same bits on every backend.
             None: from ``torch.initial_seed()``.
-        master_weights: the weights proper of bfloat16 and float16 parameters are float32 tensors in ``state``, and so
-            is the base's state; the parameters are their rounding to nearest. Training is then that of float32
-            parameters with the same gradients; ``rounding`` applies to the climb alone, which needs no backup. A
-            parameter that is not its master's rounding (somebody has written to it) replaces it. Bases: SGD, Adam,
+        master_weights: bfloat16 and float16 parameters have float32 master weights in ``state``, and so is the base's
+            state in float32; the parameters are the masters' rounding to nearest. Training is then that of float32
+            parameters with the same gradients; ``rounding`` applies to the perturbation alone, which needs no backup. A
+            parameter that is not its master's rounding (it was written to from outside) replaces it. Bases: SGD, Adam,
             AdamW.
         backend: ``"auto"`` (the fastest that can run on the parameters' device), ``"reference"``, ``"foreach"``,
             ``"native"`` or ``"triton"``; a named one runs or raises.
@@ -98,17 +89,15 @@ class FastSAM(Optimizer):
     """
 
     # torch.amp.GradScaler then always calls step(), which reads grad_scale and found_inf itself: an overflow in the
-    # second pass must not leave the weights climbed.
+    # second pass must not leave the weights perturbed.
     _step_supports_amp_scaling = True
-
-    _complete = False  # until the constructor is through
 
     def __init__(
         self,
         params: Any,
         base: type[Optimizer] = torch.optim.SGD,
         *,
-        rho: float | Tensor | methods.RhoSchedule = 0.05,
+        rho: float | Tensor | RhoSchedule = 0.05,
         adaptive: bool = False,
         method: methods.Method = PLAIN,
         interval: int = 1,
@@ -123,40 +112,31 @@ class FastSAM(Optimizer):
         check_base(base, base_kwargs, GROUP_OPTIONS)
         check_name(backend)
         methods.check_method(method)
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"interval must be a whole number >= 1, got {interval!r}")
-        if interval > 1 and method.climbs_by != GRAD:
-            raise ValueError(f"interval={interval} saves no pass with {method}, whose climb needs none")
+        check_count("interval", interval)
+        if interval > 1 and not method.needs_first_pass:
+            raise ValueError(f"interval={interval} saves no pass with {method}, whose ascent needs none")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         own: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "perturb": True, "rounding": rounding}
         own |= {"rounding_seed": rounding_seed, "master_weights": master_weights}
-        own = completed({"params": []}, own, base)
+        own = with_defaults({"params": []}, own, base)
         del own["params"]
-        groups = [completed(group, own, base) for group in as_groups(params)]
+        groups = [with_defaults(group, own, base) for group in as_groups(params)]
         check_parameters(groups)
         self.backend = backend
-        self._method, self._interval = method, interval
+        self._interval, self._replay_rng = interval, replay_rng
+        self._statistics = RunningStatistics(model) if model is not None else None
+        self._engine = Engine(backend, method)
         for group in groups:
             self._check_backends(group)
         self.base_optimizer = base(groups, **base_kwargs)
         for group in self.base_optimizer.param_groups:
             self._check_group(group)
-        self._replay_rng = replay_rng
-        self._statistics = RunningStatistics(model) if model is not None else None
-        self._start()
         # Optimizer.__init__ empties state and param_groups, which are the base's, and adds the groups once more.
         state, param_groups = self.base_optimizer.state, self.base_optimizer.param_groups
         super().__init__(param_groups, {**self.base_optimizer.defaults, **own})
         self.base_optimizer.state, self.base_optimizer.param_groups = state, param_groups
-        self._complete = True
-
-    def _start(self) -> None:
-        self._tables = TensorTables()
-        self._perturbed = False
-        # How often this step has climbed, and whether it goes on without a climb: the present gradients are for step().
-        self._ascents, self._is_single = 0, False
-        self._steps = MethodSteps(self._method)
+        self._engine.is_constructed = True
 
     # ---- one object with the base ----
 
@@ -180,25 +160,25 @@ class FastSAM(Optimizer):
 
     @property
     def perturbed(self) -> bool:
-        """Whether the weights are climbed: between ``first_step()`` and ``second_step()``."""
-        return self._perturbed
+        """Whether the weights are perturbed: between ``first_step()`` and ``second_step()``."""
+        return self._engine.perturbed
 
     @property
     def method(self) -> methods.Method:
-        """The method, which cannot be changed: what it keeps would be another's."""
-        return self._method
+        """The method, which cannot be changed: its state would be of no use to another."""
+        return self._engine.method
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; what it does not set is taken from the constructor's options.
 
         Raises:
-            RuntimeError: the weights are climbed.
+            RuntimeError: the weights are perturbed.
         """
-        if not self._complete:
+        if not self._engine.is_constructed:
             return
         self._refuse_perturbed("add_param_group()")
         own = {name: self.defaults[name] for name in GROUP_OPTIONS}
-        group = completed(param_group, own, type(self.base_optimizer))
+        group = with_defaults(param_group, own, type(self.base_optimizer))
         check_parameters([*self.param_groups, group])
         self._check_backends(group)
         self._check_group({**self.base_optimizer.defaults, **group})
@@ -218,16 +198,17 @@ class FastSAM(Optimizer):
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()``, returns the loss; called once per
                 pass, with gradients enabled. Between the passes gradients are set to None whatever it does.
-            ascent_closure: takes ``closure``'s place in all passes but the last of a step that climbs (a part of the
+            ascent_closure: takes ``closure``'s place in all passes but the last of a step with an ascent (a part of the
                 batch; or the whole data set: n-SAM).
-            closures: in the place of ``closure``, one for each micro-batch: each climbs and is descended by itself, and
-                one update takes the average of the gradients (m-sharpness: mSAM, https://arxiv.org/abs/2302.09693).
+            closures: in the place of ``closure``, one for each micro-batch: each has an ascent and a descent gradient of
+                its own, and one update takes the average of these (m-sharpness: mSAM,
+                https://arxiv.org/abs/2302.09693).
 
         Returns:
             What the first pass's closure returned (``closures``: a list of these); None in two-phase use.
 
         Raises:
-            RuntimeError: there is neither a closure nor a climb to finish; or a GradScaler was handed a closure.
+            RuntimeError: there is neither a closure nor a perturbation to finish; or a GradScaler was handed a closure.
             ValueError: ``closures`` is empty, given beside another, or not possible with the method.
             Exception: whatever a closure raises; the weights, the state and ``perturbed`` are then as before the step.
         """
@@ -241,164 +222,87 @@ class FastSAM(Optimizer):
             self._finish()
             return None
         self._check_closure_step()
-        if not self._climbs_by_gradients():
-            return self._climb_without_a_pass(closure)
-        climbs = self._climbs_now()
+        if not self.method.needs_first_pass:
+            return self._step_of_one_pass(closure)
+        first = ascent_closure or closure
+        ascends = self._ascends_now()
         states = GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
-        ascent_closure = ascent_closure or closure
-        with torch.enable_grad():
-            loss = (ascent_closure if climbs else closure)()
-        if self._has_gradients():
-            if not climbs:
-                self._descend_at_once()
-            elif states is None:
-                self._climb_and_descend(closure, ascent_closure)
-            else:
-                self._climb_and_descend(states.replayed(closure), states.replayed(ascent_closure))
+        loss = _run(first if ascends else closure)
+        if not self._has_gradients():
+            return loss
+        if states is not None and ascends:
+            closure, first = states.replayed(closure), states.replayed(first)
+        with self._undone_by_exceptions():
+            if ascends:
+                self._ascend_all_the_way(first)
+                _run(closure)
+            self._descend()
         return loss
 
-    def _finish(self) -> None:
-        try:
-            if self._is_single:
-                self._descend_at_once()
-                return
-            if not self._perturbed:
-                raise RuntimeError(
-                    "step() needs a closure; in a loop without one, call first_step() after the first backward and "
-                    "second_step() (or step()) after the second"
-                )
-            if self._ascents < self._method.ascents:
-                raise RuntimeError(
-                    f"{self._method} climbs {self._method.ascents} times: call first_step() after each of so many "
-                    f"backward passes; this step has had {self._ascents}"
-                )
-            self._descend()
-        except BaseException:
-            self._forget_scaler()
-            raise
-
-    def _forget_scaler(self) -> None:
-        # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
-        for name in ("grad_scale", "found_inf"):
-            self.__dict__.pop(name, None)
-
-    def _check_closure_step(self) -> None:
-        self._refuse_perturbed("step(closure)")
-        if getattr(self, "found_inf", None) is not None:
-            self._forget_scaler()
-            raise RuntimeError(
-                "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale, "
-                "backward again, then scaler.step(optimizer) without a closure"
-            )
-
-    def _climb_and_descend(self, closure: Closure, ascent_closure: Closure | None = None) -> None:
-        """The rest of a step, from the first pass's gradients on. Until the update begins, an exception undoes it."""
-        try:
-            self._climb_all_the_way(ascent_closure or closure)
-            with torch.enable_grad():
-                closure()
-            self._descend()
-        except BaseException:
-            self.restore()
-            raise
-
-    def _climb_all_the_way(self, ascent_closure: Closure) -> None:
-        self._climb()
-        for _ in range(1, self._method.ascents):
+    def _step_of_one_pass(self, closure: Closure) -> Any:
+        """A step of a method whose ascent needs no gradient."""
+        with self._undone_by_exceptions():
+            self._ascend()
             self._clear_grads()
-            with torch.enable_grad():
-                ascent_closure()
-            self._climb()
-        self._clear_grads()
-
-    def _climb_without_a_pass(self, closure: Closure) -> Any:
-        """A step of a method whose climb needs no gradient."""
-        try:
-            self._climb()
-            with torch.enable_grad():
-                loss = closure()
+            loss = _run(closure)
             if self._has_gradients():
                 self._descend()
             else:
                 self.restore()
-        except BaseException:
-            self.restore()
-            raise
         return loss
 
     def _step_by_micro_batches(self, closures: list[Closure]) -> list[Any]:
         if not closures:
             raise ValueError("step(): closures is empty; it must hold one closure for each micro-batch")
-        if not self._climbs_by_gradients() or self._method.takes:
-            raise ValueError(f"step(closures=...) is not possible with {self._method}: its steps cannot be averaged")
+        if not self.method.needs_first_pass or self.method.needs_first_grads:
+            raise ValueError(f"step(closures=...) is not possible with {self.method}: its steps cannot be averaged")
         self._check_closure_step()
         losses: list[Any] = []
-        sums: dict[Tensor, Tensor] = {}
-        try:
-            for closure in closures:
+        sums = GradientSums()
+        with self._undone_by_exceptions():
+            for number, closure in enumerate(closures):
                 if losses:
                     self._clear_grads()
-                with torch.enable_grad():
-                    losses.append(closure())
-                if self._climbs_now() and self._has_gradients():
-                    self._climb_all_the_way(closure)
-                    with torch.enable_grad():
-                        closure()
+                losses.append(_run(closure))
+                if self._ascends_now() and self._has_gradients():
+                    self._ascend_all_the_way(closure, number)
+                    _run(closure)
                     self.restore()
-                self._add_grads(sums)
-            for param in self._parameters():
-                param.grad = sums.get(param)
-            if sums:
-                torch._foreach_mul_(list(sums.values()), 1 / len(closures))
-                self._descend_at_once()
-        except BaseException:
-            self.restore()
-            raise
+                sums.add(self._parameters())
+            if sums.hand_over(self._parameters(), len(closures)):
+                self._descend()
         return losses
 
-    def _add_grads(self, sums: dict[Tensor, Tensor]) -> None:
-        """Adds the present gradients to ``sums``; the first ones are taken."""
-        present = {p: p.grad for p in self._parameters() if p.grad is not None}
-        known = [p for p in present if p in sums]
-        if known:
-            torch._foreach_add_([sums[p] for p in known], [present[p] for p in known])
-        for param in present.keys() - sums.keys():
-            grad = present[param]
-            sums[param] = grad.clone() if grad._base is not None else grad
-
     def first_step(self, zero_grad: bool = True) -> bool:
-        """Climbs: call it after the first backward; then compute the loss and its gradients again.
+        """Perturbs: call it after the first backward; then compute the loss and its gradients again.
 
-        Where a method climbs K times a step, call it after each of K backward passes. Where the climb needs no gradient
-        (:class:`fastsam.methods.MomentumSAM`, :class:`fastsam.methods.RandomSAM`), call it before the forward pass.
+        Where a method ascends K times a step, call it after each of K backward passes. Where the ascent needs no
+        gradient (:class:`fastsam.methods.MomentumSAM`, :class:`fastsam.methods.RandomSAM`), call it before the forward
+        pass.
 
         Args:
-            zero_grad: set the gradients to None afterwards. If the method needs them for the update, they are taken:
-                ``.grad`` is None in any case.
+            zero_grad: set the gradients to None afterwards. If the method needs them for the update, ``.grad`` is None
+                in any case.
 
         Returns:
             Whether the gradients must be computed once more. If not, they are there (or the only pass is still to
             come): ``step()`` is the update.
 
         Raises:
-            RuntimeError: the weights are climbed already, or no parameter has a gradient.
+            RuntimeError: the weights are perturbed already, or no parameter has a gradient.
         """
-        if self._is_single or not (self._perturbed and self._ascents < self._method.ascents):
+        engine = self._engine
+        if engine.is_single or not (engine.perturbed and engine.ascents < self.method.ascents):
             self._refuse_perturbed("first_step()")
-        if not self._climbs_by_gradients():
-            self._climb()
-            if zero_grad:
-                self._clear_grads()
-            return False
-        if not self._climbs_now():
+        if self.method.needs_first_pass and not self._ascends_now():
             if not self._has_gradients():
                 raise RuntimeError("no parameter has a gradient; call backward() first")
-            self._is_single = True
+            engine.is_single = True
             return False
-        self._climb()
+        self._ascend()
         if zero_grad:
             self._clear_grads()
-        return True
+        return self.method.needs_first_pass
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and lets the base apply the present gradients; calls :meth:`step`.
@@ -409,223 +313,103 @@ class FastSAM(Optimizer):
         Raises:
             RuntimeError: there was no ``first_step()``.
         """
-        if not (self._perturbed or self._is_single):
+        if not (self._engine.perturbed or self._engine.is_single):
             raise RuntimeError("second_step() without first_step()")
         self.step()
         if zero_grad:
             self._clear_grads()
 
-    @torch.no_grad()
     def restore(self) -> None:
-        """Gives the climb up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
-        self._is_single = False
-        if not self._perturbed:
+        """Gives the ascent up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
+        self._engine.is_single = False
+        if not self._engine.perturbed:
             return
         with DeferredInterrupts():
-            moved = any(table.changed() for table in self._tables)
-            for table in self._tables:
-                if not table.climbed:
-                    continue
-                if moved:
-                    table.undo_elsewhere()
-                else:
-                    self._backend(table).restore_(table)
-                    table.scatter(table.climbing)
-                table.climbed = False
-            self._climb_is_over()
-            if moved:
-                self._tables.drop()
+            self._engine.restore()
+            self._restore_statistics()
 
     # ---- the two phases ----
 
-    @torch.no_grad()
-    def _climb(self) -> None:
-        again = self._perturbed
+    def _ascend_all_the_way(self, ascent_closure: Closure, micro_batch: int = 0) -> None:
+        self._ascend(micro_batch)
+        for _ in range(1, self.method.ascents):
+            self._clear_grads()
+            _run(ascent_closure)
+            self._ascend(micro_batch)
+        self._clear_grads()
+
+    def _ascend(self, micro_batch: int = 0) -> None:
+        """Norm, perturb."""
         for group in self.param_groups:
             self._check_group(group)
-        with self._tables.holding_grads():
-            if again:
-                self._read_grads_again()
-                tables = list(self._tables)
-            else:
-                tables = self._tables.read_grads(self.param_groups)
-            self._climb_tables(tables, again)
-            if self._method.takes:
-                for table in tables:
-                    table.take_grads()
-        if self._method.takes:
-            self._clear_grads()
-        torch.clear_autocast_cache()
-
-    def _climb_tables(self, tables: list[TensorTable], again: bool) -> None:
-        if self._climbs_by_gradients() and not any(table.present for table in tables):
-            raise RuntimeError("no parameter has a gradient; call backward() first")
-        options = self._climb_options()
-        backends = [self._backend(table) for table in tables]
-        if not again:
-            self._begin_climb(tables)
-        combined = self._method.climb_form(again) is not None
-        if combined:
-            combinations = self._steps.climb_combinations(backends, tables, options, again)
-        else:
-            norms = grad_norms(backends, tables, options)
-            if self._method.takes:
-                self._steps.note_norms(norms)
-        if self._statistics is not None and not again and self._climbs_by_gradients():
+        if self._statistics is not None and self.method.needs_first_pass and not self._engine.perturbed:
             self._statistics.save()
-        with DeferredInterrupts():
-            self._perturbed = True
-            try:
-                for index, (backend, table) in enumerate(zip(backends, tables, strict=True)):
-                    if combined:
-                        backend.perturb_by_(table, combinations[index])
-                    else:
-                        backend.perturb_(table, norms[table.device], options)
-                    table.climbed = True
-                    table.scatter(table.climbing)
-            except BaseException:
-                self.restore()
-                raise
-            self._ascents += 1
+        try:
+            with DeferredInterrupts():
+                self._engine.ascend(self._plan(micro_batch))
+        except BaseException:
+            if not self._engine.perturbed:
+                self._restore_statistics()
+            raise
+        if self.method.needs_first_grads:
+            self._clear_grads()
 
-    def _begin_climb(self, tables: list[TensorTable]) -> None:
-        perturb = [bool(group["perturb"]) for group in self.param_groups]
-        names = self._state_names()
-        if self._method.climbs_by == TAKEN:
-            assert isinstance(self._method, methods.RandomSAM)
-            self._steps.lend_random(tables, self._method.seed, self._step_count())
-        if self._method.climbs_by == STATE:
-            self._bind_state(tables, [table.prepare_state(self.state, names, among=[]) for table in tables])
-        for table in tables:
-            if self._method.climbs_by == GRAD:
-                table.begin_climb(perturb, self.state, names)
-            else:
-                direction = table.row(self._method.climbs_by)
-                among = [i for i, tensor in enumerate(direction) if tensor is not None]
-                table.begin_climb(perturb, self.state, names, among)
-            if self._method.kept is not None:
-                table.keep(self.state, self._method.kept, [])
-
-    def _read_grads_again(self) -> None:
-        for table in self._tables:
-            if not table.read_grads():
-                raise RuntimeError(
-                    f"{table.name(table.changed()[0])} was moved, cast or given other memory between the two "
-                    "passes; call restore() to give the climb up"
-                )
-
-    @torch.no_grad()
     def _descend(self) -> None:
-        with self._tables.holding_grads():
-            self._read_grads_again()
-            if self._update is not None:
-                self._descend_fused(self._update)
-            elif self._method.descent_form(self._ascents > 0) is not None:
-                self._hand_combinations_over()
-        if self._update is None:
-            self._descend_unfused()
-
-    @torch.no_grad()
-    def _descend_at_once(self) -> None:
-        """The update with the present gradients, where this step does not climb."""
-        with self._tables.holding_grads():
-            for table in self._tables.read_grads(self.param_groups):
-                table.begin_climb([False] * len(self.param_groups), self.state, self._state_names())
-                if self._method.kept is not None:
-                    table.keep(self.state, self._method.kept, [])
-        self._descend()
-
-    def _descend_fused(self, update: FusedUpdate) -> None:
-        options = [update.options(group) for group in self.param_groups]
-        names = self._state_names()
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for table in self._tables:
-            table.gather()
-        combinations = self._combinations(scale)
-        prepared = [table.prepare_state(self.state, names) for table in self._tables]
+        """Restore, update."""
+        plan = self._plan()
+        if not self._engine.perturbed:
+            self._engine.begin_without_ascent(plan)
         with DeferredInterrupts():
-            self._bind_state(list(self._tables), prepared)
-            for index, table in enumerate(self._tables):
-                operation = getattr(self._backend(table), update.operation)
-                combination = () if combinations is None else (combinations[index],)
-                operation(table, options, _beside(scale, table), _beside(found_inf, table), *combination)
-                table.climbed = False
-                table.scatter(table.written, state=True)
+            self._engine.descend(plan, lambda: unhooked_step(self.base_optimizer))
             self._count_step()
-            self._climb_is_over()
+            self._restore_statistics()
 
-    def _bind_state(self, tables: list[TensorTable], prepared: Sequence[PreparedState | None]) -> None:
-        for table, missing in zip(tables, prepared, strict=True):
-            if missing is not None:
-                table.publish_state(self.state, missing)
-        if any(missing is not None for missing in prepared):
-            for table in tables:
-                table.note_state(self.state)
+    def _finish(self) -> None:
+        """The update of two-phase use."""
+        engine = self._engine
+        try:
+            if not (engine.perturbed or engine.is_single):
+                raise RuntimeError(
+                    "step() needs a closure; in a loop without one, call first_step() after the first backward and "
+                    "second_step() (or step()) after the second"
+                )
+            if engine.perturbed and engine.ascents < self.method.ascents:
+                raise RuntimeError(
+                    f"{self.method} ascends {self.method.ascents} times: call first_step() after each of so many "
+                    f"backward passes; this step has had {engine.ascents}"
+                )
+            self._descend()
+        except BaseException:
+            self._forget_scaler()
+            raise
 
-    def _combinations(self, scale: Any) -> list[Combination] | None:
-        """What the base is given in the gradients' place; None: the gradients."""
-        climbed = self._ascents > 0
-        form = self._method.descent_form(climbed)
-        if form is None:
-            return None
-        if form.keeps and self._method.kept is not None:
-            for table in self._tables:
-                table.keep(self.state, self._method.kept, [i for i, t in enumerate(table.taken) if t is not None])
-        tables = list(self._tables)
-        backends = [self._backend(table) for table in tables]
-        scales = [_beside(scale, table) for table in tables]
-        return self._steps.descent_combinations(
-            backends, tables, self._climb_options(), self.param_groups, climbed, scales
-        )
-
-    def _hand_combinations_over(self) -> None:
-        """For bases that read ``.grad``; the weights are restored afterwards."""
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            return
-        combinations = self._combinations(None)
-        assert combinations is not None
-        for table, combination in zip(self._tables, combinations, strict=True):
-            foreach.combine_(table, combination)
-            for i in table.present:
-                grad, laid_out = table.params[i].grad, table.grads[i]
-                if grad is not None and laid_out is not None and as_real(grad).data_ptr() != laid_out.data_ptr():
-                    as_real(grad).copy_(laid_out)
-
-    def _descend_unfused(self) -> None:
+    def _plan(self, micro_batch: int = 0) -> Plan:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self.restore()
-        if found_inf is not None and float(found_inf) != 0:
-            self._count_step()
-            return
-        with DeferredInterrupts():
-            if scale is not None:
-                inverse = scale.double().reciprocal().float()
-                for param in self._parameters():
-                    if param.grad is not None:
-                        param.grad.mul_(inverse.to(param.grad.device))
-            with self._hiding_kept():
-                unhooked_step(self.base_optimizer)
-            self._count_step()
+        step = self._step_count()
+        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch)
 
     @contextmanager
-    def _hiding_kept(self) -> Iterator[None]:
-        """A block in which ``state`` holds the base's own entries alone: an empty one tells it of a first step."""
-        name = self._method.kept
-        kept = {} if name is None else {p: e.pop(name) for p, e in self.state.items() if name in e}
+    def _undone_by_exceptions(self) -> Iterator[None]:
+        """A block whose exceptions restore the weights."""
         try:
             yield
-        finally:
-            for param, tensor in kept.items():
-                self.state[param][name] = tensor
+        except BaseException:
+            self.restore()
+            raise
 
-    def _climb_is_over(self) -> None:
-        self._perturbed, self._is_single, self._ascents = False, False, 0
-        for table in self._tables:
-            table.drop_taken()
-        if self._statistics is not None:
-            self._statistics.restore()
-        torch.clear_autocast_cache()
+    def _check_closure_step(self) -> None:
+        self._refuse_perturbed("step(closure)")
+        if getattr(self, "found_inf", None) is not None:
+            self._forget_scaler()
+            raise RuntimeError(
+                "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale, "
+                "backward again, then scaler.step(optimizer) without a closure"
+            )
+
+    def _forget_scaler(self) -> None:
+        # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
 
     # ---- checkpoints and copies ----
 
@@ -633,18 +417,18 @@ class FastSAM(Optimizer):
         """The base optimizer's: ``base`` alone can load it, and FastSAM loads the base's.
 
         Raises:
-            RuntimeError: the weights are climbed.
+            RuntimeError: the weights are perturbed.
         """
         self._refuse_perturbed("state_dict()")
         saved = super().state_dict()
-        complete_saved(saved, self._method, self._update, self._step_count())
+        complete_saved(saved, self.method, self._update, self._step_count())
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of FastSAM or of the base alone; what the latter lacks is kept as it is.
 
         Raises:
-            RuntimeError: the weights are climbed, or a state tensor has another shape than its parameter.
+            RuntimeError: the weights are perturbed, or a state tensor has another shape than its parameter.
             ValueError: the parameter groups are others, or it is another method's.
         """
         self._refuse_perturbed("load_state_dict()")
@@ -660,28 +444,21 @@ class FastSAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        names = (
-            "base_optimizer",
-            "defaults",
-            "backend",
-            "_method",
-            "_interval",
-            "_replay_rng",
-            "_statistics",
-            "_complete",
-        )
+        names = ("base_optimizer", "defaults", "backend", "method", "_interval", "_replay_rng", "_statistics")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" in state:  # a copy or a pickle
+            method = state.pop("method")
             super().__setstate__(state)
-            self._start()
+            self._engine = Engine(self.backend, method)
+            self._engine.is_constructed = True
             return
         self._load(state)  # from Optimizer.load_state_dict: nothing has been changed yet
 
     def _load_state(self, loaded: dict[str, Any], given: Mapping[str, Any]) -> None:
         """Takes over what torch has cast (``loaded``) of a state dict (``given``); all of it or nothing."""
-        complete_loaded(loaded, given, self.param_groups, self._method)
+        complete_loaded(loaded, given, self.param_groups, self.method)
         for group in loaded["param_groups"]:
             self._check_group(group)
         if (update := self._update) is not None:
@@ -707,66 +484,48 @@ class FastSAM(Optimizer):
         """How the base runs on the backends; None: by its own ``step()``."""
         return FUSED.get(type(self.base_optimizer))
 
-    def _state_names(self) -> list[StateNames]:
-        return [] if self._update is None else [self._update.state_names(group) for group in self.param_groups]
-
-    def _backend(self, table: TensorTable) -> Backend:
-        return backend_of(table, self._resolve(table.device.type))
-
-    def _resolve(self, device_type: str) -> Backend:
-        # Not methods=False: to the cache of resolve() that would be another question, logged once more.
-        more = {"methods": True} if self._method.is_combined else {}
-        return resolve(self.backend, device_type, **more)
-
     def _check_backends(self, group: Mapping[str, Any]) -> None:
         for device_type in {p.device.type for p in tensors_of(group)}:
-            self._resolve(device_type)
+            resolve(self.backend, Request(device_type))
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        check_precision(group, type(self.base_optimizer), fused=self._update is not None)
-        self._method.check_group(type(self.base_optimizer), group)
+        base, fused = type(self.base_optimizer), self._update is not None
+        check_precision(group, base, fused=fused)
+        self.method.check_group(base, group, fused=fused)
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._parameters())
-
-    # ---- which step this is ----
-
-    def _climbs_by_gradients(self) -> bool:
-        return self._method.climbs_by == GRAD
-
-    def _climbs_now(self) -> bool:
-        step = self._step_count()
-        return step % self._interval == 0 and self._method.climbs(step)
-
-    def _step_count(self) -> int:
-        return int(self.param_groups[0].get(STEP_COUNT, 0))
-
-    def _count_step(self) -> None:
-        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
-        if self._interval > 1 or self._method.counts or schedules:
-            count = self._step_count() + 1
-            for group in self.param_groups:
-                group[STEP_COUNT] = count
-
-    def _climb_options(self) -> list[ClimbOptions]:
-        step = self._step_count()
-        return [climb_options(group, step) for group in self.param_groups]
 
     def _clear_grads(self) -> None:
         for param in self._parameters():
             param.grad = None
 
+    def _ascends_now(self) -> bool:
+        step = self._step_count()
+        return step % self._interval == 0 and self.method.ascends(step)
+
+    def _step_count(self) -> int:
+        return int(self.param_groups[0].get(STEP_COUNT, 0))
+
+    def _count_step(self) -> None:
+        self._engine.is_single = False
+        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
+        if self._interval > 1 or self.method.counts_steps or schedules:
+            count = self._step_count() + 1
+            for group in self.param_groups:
+                group[STEP_COUNT] = count
+
+    def _restore_statistics(self) -> None:
+        if self._statistics is not None:
+            self._statistics.restore()
+
     def _refuse_perturbed(self, what: str) -> None:
-        if self._perturbed:
+        if self._engine.perturbed:
             raise RuntimeError(
-                f"{what} is not possible while the weights are climbed; call second_step() or restore() first"
+                f"{what} is not possible while the weights are perturbed; call second_step() or restore() first"
             )
 
 
-def _beside(scalar: Any, table: TensorTable) -> Tensor | None:
-    """GradScaler's scalar on the table's device."""
-    if scalar is None:
-        return None
-    # A number where the scaler saw no gradient at all.
-    tensor = torch.as_tensor(scalar, dtype=torch.float32)
-    return tensor.to(table.device, non_blocking=table.device.type != "cpu").reshape(())
+def _run(closure: Closure) -> Any:
+    with torch.enable_grad():
+        return closure()

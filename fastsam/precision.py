@@ -19,7 +19,7 @@ class Precision(NamedTuple):
     """How the parameters of one table are kept."""
 
     stochastic: bool = False
-    """Stored results are rounded up or down at random, without bias; with ``masters``, those of the climb alone."""
+    """Stored results are rounded up or down at random, without bias; with ``masters``, those of the ascent alone."""
     masters: bool = False
     """The weights proper are in float32, and so is the base's state; the parameters are their rounding."""
 
@@ -34,6 +34,11 @@ def precision_of(group: Mapping[str, Any], dtype: torch.dtype) -> Precision:
 def rounding_seed(group: Mapping[str, Any]) -> int:
     """The seed of the group's random numbers; 0 where it needs none."""
     return int(group["rounding_seed"]) if group.get("rounding") == "stochastic" else 0
+
+
+def ascent_seed(seed: int, number: int) -> int:
+    """The seed of a step's ascent ``number`` (from 0): each one's random numbers are its own."""
+    return (seed + number * 0x9E3779B1) & 0xFFFFFFFF
 
 
 def default_seed() -> int:

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fastsam.memory_layout import as_real
+from fastsam.tables.memory import as_real
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]

@@ -15,7 +15,7 @@ from fuzz_programs import AddGroup, Cast, Edit, Layout, Param, Reload, SetOption
 from problem import give_grad
 
 from fastsam import FastSAM
-from fastsam.memory_layout import as_real
+from fastsam.tables.memory import as_real
 
 SCALE = 1024.0
 MASTER = "fastsam_master"

@@ -20,7 +20,7 @@ import fastsam
 from fastsam import FastSAM
 from fastsam import optimizer as optimizer_module
 from fastsam.backends import load
-from fastsam.tensor_table import TensorTable
+from fastsam.tables import TensorTable
 
 PACKAGE = str(Path(fastsam.__file__).parent)
 TORCH_OPTIM = str(Path(torch.optim.__file__).parent)

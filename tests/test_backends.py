@@ -18,8 +18,8 @@ from checks import (
 )
 
 from fastsam.backends import AdamOptions, ClimbOptions, SGDOptions
-from fastsam.optimizer_state import StateNames
-from fastsam.tensor_table import Member, TensorTable
+from fastsam.tables.state import StateNames
+from fastsam.tables import Member, TensorTable
 
 # What the boundary shapes are about: backends with a chunk size use this one there, their own in `test_real_chunks`.
 CHUNK = 1024

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fastsam import FastSAM, backends
-from fastsam.base_update import FUSED, check_base
-from fastsam.parameter_groups import GROUP_OPTIONS
+from fastsam.bases import FUSED, check_base
+from fastsam.groups import GROUP_OPTIONS
 
 # What each class of torch.optim is built with here; small rates, so that nothing saturates.
 OPTIONS = {

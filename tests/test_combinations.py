@@ -34,7 +34,7 @@ from fastsam.backends.combination import (
     Map,
     default_weights,
 )
-from fastsam.tensor_table import GRAD, KEPT, PARAM, STATE, TAKEN
+from fastsam.tables import GRAD, KEPT, PARAM, STATE, TAKEN
 
 few_shapes = pytest.mark.parametrize("shapes", [SHAPES[name] for name in ("scalar", "blocks", "mixed", "chunks")])
 

@@ -9,9 +9,9 @@ from checks import assert_same_bits
 
 from fastsam.backends import native
 from fastsam.backends.native_table import CudaTable
-from fastsam.optimizer_state import StateNames
+from fastsam.tables.state import StateNames
 from fastsam.precision import Precision
-from fastsam.tensor_table import BACKUP, MASTER, ROWS, Member, TensorTable
+from fastsam.tables import BACKUP, MASTER, ROWS, Member, TensorTable
 
 pytest.register_assert_rewrite("test_backends", "test_precision", "test_rounding")
 import test_precision  # noqa: E402

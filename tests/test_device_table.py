@@ -6,7 +6,7 @@ from checks import assert_same_bits, values
 
 from fastsam.backends import ClimbOptions, device_table
 from fastsam.backends.device_table import DeviceTable
-from fastsam.tensor_table import BACKUP, GRAD, ROWS, Member, TensorTable
+from fastsam.tables import BACKUP, GRAD, ROWS, Member, TensorTable
 
 OPTIONS = [ClimbOptions(0.05, False, False)]
 

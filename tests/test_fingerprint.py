@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsam import fingerprint
-from fastsam.fingerprint import describe
+from fastsam.tables.signature import describe
 
 
 @pytest.fixture(params=["compiled", "plain Python"])

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fastsam.interrupts import DeferredInterrupts
+from fastsam.runtime.interrupts import DeferredInterrupts
 
 
 @pytest.fixture

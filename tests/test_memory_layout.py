@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsam import memory_layout
-from fastsam.memory_layout import (
+from fastsam.tables.memory import (
     allocate_like,
     as_real,
     check_disjoint,

@@ -14,7 +14,7 @@ from checks import DTYPE_IDS, DTYPES, Canaries, arithmetic, assert_same_bits, as
 from torch import nn
 
 from fastsam import FastSAM
-from fastsam.memory_layout import as_real
+from fastsam.tables.memory import as_real
 
 STEPS = 7
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)

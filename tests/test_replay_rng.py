@@ -8,7 +8,7 @@ from checks import assert_same_bits
 from problem import Problem
 from torch import nn
 
-from fastsam.replay_rng import GeneratorStates
+from fastsam.runtime.replay_rng import GeneratorStates
 
 
 class Dropped(Problem):

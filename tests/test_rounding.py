@@ -10,9 +10,9 @@ from test_backends import norm_of
 
 from fastsam.backends import AdamOptions, ClimbOptions, SGDOptions, reference
 from fastsam.backends.rounding import make_keys, random_words, round_stochastically
-from fastsam.optimizer_state import StateNames
+from fastsam.tables.state import StateNames
 from fastsam.precision import Precision
-from fastsam.tensor_table import Member, TensorTable
+from fastsam.tables import Member, TensorTable
 
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastsam import FastSAM
-from fastsam.optimizer_state import StateNames
+from fastsam.tables.state import StateNames
 from fastsam.precision import Precision
-from fastsam.tensor_table import BACKUP, CHUNK_OVERHEAD, GRAD, MASTER, PARAM, STATE, Member, TensorTable
+from fastsam.tables import BACKUP, CHUNK_OVERHEAD, GRAD, MASTER, PARAM, STATE, Member, TensorTable
 
 
 def make_table(params, groups=None, precision=Precision()):  # noqa: B008

@@ -17,8 +17,8 @@ from problem import Matrices, Problem, assert_same_state, state_of
 from torch import nn
 
 from fastsam import FastSAM
-from fastsam.base_update import FUSED
-from fastsam.memory_layout import as_real
+from fastsam.bases import FUSED
+from fastsam.tables.memory import as_real
 
 # All of torch's, as test_the_options_are_all_of_torchs finds out, and some more.
 OPTIONS = {

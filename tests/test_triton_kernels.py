@@ -17,7 +17,7 @@ from fastsam import FastSAM
 from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions, device_table, load
 from fastsam.backends.rounding import round_stochastically
 from fastsam.precision import Precision
-from fastsam.tensor_table import Member, StateNames, TensorTable
+from fastsam.tables import Member, StateNames, TensorTable
 
 COMPILE = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
 SGD = SGDOptions(0.1, 0.9, 0.0, 0.0, False, False)

@@ -1,50 +1,41 @@
-// The operations on the CPU, as ops.cpp calls them. Tables are checked; options are [groups] in the table's order.
+// The operations on the CPU, as ops.cpp calls them. Tables are checked; options are [groups], coefficients [tensors].
 #pragma once
 
 #include "../dispatch.h"
 #include "../elementwise.h"
-#include "../tensor_table.h"
+#include "../table.h"
 
 namespace fastsam::cpu {
 
-// partials[chunk] <- the chunk's sum of squares; returns their sum in chunk order, whatever the number of threads.
-double square_sum(const TensorTable& table, ScalarType dtype, const ClimbOptions* options, double* partials);
-
-// steps[tensor]: updates made so far; read where rounding is stochastic.
-void perturb_(const TensorTable& table, ScalarType dtype, const ClimbOptions* options, const float* steps, double norm);
-
-void restore_(const TensorTable& table, ScalarType dtype);
-
-// Not a role: no second tensor, or the distance climbed so far, w - backup.
-constexpr int64_t kNothing = -1, kDistance = -2;
-
-// What a climb takes in the gradient's place; weights are [tensors, kWeightColumns].
-struct Climb {
-  const double* weights;
+// spec.py's Ascent: by a norm, or by coefficients (else null).
+struct Ascent {
+  const AscentOptions* options;
+  double norm;
+  const AscentCoefficients* coefficients;
   int64_t x, y;
   Map map;
 };
 
-// What an update takes in the gradient's place.
+// spec.py's Descent.
 struct Descent {
-  const double* weights;
+  const DescentCoefficients* coefficients;
   int64_t y;
   bool keeps, decoupled;
 };
 
-// result[tensor] <- <map(x), x>, <x, y>, <y, y>; partials: [chunks, 3]. `climbing`: of what climbs and has x; else of
-// what has both. Sums in chunk order, whatever the number of threads.
-void dots(const TensorTable& table, ScalarType dtype, const Climb& climb, bool climbing, double* partials,
-          double* result);
+// partials[chunk] <- the chunk's sum of squares; returns their sum in chunk order, whatever the number of threads.
+double square_sum(const TensorTable& table, ScalarType dtype, const AscentOptions* options, double* partials);
 
-void perturb_by_(const TensorTable& table, ScalarType dtype, const Climb& climb);
+// result[tensor] <- <map(x), x>, <x, y>, <y, y>; partials: [chunks, 3]. Sums in chunk order, whatever the number of
+// threads. With coefficients: of what has a backup and x; else of what has x and y.
+void dots(const TensorTable& table, ScalarType dtype, const Ascent& form, double* partials, double* result);
 
-// steps are advanced here for every tensor with a gradient. descent: nullptr, or what stands in the gradients' place
-// (with neither masters nor random numbers).
-void restore_and_sgd_(const TensorTable& table, ScalarType dtype, const SgdOptions* options, float* steps,
-                      double inv_grad_scale, const Descent* descent);
+void perturb_(const TensorTable& table, ScalarType dtype, const Ascent& ascent);
 
-void restore_and_adam_(const TensorTable& table, ScalarType dtype, const AdamOptions* options, float* steps,
-                       double inv_grad_scale, const Descent* descent);
+void restore_(const TensorTable& table, ScalarType dtype);
+
+// options: SgdOptions or AdamOptions, by `update`, which also advances the steps. descent: may be null.
+void restore_and_update_(const TensorTable& table, ScalarType dtype, Update update, const void* options,
+                         double inv_grad_scale, const Descent* descent);
 
 }  // namespace fastsam::cpu

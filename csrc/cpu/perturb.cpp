@@ -1,69 +1,109 @@
-// perturb_ and restore_ on the CPU: backup <- w; w <- w + e(w), and back.
-#include "masters.h"
-#include "multi_tensor.h"
+// perturb_ and restore_ on the CPU: backup <- w; w <- w + A * map(x) + B * y, and back.
+#include "forms.h"
 #include "operations.h"
 
 namespace fastsam::cpu {
 namespace {
 
-template <typename scalar_t, typename Rounding>
-FASTSAM_MULTIVERSION void climb(scalar_t* __restrict__ param, const scalar_t* __restrict__ grad, int64_t length,
-                                opmath_t<scalar_t> scale, bool adaptive, Rounding rounding) {
+// result may be param, element for element; so may `from` and y. from_t: float where `from` is a master.
+template <Map map, bool has_y, typename scalar_t, typename from_t, typename Rounding>
+FASTSAM_MULTIVERSION void ascend(scalar_t* result, const from_t* from, const scalar_t* param, const scalar_t* x,
+                                 [[maybe_unused]] const scalar_t* y, int64_t length,
+                                 const AscentStep<opmath_t<scalar_t>> step, Rounding rounding) {
   using T = opmath_t<scalar_t>;
+  FASTSAM_INDEPENDENT
   for (int64_t i = 0; i < length; ++i) {
-    const T w = static_cast<T>(param[i]);
-    param[i] = rounding(climbed<T>(w, w, static_cast<T>(grad[i]), scale, adaptive), 0, i);
+    T second = 0;
+    if constexpr (has_y) second = static_cast<T>(y[i]);
+    const T moved = step.template perturbed<map, has_y, scalar_t>(static_cast<T>(from[i]), static_cast<T>(param[i]),
+                                                                  static_cast<T>(x[i]), second);
+    result[i] = rounding(moved, 0, i);
   }
 }
 
-template <typename scalar_t, typename Rounding>
-FASTSAM_MULTIVERSION void climb_from(const float* __restrict__ master, scalar_t* __restrict__ param,
-                                     const scalar_t* __restrict__ grad, int64_t length, float scale, bool adaptive,
-                                     Rounding rounding) {
-  for (int64_t i = 0; i < length; ++i) {
-    const auto w = static_cast<float>(param[i]), g = static_cast<float>(grad[i]);
-    param[i] = rounding(climbed(master[i], w, g, scale, adaptive), 0, i);
-  }
-}
+// How one chunk's tensor ascends.
+template <typename scalar_t>
+struct ChunkAscent {
+  using T = opmath_t<scalar_t>;
+  bool has_masters, again;
+  Map map;
+  Elements<scalar_t> param, backup, x;
+  SecondTerm<scalar_t> y;
+  AscentStep<T> step;
 
-template <typename scalar_t, typename RoundingFor>
-void perturb_chunks(const TensorTable& table, const ClimbOptions* options, double norm,
-                    const RoundingFor& rounding_for) {
-  const bool stream = should_stream(table, sizeof(scalar_t));
-  // Backward: the gradients that the norm read last are still in the cache.
-  for_each_chunk(table, Order::kBackward, [&](const Chunk& chunk, int64_t) {
-    if (!table.has(kGrad, chunk.tensor) || !table.has(kBackup, chunk.tensor)) return;
-    scalar_t* param = table.pointer<scalar_t>(kParam, chunk.tensor) + chunk.start;
-    const scalar_t* grad = table.pointer<scalar_t>(kGrad, chunk.tensor) + chunk.start;
-    const ClimbOptions& group = options[table.groups[chunk.tensor]];
-    const auto scale = static_cast<opmath_t<scalar_t>>(climb_scale(norm, group));
-    const auto rounding = rounding_for(chunk.tensor, group.rounding_seed);
-    for_each_block(chunk.length, [&](int64_t start, int64_t length) {
-      const auto here = rounding.at(chunk.start + start);
-      if constexpr (kIsNarrow<scalar_t>) {
-        if (table.has_masters) {
-          float* master = table.pointer<float>(kMaster, chunk.tensor) + chunk.start + start;
-          follow(master, param + start, length);
-          if (scale != 0) climb_from(master, param + start, grad + start, length, scale, group.adaptive, here);
-          return;
-        }
-      }
-      scalar_t* backup = table.pointer<scalar_t>(kBackup, chunk.tensor) + chunk.start + start;
-      store_block(backup, param + start, length * sizeof(scalar_t), stream);
-      // A zero scale selects: 0 * inf would be NaN.
-      if (scale != 0) climb(param + start, grad + start, length, scale, group.adaptive, here);
+  ChunkAscent(const TensorTable& table, const Ascent& ascent, const Chunk& chunk)
+      : has_masters(table.has_masters),
+        again(ascent.y == kPerturbation),
+        map(ascent.map),
+        param(table, kParam, chunk),
+        backup(table, kBackup, chunk),
+        x(table, ascent.x, chunk),
+        y(table, ascent.y, chunk),
+        step(ascent.coefficients == nullptr ? AscentStep<T>(ascent.options[table.groups[chunk.tensor]], ascent.norm)
+                                            : AscentStep<T>(ascent.coefficients[chunk.tensor], static_cast<bool>(y))) {}
+
+  void keep_weights(int64_t start, int64_t length, bool stream) const {
+    if constexpr (kIsNarrow<scalar_t>) {
+      if (has_masters) return follow(backup.load(nullptr, start, length), param.stored() + start, length);
+    }
+    store_block(backup.stored() + start, param.stored() + start, length * sizeof(scalar_t), stream);
+  }
+
+  template <typename Rounding>
+  void perturb(int64_t start, int64_t length, const Rounding& rounding) const {
+    if constexpr (kIsNarrow<scalar_t>) {
+      const bool is_plain = map == Map::kIdentity && !y && x.stored() != nullptr;
+      return is_plain ? perturb_stored(start, length, rounding) : perturb_loaded(start, length, rounding);
+    }
+    perturb_loaded(start, length, rounding);
+  }
+
+  // Plain SAM's.
+  template <typename Rounding>
+  void perturb_stored(int64_t start, int64_t length, const Rounding& rounding) const {
+    scalar_t* w = param.stored() + start;
+    const scalar_t *g = x.stored() + start, *none = nullptr;
+    if (has_masters) {
+      const T* master = backup.load(nullptr, start, length);
+      ascend<Map::kIdentity, false>(w, master, w, g, none, length, step, rounding);
+    } else {
+      ascend<Map::kIdentity, false>(w, w, w, g, none, length, step, rounding);
+    }
+  }
+
+  template <typename Rounding>
+  void perturb_loaded(int64_t start, int64_t length, const Rounding& rounding) const {
+    alignas(64) T w_buffer[kBlock], x_buffer[kBlock], y_buffer[kBlock], backup_buffer[kBlock];
+    T* w = param.load(w_buffer, start, length);
+    const T* first = x.load(x_buffer, start, length);
+    const T* second = y.load(y_buffer, w, start, length);
+    // A first ascent begins at the weights: their backup has just been streamed past the cache.
+    const T* from = again || has_masters ? backup.load(backup_buffer, start, length) : w;
+    with_form(map, static_cast<bool>(y), [&]<Map kMap, bool has_y>() {
+      ascend<kMap, has_y>(w, from, w, first, second, length, step, Nearest<T>{});
     });
-  });
-}
+    param.store(w, start, length, 0, rounding);
+  }
+};
 
 }  // namespace
 
-void perturb_(const TensorTable& table, ScalarType dtype, const ClimbOptions* options, const float* steps,
-              double norm) {
+void perturb_(const TensorTable& table, ScalarType dtype, const Ascent& ascent) {
   dispatch(dtype, [&](auto type) {
     using scalar_t = decltype(type);
-    with_rounding<scalar_t, 1>(table, steps, kClimbDraw, [&](const auto& rounding_for) {
-      perturb_chunks<scalar_t>(table, options, norm, rounding_for);
+    const bool stream = should_stream(table, sizeof(scalar_t));
+    with_rounding<scalar_t, 1>(table, kAscentDraw, [&](const auto& rounding_for) {
+      // Backward: the gradients that the norm read last are still in the cache.
+      for_each_chunk(table, Order::kBackward, [&](const Chunk& chunk, int64_t) {
+        if (!table.has(kBackup, chunk.tensor)) return;
+        const ChunkAscent<scalar_t> mine(table, ascent, chunk);
+        const auto rounding = rounding_for(chunk.tensor, ascent.options[table.groups[chunk.tensor]].rounding_seed);
+        const bool moves = mine.x && !mine.step.stays(mine.again);
+        for_each_block(chunk.length, [&](int64_t start, int64_t length) {
+          if (!mine.again) mine.keep_weights(start, length, stream);
+          if (moves) mine.perturb(start, length, rounding.at(chunk.start + start));
+        });
+      });
     });
   });
 }

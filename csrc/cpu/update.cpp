@@ -1,295 +1,312 @@
-// restore_and_sgd_ and restore_and_adam_ on the CPU: w <- update(backup, g, state) in one pass.
+// restore_and_update_ on the CPU: w <- update(backup, A * x + B * y, state) in one pass.
+#include <array>
 #include <cmath>
 #include <type_traits>
 
-#include "masters.h"
-#include "multi_tensor.h"
+#include "forms.h"
 #include "operations.h"
 
 namespace fastsam::cpu {
 namespace {
 
-// value_t: of gradients and results, scalar_t; or opmath_t where they are not a tensor's, but of a combination.
-template <typename scalar_t, typename value_t, typename Rounding>
-FASTSAM_HOST_DEVICE value_t stored(opmath_t<scalar_t> weight, const Rounding& rounding, int64_t i) {
-  if constexpr (std::is_same_v<value_t, scalar_t>) {
-    return rounding(weight, 0, i);
-  } else {
-    return weight;
-  }
-}
+// ---- loops over one block ----
 
-template <typename scalar_t, typename value_t, typename Rounding>
-FASTSAM_MULTIVERSION void sgd(value_t* __restrict__ result, const scalar_t* __restrict__ param,
-                              const value_t* __restrict__ grad, int64_t length, const SgdStep<opmath_t<scalar_t>> step,
-                              Rounding rounding) {
-  using T = opmath_t<scalar_t>;
-  for (int64_t i = 0; i < length; ++i) {
-    result[i] = stored<scalar_t, value_t>(step.update(static_cast<T>(param[i]), static_cast<T>(grad[i])), rounding, i);
-  }
-}
-
-template <typename scalar_t, typename value_t, typename Rounding>
-FASTSAM_MULTIVERSION void sgd_momentum(value_t* __restrict__ result, const scalar_t* __restrict__ param,
-                                       const value_t* __restrict__ grad, scalar_t* __restrict__ momentum_buffer,
-                                       int64_t length, const SgdStep<opmath_t<scalar_t>> step, Rounding rounding) {
-  using T = opmath_t<scalar_t>;
-  for (int64_t i = 0; i < length; ++i) {
-    T buffer = static_cast<T>(momentum_buffer[i]);
-    result[i] =
-        stored<scalar_t, value_t>(step.update(static_cast<T>(param[i]), static_cast<T>(grad[i]), buffer), rounding, i);
-    momentum_buffer[i] = rounding(buffer, 1, i);
-  }
-}
-
-template <typename scalar_t, typename value_t, typename Rounding>
-FASTSAM_MULTIVERSION void adam(value_t* __restrict__ result, const scalar_t* __restrict__ param,
-                               const value_t* __restrict__ grad, scalar_t* __restrict__ exp_avg,
-                               scalar_t* __restrict__ exp_avg_sq, int64_t length,
-                               const AdamStep<opmath_t<scalar_t>> step, Rounding rounding) {
-  using T = opmath_t<scalar_t>;
-  for (int64_t i = 0; i < length; ++i) {
-    const T w = static_cast<T>(param[i]);
-    T mean = static_cast<T>(exp_avg[i]), square = static_cast<T>(exp_avg_sq[i]);
-    step.moments(w, static_cast<T>(grad[i]), mean, square);
-    exp_avg[i] = rounding(mean, 1, i);
-    exp_avg_sq[i] = rounding(square, 2, i);
-    result[i] = stored<scalar_t, value_t>(step.update(w, mean, square), rounding, i);
-  }
-}
-
-template <typename scalar_t, typename value_t, typename Rounding>
-FASTSAM_MULTIVERSION void amsgrad(value_t* __restrict__ result, const scalar_t* __restrict__ param,
-                                  const value_t* __restrict__ grad, scalar_t* __restrict__ exp_avg,
-                                  scalar_t* __restrict__ exp_avg_sq, scalar_t* __restrict__ max_exp_avg_sq,
-                                  int64_t length, const AdamStep<opmath_t<scalar_t>> step, Rounding rounding) {
-  using T = opmath_t<scalar_t>;
-  for (int64_t i = 0; i < length; ++i) {
-    const T w = static_cast<T>(param[i]);
-    T mean = static_cast<T>(exp_avg[i]), square = static_cast<T>(exp_avg_sq[i]);
-    step.moments(w, static_cast<T>(grad[i]), mean, square);
-    const T largest = step.larger(static_cast<T>(max_exp_avg_sq[i]), square);
-    exp_avg[i] = rounding(mean, 1, i);
-    exp_avg_sq[i] = rounding(square, 2, i);
-    max_exp_avg_sq[i] = rounding(largest, 3, i);
-    result[i] = stored<scalar_t, value_t>(step.update(w, mean, largest), rounding, i);
-  }
-}
-
-// A tensor's part in a combination. What has not all that the form names keeps its gradient: a is 1, b is 0.
 template <typename scalar_t>
-struct Combined {
-  using T = opmath_t<scalar_t>;
-  T a = 1, b = 0, keep_x = 0, keep_taken = 0, keep_kept = 1, extra_x = 0, extra_y = 0;
-  const scalar_t* y = nullptr;
-  const scalar_t* taken = nullptr;
-  scalar_t* kept = nullptr;
+using Slots = std::array<scalar_t*, kStateSlots>;
 
-  Combined(const TensorTable& table, const Descent& descent, const Chunk& chunk) {
-    const auto at = [&](Role role) {
-      scalar_t* first = table.pointer<scalar_t>(role, chunk.tensor);
-      return first == nullptr ? nullptr : first + chunk.start;
-    };
-    const scalar_t* second = descent.y == kNothing ? nullptr : at(static_cast<Role>(descent.y));
-    const bool has_kept = at(kTaken) != nullptr && at(kKept) != nullptr;
-    if ((descent.y != kNothing && second == nullptr) || (descent.keeps && !has_kept)) return;
-    const double* weights = descent.weights + kWeightColumns * chunk.tensor;
-    a = static_cast<T>(weights[kWeightA]);
-    if (second != nullptr) {
-      y = second;
-      b = static_cast<T>(weights[kWeightB]);
+template <int kSlots, typename scalar_t, typename Step, typename Rounding>
+FASTSAM_MULTIVERSION void update_weights(scalar_t* __restrict__ result, const scalar_t* __restrict__ param,
+                                         const scalar_t* __restrict__ grad, scalar_t* __restrict__ slot0,
+                                         scalar_t* __restrict__ slot1, scalar_t* __restrict__ slot2, int64_t length,
+                                         const Step step, Rounding rounding) {
+  using T = opmath_t<scalar_t>;
+  for (int64_t i = 0; i < length; ++i) {
+    T state[kStateSlots] = {};
+    if constexpr (kSlots > 0) state[0] = static_cast<T>(slot0[i]);
+    if constexpr (kSlots > 1) state[1] = static_cast<T>(slot1[i]);
+    if constexpr (kSlots > 2) state[2] = static_cast<T>(slot2[i]);
+    const T updated =
+        step.template updated<kSlots>(static_cast<T>(param[i]), static_cast<T>(grad[i]), state[0], state[1], state[2]);
+    if constexpr (kSlots > 0) slot0[i] = rounding(state[0], 1, i);
+    if constexpr (kSlots > 1) slot1[i] = rounding(state[1], 2, i);
+    if constexpr (kSlots > 2) slot2[i] = rounding(state[2], 3, i);
+    result[i] = rounding(updated, 0, i);
+  }
+}
+
+// Which state a tensor has says which update it is: SGD's with or without momentum, Adam's with or without amsgrad.
+template <typename scalar_t, typename T, typename Rounding>
+void update_block(scalar_t* result, const scalar_t* param, const scalar_t* grad, const Slots<scalar_t>& state,
+                  int64_t length, const SgdStep<T>& step, const Rounding& rounding) {
+  if (state[0] == nullptr) {
+    update_weights<0>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+  } else {
+    update_weights<1>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+  }
+}
+
+template <typename scalar_t, typename T, typename Rounding>
+void update_block(scalar_t* result, const scalar_t* param, const scalar_t* grad, const Slots<scalar_t>& state,
+                  int64_t length, const AdamStep<T>& step, const Rounding& rounding) {
+  if (state[2] == nullptr) {
+    update_weights<2>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+  } else {
+    update_weights<3>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+  }
+}
+
+// result <- a * x + b * y
+template <typename T>
+FASTSAM_MULTIVERSION void combine(T* __restrict__ result, const T* x, const T* y, int64_t length, T a, T b) {
+  for (int64_t i = 0; i < length; ++i) result[i] = times(a, x[i]) + times(b, y[i]);
+}
+
+// result <- of_x * x + of_first * first + of_state * state
+template <typename T>
+FASTSAM_MULTIVERSION void keep(T* __restrict__ result, const T* x, const T* first, const T* state, int64_t length,
+                               T of_x, T of_first, T of_state) {
+  for (int64_t i = 0; i < length; ++i) {
+    result[i] = times(of_x, x[i]) + times(of_first, first[i]) + times(of_state, state[i]);
+  }
+}
+
+// ---- the descent's form in one chunk ----
+
+// What takes the gradient's place. Of a tensor that has not all that the form names, it is the gradient.
+template <typename scalar_t>
+struct Direction {
+  using T = opmath_t<scalar_t>;
+  Elements<scalar_t> x, y, first_grad, method_state;
+  DescentCoefficients of{1, 0, 0, 0, 1, 0, 0};
+  bool takes_part = false, keeps = false, decoupled = false;
+
+  Direction(const TensorTable& table, const Descent* descent, const Chunk& chunk) : x(table, kGrad, chunk) {
+    if (descent == nullptr || !x) return;
+    y = Elements<scalar_t>(table, descent->y, chunk);
+    first_grad = Elements<scalar_t>(table, kFirstGrad, chunk);
+    method_state = Elements<scalar_t>(table, kMethodState, chunk);
+    takes_part = (descent->y == kNone || y) && (!descent->keeps || (first_grad && method_state));
+    if (!takes_part) return;
+    of = descent->coefficients[chunk.tensor];
+    keeps = descent->keeps, decoupled = descent->decoupled;
+  }
+
+  // One block: what is read of it. Nothing is written before all of it is made.
+  struct Block {
+    alignas(64) T x_buffer[kBlock], y_buffer[kBlock], direction[kBlock], shift[kBlock];
+    const T *x, *y;
+  };
+
+  // The gradient's place; scratch for it is in the block.
+  const T* direction(Block& block, int64_t start, int64_t length) const {
+    block.x = x.load(block.x_buffer, start, length);
+    if (!takes_part) return block.x;
+    block.y = y ? y.load(block.y_buffer, start, length) : block.x;
+    combine(block.direction, block.x, block.y, length, static_cast<T>(of.a), second(of.b));
+    return block.direction;
+  }
+
+  // What w moves by past the base.
+  const T* shift(Block& block, int64_t length) const {
+    combine(block.shift, block.x, block.y, length, static_cast<T>(of.decoupled_x), second(of.decoupled_y));
+    return block.shift;
+  }
+
+  // The method's state follows; after direction() and shift(), which may read it.
+  template <typename Rounding>
+  void keep_state(const Block& block, int64_t start, int64_t length, const Rounding& rounding) const {
+    if (!keeps) return;
+    alignas(64) T first_buffer[kBlock], state_buffer[kBlock], kept[kBlock];
+    // Streams that are visited in bursts, with much between them: the hardware gives them up.
+    first_grad.prefetch(start);
+    method_state.prefetch(start);
+    keep(kept, block.x, first_grad.load(first_buffer, start, length), method_state.load(state_buffer, start, length),
+         length, static_cast<T>(of.keep_x), static_cast<T>(of.keep_first), static_cast<T>(of.keep_state));
+    method_state.store(kept, start, length, 0, rounding);
+  }
+
+ private:
+  T second(double coefficient) const { return y ? static_cast<T>(coefficient) : T(0); }
+};
+
+// ---- one chunk ----
+
+template <typename scalar_t, typename Step, typename Rounding, typename StateRounding>
+struct ChunkUpdate {
+  using T = opmath_t<scalar_t>;
+  const TensorTable& table;
+  const Chunk& chunk;
+  Elements<scalar_t> param, source;
+  std::array<Elements<scalar_t>, kStateSlots> state;
+  Step step;
+  Rounding rounding;
+  StateRounding state_rounding;  // of the method's state
+  bool stream;
+
+  // Plain SAM's.
+  void update_stored(const scalar_t* grad) const {
+    Slots<scalar_t> slots;
+    for_each_block(chunk.length, [&](int64_t start, int64_t length) {
+      alignas(64) scalar_t result[kBlock];
+      for (int k = 0; k < kStateSlots; ++k) slots[k] = state[k] ? state[k].stored() + start : nullptr;
+      update_block(result, source.stored() + start, grad + start, slots, length, step,
+                   rounding.at(chunk.start + start));
+      store_block(param.stored() + start, result, length * sizeof(scalar_t), stream);
+    });
+  }
+
+  void update_loaded(const Direction<scalar_t>& direction) const {
+    for_each_block(chunk.length, [&](int64_t start, int64_t length) {
+      typename Direction<scalar_t>::Block block;
+      alignas(64) T buffers[kStateSlots + 1][kBlock], result[kBlock];
+      const auto here = rounding.at(chunk.start + start);
+      follow_param(start, length);
+      Slots<T> slots{};
+      for (int k = 0; k < kStateSlots; ++k) {
+        if (state[k]) slots[k] = state[k].load(buffers[k], start, length);
+      }
+      const T* grad = direction.direction(block, start, length);
+      update_block(result, source.load(buffers[kStateSlots], start, length), grad, slots, length, step, Nearest<T>{});
+      if (direction.decoupled) subtract(result, result, direction.shift(block, length), length);
+      direction.keep_state(block, start, length, state_rounding.at(chunk.start + start));
+      for (int k = 0; k < kStateSlots; ++k) {
+        if (state[k]) state[k].store(slots[k], start, length, 1 + k, here);
+      }
+      store_weights(result, start, length, here);
+    });
+  }
+
+ private:
+  // A master that was not perturbed follows its parameter first.
+  void follow_param(int64_t start, int64_t length) const {
+    if constexpr (kIsNarrow<scalar_t>) {
+      if (table.has_masters && !table.has(kBackup, chunk.tensor)) {
+        follow(source.load(nullptr, start, length), param.stored() + start, length);
+      }
     }
-    if (descent.keeps) {
-      taken = at(kTaken), kept = at(kKept);
-      keep_x = static_cast<T>(weights[kKeepX]);
-      keep_taken = static_cast<T>(weights[kKeepTaken]);
-      keep_kept = static_cast<T>(weights[kKeepKept]);
-    }
-    if (descent.decoupled) {
-      extra_x = static_cast<T>(weights[kExtraX]);
-      extra_y = static_cast<T>(weights[kExtraY]);
+  }
+
+  template <typename Here>
+  void store_weights(const T* result, int64_t start, int64_t length, const Here& here) const {
+    if constexpr (std::is_same_v<scalar_t, T>) {
+      store_block(param.stored() + start, result, length * sizeof(scalar_t), stream);
+    } else {
+      alignas(64) scalar_t rounded[kBlock];
+      if (table.has_masters) source.store(result, start, length, 0, here);
+      round_block<scalar_t>(rounded, result, length, 0, here);
+      store_block(param.stored() + start, rounded, length * sizeof(scalar_t), stream);
     }
   }
 };
 
-// result <- a * x + b * y
-template <typename scalar_t, typename T>
-FASTSAM_MULTIVERSION void combine(T* __restrict__ result, const scalar_t* x, const scalar_t* y, int64_t length, T a,
-                                  T b) {
-  for (int64_t i = 0; i < length; ++i) {
-    result[i] = times(a, static_cast<T>(x[i])) + times(b, static_cast<T>(y[i]));
-  }
+template <typename T>
+SgdStep<T> make_step(const SgdOptions& options, float count, double inv_grad_scale) {
+  return {options, inv_grad_scale, count == 0};
 }
 
-template <typename scalar_t>
-FASTSAM_MULTIVERSION void keep(const scalar_t* __restrict__ x, const scalar_t* __restrict__ taken,
-                               scalar_t* __restrict__ kept, int64_t length, opmath_t<scalar_t> of_x,
-                               opmath_t<scalar_t> of_taken, opmath_t<scalar_t> of_kept) {
+template <typename T>
+AdamStep<T> make_step(const AdamOptions& options, float count, double inv_grad_scale) {
+  const double next = static_cast<double>(count) + 1.0;
+  return {options, std::pow(options.beta1, next), std::pow(options.beta2, next), inv_grad_scale};
+}
+
+// Every chunk, by the algorithm that the options are of.
+template <typename scalar_t, typename Options, typename RoundingFor, typename StateRoundingFor>
+void update_chunks(const TensorTable& table, const Options* options, double inv_grad_scale, const Descent* descent,
+                   const RoundingFor& rounding_for, const StateRoundingFor& state_rounding_for) {
   using T = opmath_t<scalar_t>;
-  for (int64_t i = 0; i < length; ++i) {
-    kept[i] = static_cast<scalar_t>(times(of_x, static_cast<T>(x[i])) + times(of_taken, static_cast<T>(taken[i])) +
-                                    times(of_kept, static_cast<T>(kept[i])));
-  }
-}
-
-// result <- param - extra, rounded
-template <typename scalar_t, typename T>
-FASTSAM_MULTIVERSION void go_beyond(scalar_t* __restrict__ result, const T* __restrict__ param,
-                                    const T* __restrict__ extra, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) result[i] = static_cast<scalar_t>(param[i] - extra[i]);
-}
-
-// One block to come. What lies behind a tensor is not read.
-template <typename scalar_t>
-void prefetch(const scalar_t* next) {
-  for (int64_t i = 0; i < kBlock; i += 64 / sizeof(scalar_t)) __builtin_prefetch(next + i);
-}
-
-// One block of an update that takes a combination in the gradient's place.
-template <typename scalar_t, typename Block>
-void update_block(scalar_t* result, const Combined<scalar_t>& combined, const Block& block, const scalar_t* source,
-                  const scalar_t* x, int64_t element, int64_t start, int64_t length) {
-  using T = opmath_t<scalar_t>;
-  alignas(64) T direction[kBlock], updated[kBlock], extra[kBlock];
-  const scalar_t* y = combined.y == nullptr ? x : combined.y + start;
-  combine(direction, x, y, length, combined.a, combined.b);
-  block(updated, source, direction, element, length);
-  combine(extra, x, y, length, combined.extra_x, combined.extra_y);
-  go_beyond(result, updated, extra, length);
-  if (combined.kept != nullptr) {
-    // Streams that are visited in bursts, with much between them: the hardware gives them up.
-    prefetch(combined.taken + start + kBlock);
-    prefetch(combined.kept + start + kBlock);
-    keep(x, combined.taken + start, combined.kept + start, length, combined.keep_x, combined.keep_taken,
-         combined.keep_kept);
-  }
-}
-
-// Restores what has no gradient; hands every other block to update(chunk, rounding_for)(result, param, grad, element,
-// length), and stores its result.
-template <typename scalar_t, typename Update>
-void update_chunks(const TensorTable& table, const Descent* descent, const Update& update) {
   const bool stream = should_stream(table, sizeof(scalar_t));
   for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t) {
-    if (!table.has(kGrad, chunk.tensor)) return restore_chunk<scalar_t>(table, chunk, stream);
-    scalar_t* param = table.pointer<scalar_t>(kParam, chunk.tensor) + chunk.start;
-    const bool climbed = table.has(kBackup, chunk.tensor);
-    const scalar_t* source = climbed ? table.pointer<scalar_t>(kBackup, chunk.tensor) + chunk.start : param;
-    const scalar_t* grad = table.pointer<scalar_t>(kGrad, chunk.tensor) + chunk.start;
-    const auto block = update(chunk);
-    if (descent != nullptr) {
-      const Combined<scalar_t> combined(table, *descent, chunk);
-      for_each_block(chunk.length, [&](int64_t start, int64_t length) {
-        alignas(64) scalar_t result[kBlock];
-        update_block(result, combined, block, source + start, grad + start, chunk.start + start, start, length);
-        store_block(param + start, result, length * sizeof(scalar_t), stream);
-      });
-      return;
+    const int64_t tensor = chunk.tensor;
+    if (!table.has(kGrad, tensor)) return restore_chunk<scalar_t>(table, chunk, stream);
+    const Options& group = options[table.groups[tensor]];
+    const Row source = table.has_masters ? kMaster : table.has(kBackup, tensor) ? kBackup : kParam;
+    std::array<Elements<scalar_t>, kStateSlots> state;
+    for (int k = 0; k < kStateSlots; ++k) state[k] = Elements<scalar_t>(table, kState0 + k, chunk);
+    const auto step = make_step<T>(group, table.step(tensor), inv_grad_scale);
+    const auto rounding = rounding_for(tensor, group.rounding_seed);
+    const auto state_rounding = state_rounding_for(tensor, group.rounding_seed);
+    const ChunkUpdate<scalar_t, std::decay_t<decltype(step)>, std::decay_t<decltype(rounding)>,
+                      std::decay_t<decltype(state_rounding)>>
+        mine{table,
+             chunk,
+             Elements<scalar_t>(table, kParam, chunk),
+             Elements<scalar_t>(table, source, chunk),
+             state,
+             step,
+             rounding,
+             state_rounding,
+             stream};
+    const Direction<scalar_t> direction(table, descent, chunk);
+    if (table.has_masters || direction.takes_part) {
+      mine.update_loaded(direction);
+    } else {
+      mine.update_stored(direction.x.stored());
     }
-    for_each_block(chunk.length, [&](int64_t start, int64_t length) {
-      alignas(64) scalar_t result[kBlock];
-      block(result, source + start, grad + start, chunk.start + start, length);
-      store_block(param + start, result, length * sizeof(scalar_t), stream);
-    });
   });
 }
 
-// The same for fp32 masters: `update` is that of fp32 parameters. The parameters themselves are rounded from them.
-template <typename scalar_t, typename Update>
-void update_masters(const TensorTable& table, const Update& update) {
-  const bool stream = should_stream(table, sizeof(scalar_t));
-  for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t) {
-    if (!table.has(kGrad, chunk.tensor)) return restore_chunk<scalar_t>(table, chunk, stream);
-    scalar_t* param = table.pointer<scalar_t>(kParam, chunk.tensor) + chunk.start;
-    float* master = table.pointer<float>(kMaster, chunk.tensor) + chunk.start;
-    const scalar_t* grad = table.pointer<scalar_t>(kGrad, chunk.tensor) + chunk.start;
-    const bool climbed = table.has(kBackup, chunk.tensor);
-    const auto block = update(chunk);
-    for_each_block(chunk.length, [&](int64_t start, int64_t length) {
-      alignas(64) float result[kBlock], wide_grad[kBlock];
-      alignas(64) scalar_t rounded[kBlock];
-      if (!climbed) follow(master + start, param + start, length);
-      convert(wide_grad, grad + start, length);
-      block(result, master + start, wide_grad, chunk.start + start, length);
-      std::memcpy(master + start, result, length * sizeof(float));
-      convert(rounded, result, length);
-      store_block(param + start, rounded, length * sizeof(scalar_t), stream);
-    });
-  });
-}
-
-// make_update(stored_t{}, rounding_for) is an `update` for weights and state of type stored_t.
-template <int kResults, typename MakeUpdate>
-void restore_and_update(const TensorTable& table, ScalarType dtype, const float* steps, const Descent* descent,
-                        const MakeUpdate& make_update) {
+template <typename Options>
+void restore_and_update(const TensorTable& table, ScalarType dtype, const Options* options, double inv_grad_scale,
+                        const Descent* descent) {
+  constexpr int kResults = std::is_same_v<Options, SgdOptions> ? 2 : 4;
   dispatch(dtype, [&](auto type) {
     using scalar_t = decltype(type);
-    if constexpr (kIsNarrow<scalar_t>) {
-      if (table.has_masters) {
-        return update_masters<scalar_t>(table,
-                                        make_update(float{}, [](int64_t, uint32_t) { return Nearest<float>{}; }));
-      }
-    }
-    with_rounding<scalar_t, kResults>(table, steps, kUpdateDraw, [&](const auto& rounding_for) {
-      update_chunks<scalar_t>(table, descent, make_update(scalar_t{}, rounding_for));
+    TensorTable mine = table;
+    // Masters and state beside them are float32; the parameters are their masters' nearest.
+    if (table.has_masters) mine.positions = nullptr;
+    with_rounding<scalar_t, kResults>(mine, kWeightDraw, [&](const auto& rounding_for) {
+      with_rounding<scalar_t, 1>(mine, kMethodStateDraw, [&](const auto& state_rounding_for) {
+        update_chunks<scalar_t>(mine, options, inv_grad_scale, descent, rounding_for, state_rounding_for);
+      });
     });
   });
 }
 
-void advance_steps(const TensorTable& table, float* steps) {
+// The base's own step follows: w <- backup, and what it reads becomes the descent's direction.
+void restore_and_prepare(const TensorTable& table, ScalarType dtype, const Descent* descent) {
+  dispatch(dtype, [&](auto type) {
+    using scalar_t = decltype(type);
+    using T = opmath_t<scalar_t>;
+    constexpr Nearest<scalar_t> nearest;
+    const bool stream = should_stream(table, sizeof(scalar_t));
+    for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t) {
+      restore_chunk<scalar_t>(table, chunk, stream);
+      const Direction<scalar_t> direction(table, descent, chunk);
+      if (!direction.takes_part) return;
+      for_each_block(chunk.length, [&](int64_t start, int64_t length) {
+        typename Direction<scalar_t>::Block block;
+        const T* grad = direction.direction(block, start, length);
+        const T* shift = direction.decoupled ? direction.shift(block, length) : nullptr;
+        direction.keep_state(block, start, length, nearest);
+        if (shift != nullptr) direction.first_grad.store(shift, start, length, 0, nearest);
+        direction.x.store(grad, start, length, 0, nearest);
+      });
+    });
+  });
+}
+
+void advance_steps(const TensorTable& table) {
   for (int64_t tensor = 0; tensor < table.tensor_count; ++tensor) {
-    if (table.has(kGrad, tensor)) steps[tensor] += 1;
+    if (table.has(kGrad, tensor) && table.has(kStep, tensor)) *table.pointer<float>(kStep, tensor) += 1;
   }
 }
 
 }  // namespace
 
-void restore_and_sgd_(const TensorTable& table, ScalarType dtype, const SgdOptions* options, float* steps,
-                      double inv_grad_scale, const Descent* descent) {
-  restore_and_update<2>(table, dtype, steps, descent, [&](auto type, const auto& rounding_for) {
-    using stored_t = decltype(type);
-    return [&](const Chunk& chunk) {
-      const SgdOptions& group = options[table.groups[chunk.tensor]];
-      const SgdStep<opmath_t<stored_t>> step(group, inv_grad_scale, steps[chunk.tensor] == 0);
-      const auto rounding = rounding_for(chunk.tensor, group.rounding_seed);
-      auto* momentum_buffer = table.pointer<stored_t>(kState0, chunk.tensor);
-      return [=](auto* result, const stored_t* param, const auto* grad, int64_t element, int64_t length) {
-        if (momentum_buffer == nullptr) {
-          sgd(result, param, grad, length, step, rounding.at(element));
-        } else {
-          sgd_momentum(result, param, grad, momentum_buffer + element, length, step, rounding.at(element));
-        }
-      };
-    };
-  });
-  advance_steps(table, steps);
-}
-
-void restore_and_adam_(const TensorTable& table, ScalarType dtype, const AdamOptions* options, float* steps,
-                       double inv_grad_scale, const Descent* descent) {
-  restore_and_update<4>(table, dtype, steps, descent, [&](auto type, const auto& rounding_for) {
-    using stored_t = decltype(type);
-    return [&](const Chunk& chunk) {
-      const AdamOptions& group = options[table.groups[chunk.tensor]];
-      const double count = static_cast<double>(steps[chunk.tensor]) + 1.0;
-      const AdamStep<opmath_t<stored_t>> step(group, std::pow(group.beta1, count), std::pow(group.beta2, count),
-                                              inv_grad_scale);
-      const auto rounding = rounding_for(chunk.tensor, group.rounding_seed);
-      auto* exp_avg = table.pointer<stored_t>(kState0, chunk.tensor);
-      auto* exp_avg_sq = table.pointer<stored_t>(kState1, chunk.tensor);
-      auto* max_exp_avg_sq = table.pointer<stored_t>(kState2, chunk.tensor);
-      return [=](auto* result, const stored_t* param, const auto* grad, int64_t element, int64_t length) {
-        const auto here = rounding.at(element);
-        if (max_exp_avg_sq == nullptr) {
-          adam(result, param, grad, exp_avg + element, exp_avg_sq + element, length, step, here);
-        } else {
-          amsgrad(result, param, grad, exp_avg + element, exp_avg_sq + element, max_exp_avg_sq + element, length, step,
-                  here);
-        }
-      };
-    };
-  });
-  advance_steps(table, steps);
+void restore_and_update_(const TensorTable& table, ScalarType dtype, Update update, const void* options,
+                         double inv_grad_scale, const Descent* descent) {
+  switch (update) {
+    case Update::kNone:
+      return restore_and_prepare(table, dtype, descent);
+    case Update::kSgd:
+      restore_and_update(table, dtype, static_cast<const SgdOptions*>(options), inv_grad_scale, descent);
+      break;
+    case Update::kAdam:
+      restore_and_update(table, dtype, static_cast<const AdamOptions*>(options), inv_grad_scale, descent);
+      break;
+  }
+  advance_steps(table);
 }
 
 }  // namespace fastsam::cpu

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from fastsam.backends.combination import Combination
-from fastsam.tensor_table import TensorTable
+from fastsam.spec import AdamOptions, Ascent, AscentForm, AscentOptions, Descent, DescentForm, SGDOptions, Update
+from fastsam.tables import TensorTable
 
 logger = logging.getLogger("fastsam")
 
@@ -24,69 +24,32 @@ _MODULES = {name: f"fastsam.backends.{name}" for name in BACKENDS} | {"triton": 
 FASTEST_FIRST = {"cpu": ("native", "foreach"), "cuda": ("native", "triton", "foreach")}
 ANYWHERE = ("foreach",)
 
-# Kernels read gradients of the parameters' dtype. Tables that have others are these backends' work.
-_READ_ANY_GRADS = ("reference", "foreach")
-
 
 class BackendUnavailable(RuntimeError):
     """A backend cannot run on a device; the message says why and what would help."""
 
 
-class ClimbOptions(NamedTuple):
-    """How one parameter group climbs. Numbers may be 0-dim tensors."""
+class Request(NamedTuple):
+    """What a backend is asked to run."""
 
-    rho: float | Tensor
-    adaptive: bool
-    maximize: bool
-    rounding_seed: int = 0
-
-
-class SGDOptions(NamedTuple):
-    """``torch.optim.SGD``'s options for one parameter group."""
-
-    lr: float | Tensor
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-    rounding_seed: int = 0
-
-
-class AdamOptions(NamedTuple):
-    """``torch.optim.Adam``'s and ``AdamW``'s options for one parameter group."""
-
-    lr: float | Tensor
-    beta1: float | Tensor
-    beta2: float | Tensor
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    amsgrad: bool
-    maximize: bool
-    rounding_seed: int = 0
+    device_type: str
+    own_grad_dtype: bool = True
+    """Whether the gradients have their parameters' dtype."""
 
 
 class Backend(Protocol):
-    """The operations over tensor tables. Options come as one entry per parameter group.
+    """The five operations over tensor tables. Options come as one entry per parameter group.
 
-    SAM needs five; :meth:`dots`, :meth:`perturb_by_` and a ``combination`` for the updates are for the other methods.
-
-    No function waits for an accelerator, and every result is the same bits for the same input. Gradients have the
-    table's dtype; :func:`backend_of` decides who gets tables that have others.
+    No function waits for an accelerator, and every result is the same bits for the same input.
     """
 
     @staticmethod
-    def check(device_type: str) -> None:
-        """Raises :class:`BackendUnavailable` if the backend cannot run on ``device_type``."""
+    def unsupported_reason(request: Request) -> str:
+        """Why the backend cannot run ``request``, and what would help; empty if it can."""
 
     @staticmethod
-    def check_methods(device_type: str) -> None:
-        """Raises :class:`BackendUnavailable` if it can run the five operations there, but no combinations."""
-
-    @staticmethod
-    def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) -> Tensor:
-        """The L2 norm over the climbing gradients of all tables, which are on one device.
+    def grad_norm(tables: Sequence[TensorTable], options: Sequence[AscentOptions]) -> Tensor:
+        """The L2 norm over the gradients of the perturbed parameters of all tables, which are on one device.
 
         Returns:
             0-dim float64 on that device: ``||g||_2``, with ``|w| * g`` in place of ``g`` in adaptive groups. Not finite
@@ -94,63 +57,62 @@ class Backend(Protocol):
         """
 
     @staticmethod
-    def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
-        """``backup <- w; w <- w + rho * g / (norm + 1e-12)``; adaptive: ``w + rho * w^2 * g / (norm + 1e-12)``.
+    def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tensor) -> Tensor:
+        """Dot products of the tensors that a form names.
 
-        With ``maximize`` the step is subtracted. A norm that is not finite leaves ``w`` as it is. If this raises, every
-        ``w`` is as it was.
+        Args:
+            table: the table.
+            form: an ascent's, or a descent's (whose x is the gradient, with the identity map).
+            coefficients: the form's; of an ascent's, the map's columns are read.
 
-        With masters: where ``round(master)`` is not ``w``, ``master <- w``; then ``w <- round(master + e)``, with ``e``
-        from ``w``. A stochastic table rounds what it stores in ``w`` stochastically.
+        Returns:
+            Float64 ``(n, 3)``: ``<map(x), x>, <x, y>, <y, y>`` of each parameter; zeros where it has no part.
         """
 
     @staticmethod
-    def dots(table: TensorTable, combination: Combination) -> Tensor:
-        """Float64 ``(n, 3)``: ``<map(x), x>, <x, y>, <y, y>`` of each parameter; zeros where it has no part."""
+    def perturb_(table: TensorTable, ascent: Ascent) -> None:
+        """Moves the perturbed parameters uphill.
 
-    @staticmethod
-    def perturb_by_(table: TensorTable, combination: Combination) -> None:
-        """``backup <- w; w <- w + A * map(x) + B * y``; a ``w`` whose A and B are 0 stays as it is.
+        A first ascent: ``backup <- w; w <- w + A * map(x) + B * y``; A = 0 and B = 0 leave ``w`` as it is. If this
+        raises, every ``w`` is as it was. By a norm, ``A = rho / (norm + 1e-12)``, negative with ``maximize``, 0 if the
+        norm is not finite; adaptive groups move by ``A * w^2 * g``.
 
-        If y is DISTANCE, ``w <- backup + A * map(x) + B * (w - backup)``, and ``w`` stays where A is 0 and B is 1.
-        If this raises without DISTANCE, every ``w`` is as it was.
+        A further ascent (y is PERTURBATION) only reads the backup: ``w <- backup + A * map(x) + B * (w - backup)``;
+        A = 0 and B = 1 leave ``w`` as it is. If it raises, :meth:`restore_` brings the weights back.
+
+        With masters: where ``round(master)`` is not ``w``, ``master <- w`` first (in a first ascent); the master is the
+        backup, and e is computed from ``w``. A stochastic table rounds what it stores in ``w`` stochastically.
         """
 
     @staticmethod
     def restore_(table: TensorTable) -> None:
-        """``w <- backup`` for every climbing parameter, bit for bit; with masters ``w <- round(master)``."""
+        """``w <- backup`` for every perturbed parameter, bit for bit; with masters ``w <- round(master)``."""
 
     @staticmethod
-    def restore_and_sgd_(
+    def restore_and_update_(
         table: TensorTable,
-        options: Sequence[SGDOptions],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        combination: Combination | None = None,
+        update: Update,
+        options: Sequence[SGDOptions] | Sequence[AdamOptions],
+        descent: Descent | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
-        """``w <- SGD(backup, g, momentum_buffer)`` for every parameter with a gradient, ``w <- backup`` for the others.
+        """``w <- update(backup, A * x + B * y, state)`` for every parameter with a gradient; the others are restored.
 
-        With masters: ``master <- SGD(master, g, momentum_buffer); w <- round(master)``, starting from ``w`` where that
-        has not climbed and is not ``round(master)``. A stochastic table without masters rounds all that it stores
-        stochastically, each of weights and state slots by random numbers of its own.
+        With masters: ``master <- update(master, ...); w <- round(master)``, starting from ``w`` where that was not
+        perturbed and is not ``round(master)``. A stochastic table without masters rounds all that it stores
+        stochastically, each of weights, state slots and method state by random numbers of its own.
 
         Args:
-            table: its state slots are ``momentum_buffer`` (absent without momentum).
-            options: of the parameter groups.
+            table: its state rows are ``momentum_buffer`` (absent without momentum), or ``exp_avg, exp_avg_sq,
+                max_exp_avg_sq`` (amsgrad).
+            update: NONE restores only, and prepares the gradients for the base's own step: where the descent says so
+                they become ``A * x + B * y``, and the first-pass gradient what a decoupled form subtracts from ``w``.
+            options: of the parameter groups; empty for NONE.
+            descent: what takes the gradient's place; None: the gradient.
             grad_scale: if given, gradients are divided by it (``torch.amp.GradScaler``'s scale).
             found_inf: if given and not 0, weights are restored and state and masters stay as they are, bit for bit.
-            combination: if given, ``A * x + B * y`` stands for the gradient; see ``combination.Descent``.
         """
-
-    @staticmethod
-    def restore_and_adam_(
-        table: TensorTable,
-        options: Sequence[AdamOptions],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        combination: Combination | None = None,
-    ) -> None:
-        """Like :meth:`restore_and_sgd_`, with Adam; slots: ``exp_avg, exp_avg_sq, max_exp_avg_sq`` (amsgrad)."""
 
 
 def check_name(name: str) -> None:
@@ -159,55 +121,50 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 
-def load(name: str, device_type: str, *, methods: bool = False) -> Backend:
-    """The backend ``name``; with ``methods`` one that can run combinations.
+def load(name: str, request: Request) -> Backend:
+    """The backend ``name``.
 
     Raises:
         ValueError: there is no backend of that name.
-        BackendUnavailable: it cannot run on ``device_type``.
+        BackendUnavailable: it cannot run ``request``.
     """
     check_name(name)
     try:
         backend = cast(Backend, importlib.import_module(_MODULES[name]))
     except ModuleNotFoundError as missing:
         raise BackendUnavailable(f"backend {name!r} is not part of this installation ({missing})") from None
-    backend.check(device_type)
-    if methods:
-        backend.check_methods(device_type)
+    if reason := backend.unsupported_reason(request):
+        raise BackendUnavailable(reason)
     return backend
 
 
 @functools.cache
-def resolve(name: str, device_type: str, methods: bool = False) -> Backend:
-    """The module that runs the operations on ``device_type``: a named one, or the fastest that can ("auto").
+def resolve(name: str, request: Request) -> Backend:
+    """The module that runs the operations for ``request``: a named one, or the fastest that can ("auto").
 
-    Args:
-        name: of the backend.
-        device_type: of the parameters.
-        methods: whether combinations are needed, as methods beyond plain SAM do.
+    A named backend runs or raises, with one exception: gradients of another dtype than their parameters are read by
+    ``foreach`` where it cannot read them.
     """
     if name != "auto":
-        return load(name, device_type, methods=methods)  # runs or raises; never falls back
-    for candidate in FASTEST_FIRST.get(device_type, ANYWHERE):
+        return _load_named(name, request)
+    for candidate in FASTEST_FIRST.get(request.device_type, ANYWHERE):
         try:
-            return load(candidate, device_type, methods=methods)
+            return load(candidate, request)
         except BackendUnavailable as reason:
             # Only what a user can mend is worth a warning: on CUDA other backends are still as fast.
-            level = logging.WARNING if device_type == "cpu" else logging.INFO
-            logger.log(level, "backend %r skipped on %s: %s", candidate, device_type, reason)
-    raise BackendUnavailable(f"no backend can run on {device_type!r}")
+            is_warning = request.device_type == "cpu" and request.own_grad_dtype
+            level = logging.WARNING if is_warning else logging.INFO
+            logger.log(level, "backend %r skipped on %s: %s", candidate, request.device_type, reason)
+    raise BackendUnavailable(f"no backend can run on {request.device_type!r}")
 
 
-def backend_of(table: TensorTable, backend: Backend) -> Backend:
-    """``backend``, or ``foreach`` where that cannot read the table's present gradients."""
-    if table.has_own_grads:
-        return backend
-    able = [resolve(name, table.device.type) for name in _READ_ANY_GRADS]
-    return backend if backend in able else able[-1]
+def _load_named(name: str, request: Request) -> Backend:
+    backend = load(name, Request(request.device_type))
+    return load("foreach", request) if backend.unsupported_reason(request) else backend
 
 
 def grad_norms(
-    backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[ClimbOptions]
+    backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[AscentOptions]
 ) -> dict[torch.device, Tensor]:
     """The one norm over all tables (``backends``: of each), as a 0-dim float64 tensor on each of their devices."""
     together: dict[tuple[torch.device, Backend], list[TensorTable]] = {}

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastsam.tensor_table import GRAD, ROWS, TAKEN, TensorTable
+from fastsam.tables import GRAD, ROWS, TAKEN, TensorTable
 
 # Uploads that may be captured into CUDA graphs (three in a step) before a step outside a capture makes room for more.
 CAPTURED_UPLOADS = 12

@@ -29,7 +29,7 @@ from fastsam.backends.combination import (
 )
 from fastsam.backends.rounding import CLIMB, UPDATE, followed_master, round_for
 from fastsam.backends.scalars import Scalar, as_scalar, climb_scale, opmath_dtype
-from fastsam.tensor_table import GRAD, TensorTable
+from fastsam.tables import GRAD, TensorTable
 
 Options = TypeVar("Options")
 Tensors = list[Tensor]

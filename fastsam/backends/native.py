@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions
 from fastsam.backends.combination import Climb, Combination, Descent, Map
 from fastsam.backends.native_table import CudaTable, HostTable
-from fastsam.tensor_table import GRAD, TensorTable
+from fastsam.tables import GRAD, TensorTable
 
 # 256 KiB of float32: small enough to share out evenly, large enough for the prefetchers (at 64 KiB and less, walking
 # chunks backward costs perturb_ up to a half).

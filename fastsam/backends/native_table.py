@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends.device_table import DeviceTable, Options, fit_chunk_size
-from fastsam.tensor_table import GRAD, ROWS, TensorTable
+from fastsam.tables import GRAD, ROWS, TensorTable
 
 SMALLEST_CUDA_CHUNK = 4096
 

@@ -1,7 +1,7 @@
 """From float32 to 16 bits in plain PyTorch: stochastic rounding, and masters that follow their parameters.
 
-A random number is a hash of (seed, step, parameter, operation, element) in integer arithmetic: the same on every device
-and backend, nothing is stored, and no order matters. The mixing function is lowbias32 (Chris Wellons,
+A random number is a hash of (seed, step, parameter, draw, element) in integer arithmetic: the same on every device and
+backend, nothing is stored, and no order matters. The mixing function is lowbias32 (Chris Wellons,
 https://nullprogram.com/blog/2018/07/31/).
 """
 
@@ -12,12 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastsam.memory_layout import same_order
-from fastsam.tensor_table import TensorTable
-
-# What a random number is for: the climb, the update's weights; UPDATE + 1 and so on: its state slots.
-CLIMB, UPDATE = range(2)
-OPERATIONS = 8
+from fastsam.tables.memory import same_order
+from fastsam.spec import DRAWS
+from fastsam.tables import TensorTable
 
 # Elements whose random numbers are made at a time; a power of two, so that no piece crosses a multiple of 2**32.
 PIECE = 2**22
@@ -38,16 +35,16 @@ def mix(x: Word) -> Word:
     return x ^ (x >> 16)
 
 
-def make_keys(seed: int, step: Word, position: int, operation: int) -> tuple[Word, Word]:
-    """The two words that all elements of a parameter share in one operation.
+def make_keys(seed: int, step: Word, position: int, draw: int) -> tuple[Word, Word]:
+    """The two words that all elements of a parameter share in one draw.
 
     Args:
         seed: of the parameter group.
         step: the updates that the parameter has had.
         position: of the parameter over the flattened parameter groups.
-        operation: what is rounded.
+        draw: what is rounded (``spec.Draw``).
     """
-    word = position * OPERATIONS + operation & _MASK
+    word = position * DRAWS + draw & _MASK
     return mix(mix(step ^ mix(seed ^ 0x9E3779B9)) ^ word), mix(step ^ mix(mix(seed ^ 0xC2B2AE35) ^ word))
 
 
@@ -89,20 +86,26 @@ def _from_bits(bits: Tensor) -> Tensor:
 
 
 def followed_master(master: Tensor, param: Tensor) -> Tensor:
-    """The master; but what the parameter says where it is not the master's rounding: somebody has written to it."""
+    """The master, or the parameter where that is not the master's rounding: something else has written to it."""
     differs = master.to(param.dtype).view(torch.int16) != param.view(torch.int16)
     return torch.where(differs, param.to(torch.float32), master)
 
 
-def round_for(table: TensorTable, i: int, x: Tensor, operation: int, seed: int) -> Tensor:
+def round_for(table: TensorTable, i: int, x: Tensor, draw: int, seed: int) -> Tensor:
     """float32 ``x``, to be stored for parameter ``i`` of a stochastic table, in the table's dtype."""
     like = table.values[i]
     result = torch.empty_like(like)
     if not same_order(x, like):
         x = torch.empty_like(like, dtype=x.dtype).copy_(x)
-    keys = make_keys(seed, table.steps[i].to(torch.int64), table.positions[i], operation)
+    keys = make_keys(seed, _updates(table, i), table.positions[i], draw)
     for start in range(0, x.numel(), PIECE):
         count = min(PIECE, x.numel() - start)
         piece, target = (t.as_strided((count,), (1,), t.storage_offset() + start) for t in (x, result))
         target.copy_(round_stochastically(piece, random_words(keys, start, count), table.dtype))
     return result
+
+
+def _updates(table: TensorTable, i: int) -> Tensor:
+    """The number of updates that a parameter has had, as a word."""
+    step = table.steps[i]
+    return torch.ones((), dtype=torch.int64, device=table.device) if step is None else step.to(torch.int64)

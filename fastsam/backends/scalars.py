@@ -22,7 +22,7 @@ def as_scalar(value: Scalar, device: torch.device) -> Scalar:
     return value.detach().reshape(()).to(device, torch.float64, non_blocking=True)
 
 
-def climb_scale(rho: Scalar, maximize: bool, norm: Tensor) -> Tensor:
+def ascent_scale(rho: Scalar, maximize: bool, norm: Tensor) -> Tensor:
     """``rho / (norm + 1e-12)``, signed; 0 where the norm is not finite, which callers take as "leave w alone"."""
     scale = rho / (norm + 1e-12)
     return torch.where(torch.isfinite(norm), -scale if maximize else scale, torch.zeros_like(norm))

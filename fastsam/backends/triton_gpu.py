@@ -17,7 +17,7 @@ from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDO
 from fastsam.backends.combination import Climb, Combination, Descent, Map
 from fastsam.backends.device_table import DeviceTable, fit_chunk_size, is_capturing, refuse_capture
 from fastsam.backends.scalars import opmath_dtype
-from fastsam.tensor_table import GRAD, TensorTable
+from fastsam.tables import GRAD, TensorTable
 
 OLDEST_TRITON = (3, 4)
 _INSTALL = "pip install 'triton>=3.4' (a build of PyTorch for GPUs brings its own)"

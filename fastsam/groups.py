@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastsam.backends import ClimbOptions
-from fastsam.base_update import FUSED
-from fastsam.memory_layout import check_disjoint, check_parameter
-from fastsam.methods import RhoByLR
+from fastsam.bases import FUSED
 from fastsam.precision import PRECISION_OPTIONS, check_precision, default_seed, rounding_seed
+from fastsam.schedules import RhoByLR, is_schedule
+from fastsam.spec import AscentOptions
+from fastsam.tables.memory import check_disjoint, check_parameter
 
 GROUP_OPTIONS = ("rho", "adaptive", "perturb", *PRECISION_OPTIONS)
 """What FastSAM keeps in each group beside the base's options."""
@@ -32,7 +32,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     return entries if isinstance(entries[0], dict) else [{"params": entries}]
 
 
-def completed(group: Any, own: Mapping[str, Any], base: type[Optimizer]) -> dict[str, Any]:
+def with_defaults(group: Any, own: Mapping[str, Any], base: type[Optimizer]) -> dict[str, Any]:
     """A copy of a parameter group, with a list of parameters and FastSAM's options, all of them checked."""
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"a parameter group must be a dict with 'params', got {group!r}")
@@ -75,11 +75,6 @@ def check_parameters(groups: Sequence[Mapping[str, Any]]) -> None:
     check_disjoint(params)
 
 
-def is_schedule(rho: Any) -> bool:
-    """Whether ``rho`` is no radius, but says which one it is in each step."""
-    return callable(rho) or isinstance(rho, RhoByLR)
-
-
 def rho_in(group: Mapping[str, Any], step: int) -> Any:
     """The radius of ``group`` in step ``step`` (from 0)."""
     rho = group["rho"]
@@ -88,11 +83,11 @@ def rho_in(group: Mapping[str, Any], step: int) -> Any:
     return rho(step) if callable(rho) else rho
 
 
-def climb_options(group: Mapping[str, Any], step: int) -> ClimbOptions:
-    """What backends are told of ``group``'s climb in step ``step``."""
+def ascent_options(group: Mapping[str, Any], step: int) -> AscentOptions:
+    """What backends are told of ``group``'s ascent in step ``step``."""
     rho = rho_in(group, step)
     _check_rho(rho, read=not isinstance(rho, Tensor) or rho.device.type == "cpu")
-    return ClimbOptions(rho, bool(group["adaptive"]), bool(group.get("maximize", False)), rounding_seed(group))
+    return AscentOptions(rho, bool(group["adaptive"]), bool(group.get("maximize", False)), rounding_seed(group))
 
 
 def _check_options(group: Mapping[str, Any]) -> None:

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastsam.backends import AdamOptions, SGDOptions
-from fastsam.optimizer_state import STEP_NAME, StateNames
 from fastsam.precision import rounding_seed
+from fastsam.spec import STEP_NAME, AdamOptions, SGDOptions, StateNames, Update
 
 Group = Mapping[str, Any]
 
@@ -18,8 +17,7 @@ Group = Mapping[str, Any]
 class FusedUpdate(NamedTuple):
     """How one base optimizer class runs on the backends."""
 
-    operation: str
-    """The backend's function."""
+    kind: Update
     options: Callable[[Group], SGDOptions | AdamOptions]
     state_names: Callable[[Group], StateNames]
     saved: Callable[[dict[str, Any]], dict[str, Any]] = dict
@@ -74,11 +72,11 @@ def _adam_state(group: Group) -> StateNames:
     return StateNames((*moments, "max_exp_avg_sq") if group["amsgrad"] else moments, "step")
 
 
-_ADAM = FusedUpdate("restore_and_adam_", _adam_options, _adam_state)
+_ADAM = FusedUpdate(Update.ADAM, _adam_options, _adam_state)
 
 # Exactly these classes: a subclass may do anything in its step().
 FUSED: dict[type[torch.optim.Optimizer], FusedUpdate] = {
-    torch.optim.SGD: FusedUpdate("restore_and_sgd_", _sgd_options, _sgd_state, _saved_sgd_state),
+    torch.optim.SGD: FusedUpdate(Update.SGD, _sgd_options, _sgd_state, _saved_sgd_state),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
 }

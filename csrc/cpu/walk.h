@@ -1,9 +1,8 @@
-// The loop over chunks on the CPU: which thread takes which chunk, and how results reach memory.
+// The loop over chunks on the CPU: which thread takes which chunk, in which order, and in blocks of how many elements.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -11,8 +10,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "../rounding.h"
-#include "../tensor_table.h"
+#include "../table.h"
 
 // One binary for every x86-64: the loop is compiled three times and chosen at load time. (An "avx2" clone would lack
 // FMA.) Elsewhere the baseline is vectorised already.
@@ -26,6 +24,14 @@
 #define FASTSAM_MULTIVERSION
 #endif
 
+// Before a loop over elements whose pointers may be the same, element for element (AWP's y are the weights): no turn
+// reads what another writes.
+#if defined(__clang__)
+#define FASTSAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FASTSAM_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace fastsam::cpu {
 
 // Elements that are worked on at a time: few enough that the stores of one block overlap with the loads of the next
@@ -33,36 +39,6 @@ namespace fastsam::cpu {
 constexpr int64_t kBlock = 256;
 // Below this much work a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
-
-// Bytes of one role's tensors above which results bypass the cache: they would be evicted before they are read again,
-// and a cached store reads the line first.
-constexpr int64_t kStreamFromBytes = int64_t{16} << 20;
-
-inline bool should_stream(const TensorTable& table, int64_t element_size) {
-  return table.work * element_size >= kStreamFromBytes;
-}
-
-// memcpy, with non-temporal stores if `stream`.
-inline void store_block(void* target, const void* source, int64_t bytes, [[maybe_unused]] bool stream) {
-#if defined(__SSE2__)
-  if (stream) {
-    char* to = static_cast<char*>(target);
-    const char* from = static_cast<const char*>(source);
-    const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 63);
-    std::memcpy(to, from, head);
-    int64_t i = head;
-    for (; i + 64 <= bytes; i += 64) {
-      for (int64_t j = i; j < i + 64; j += 16) {
-        const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), value);
-      }
-    }
-    std::memcpy(to + i, from + i, bytes - i);
-    return;
-  }
-#endif
-  std::memcpy(target, source, bytes);
-}
 
 // Non-temporal stores are weakly ordered: a thread fences before others may read what it wrote.
 inline void finish_stores() {
@@ -105,19 +81,6 @@ void for_each_block(int64_t length, const Body& body) {
   for (int64_t start = 0; start < length; start += kBlock) {
     body(start, std::min(kBlock, length - start));
   }
-}
-
-// Calls body(rounding_for), of which rounding_for(tensor, seed) rounds kResults results of that tensor's elements.
-template <typename scalar_t, int kResults, typename Body>
-void with_rounding(const TensorTable& table, const float* steps, Draw draw, const Body& body) {
-  if constexpr (kIsNarrow<scalar_t>) {
-    if (table.positions != nullptr) {
-      return body([&](int64_t tensor, uint32_t seed) {
-        return Stochastic<scalar_t, kResults>::make(seed, steps[tensor], table.positions[tensor], draw);
-      });
-    }
-  }
-  body([](int64_t, uint32_t) { return Nearest<scalar_t>{}; });
 }
 
 }  // namespace fastsam::cpu

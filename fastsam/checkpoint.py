@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsam.base_update import FusedUpdate
-from fastsam.method import Method
-from fastsam.methods import SAM
-from fastsam.optimizer_state import MASTER_NAME
-from fastsam.parameter_groups import GROUP_OPTIONS, is_schedule, rho_in
+from fastsam.bases import FusedUpdate
+from fastsam.groups import GROUP_OPTIONS, rho_in
+from fastsam.methods import SAM, Method
+from fastsam.schedules import is_schedule
+from fastsam.spec import MASTER_NAME
 
 STEP_COUNT = "fastsam_step"
 """In each parameter group: the number of steps, where a method, an interval or a schedule asks for it."""

@@ -8,6 +8,8 @@
 #include <new>
 #include <vector>
 
+#include "python.h"
+
 // torch refuses its copy of DLPack's header under its own stable ABI. DLPack has a version of its own, asked below.
 #undef TORCH_TARGET_VERSION
 #include <ATen/dlpack.h>
@@ -140,6 +142,7 @@ PyObject* nested_identities(PyObject*, PyObject* arguments) {
 PyMethodDef methods[] = {{"describe", describe, METH_VARARGS, nullptr},
                          {"identities", identities, METH_O, nullptr},
                          {"nested_identities", nested_identities, METH_VARARGS, nullptr},
+                         {"spec", fastsam::spec, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

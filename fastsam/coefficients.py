@@ -1,0 +1,190 @@
+"""A method's formulas over tables: asks the backends for dots, and packs what the method computes for the kernels.
+
+Nothing here waits for an accelerator or copies to it from the host: numbers of groups reach a device as arguments of
+the kernels that fill tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastsam.backends import Backend
+from fastsam.methods.method import AscentTerms, DescentTerms, Dots, Facts, Method
+from fastsam.spec import Ascent, AscentOptions, Descent, DescentCoefficients
+from fastsam.tables import TensorTable
+
+Values = Sequence[float | Tensor]
+"""One per parameter group."""
+
+
+class Coefficients:
+    """One method's coefficients, and whether the present step's first pass was finite."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        # On each device: whether the ascent's dots were finite. If not, the first-pass gradients are not used.
+        self._finite: dict[torch.device, Tensor] = {}
+
+    def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
+        """The ascent was plain SAM's, by these norms."""
+        self._finite = {device: torch.isfinite(norm) for device, norm in norms.items()}
+
+    def ascents(
+        self,
+        backends: Sequence[Backend],
+        tables: Sequence[TensorTable],
+        options: Sequence[AscentOptions],
+        further: bool,
+    ) -> list[Ascent]:
+        """What each table's ascent is."""
+        form = self.method.ascent_form(further)
+        assert form is not None
+        facts = [_facts(table, options) for table in tables]
+        maps = [_pack(_constants(t).ascent, self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
+        each = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
+        totals = _totals(tables, [self.method.weigh(d, f) for d, f in zip(each, facts, strict=True)])
+        finite = {device: torch.isfinite(total).all() for device, total in totals.items()}
+        self._finite = {d: f & self._finite[d] if further else f for d, f in finite.items()}
+        result = []
+        for table, dots, fact in zip(tables, each, facts, strict=True):
+            terms = self.method.ascent_terms(Dots(totals[table.device], dots), fact, further)
+            constants = _constants(table)
+            packed = _pack(constants.ascent, terms)
+            stays = constants.further if further else constants.ascent
+            selected = torch.where(finite[table.device], packed, stays)
+            result.append(Ascent(options, form=form, coefficients=selected))
+        return result
+
+    def descents(
+        self,
+        backends: Sequence[Backend],
+        tables: Sequence[TensorTable],
+        options: Sequence[AscentOptions],
+        lrs: Callable[[], Values],
+        ascended: bool,
+        grad_scales: Sequence[Tensor | None],
+    ) -> list[Descent] | None:
+        """What takes the gradients' place in each table's update; None: nothing does."""
+        form = self.method.descent_form(ascended)
+        if form is None:
+            return None
+        facts = [_facts(table, options, lrs) for table in tables]
+        if self.method.measures(ascended):
+            each = [b.dots(t, form, _constants(t).descent) for b, t in zip(backends, tables, strict=True)]
+        else:
+            each = [_constants(table).no_dots for table in tables]
+        totals = _totals(tables, each)
+        result = []
+        for table, dots, fact, scale in zip(tables, each, facts, grad_scales, strict=True):
+            constants = _constants(table)
+            finite = torch.isfinite(totals[table.device]).all()
+            if ascended:
+                finite = finite & self._finite.get(table.device, finite)
+            terms = self.method.descent_terms(Dots(totals[table.device], dots), fact, ascended)
+            packed = _pack(constants.descent, terms)
+            if form.decoupled and scale is not None:
+                packed[:, DescentCoefficients.DECOUPLED_X : DescentCoefficients.DECOUPLED_Y + 1] /= scale.double()
+            # Where rho is 0, the gradient is the base's own.
+            used = torch.where(constants.keeps, finite, finite & (fact.rho != 0)[:, None])
+            result.append(Descent(form, torch.where(used, packed, constants.descent)))
+        return result
+
+
+class _Constants:
+    """What is the same for a table in every step, on its device."""
+
+    def __init__(self, table: TensorTable) -> None:
+        n, device = len(table.params), table.device
+        self.ascent = torch.zeros((n, len(AscentTerms())), dtype=torch.float64, device=device)
+        self.further = self.ascent.clone()
+        self.further[:, 1] = 1.0
+        self.descent = torch.zeros((n, len(DescentTerms())), dtype=torch.float64, device=device)
+        for column, default in enumerate(DescentTerms()):
+            self.descent[:, column].fill_(default)
+        self.no_dots = torch.zeros((n, 3), dtype=torch.float64, device=device)
+        columns = [column.name.startswith("KEEP") for column in DescentCoefficients]
+        self.keeps = _send(torch.tensor(columns, device="cpu"), device)
+        flags = torch.tensor([float(param.dim() > 1) for param in table.params], dtype=torch.float64, device="cpu")
+        self.matrix = _send(flags, device)
+        groups = torch.tensor(table.groups, dtype=torch.int64, device="cpu")
+        self._in_group = {group: _send(groups == group, device) for group in sorted(set(table.groups))}
+        self._spread: dict[str, tuple[list[float], Tensor]] = {}
+
+    def spread(self, name: str, values: Values, signs: Sequence[float]) -> Tensor:
+        """A number of each group as one of each parameter: float64 ``(n,)``."""
+        plain = [None if _is_elsewhere(value) else float(value) for value in values]
+        numbers = [sign * number for sign, number in zip(signs, plain, strict=True) if number is not None]
+        # What a CUDA graph reads is made within it: what is kept here goes when a number changes.
+        keeps = len(numbers) == len(plain) and not _is_capturing(self.matrix.device)
+        if keeps and name in self._spread and self._spread[name][0] == numbers:
+            return self._spread[name][1]
+        result = torch.zeros_like(self.matrix)
+        for group, mask in self._in_group.items():
+            value, number = values[group], plain[group]
+            if number is not None:
+                result = result.masked_fill(mask, signs[group] * number)
+            else:
+                assert isinstance(value, Tensor)
+                mine = value.detach().reshape(()).to(result.device, torch.float64, non_blocking=True)
+                result = torch.where(mask, signs[group] * mine, result)
+        if keeps:
+            self._spread[name] = numbers, result
+        return result
+
+
+def _constants(table: TensorTable) -> _Constants:
+    return table.attached(_Constants)
+
+
+def _facts(table: TensorTable, options: Sequence[AscentOptions], lrs: Callable[[], Values] = list) -> Facts:
+    signs = [-1.0 if option.maximize else 1.0 for option in options]
+    constants = _constants(table)
+    return Facts(
+        partial(constants.spread, "rho", [option.rho for option in options], signs),
+        lambda: constants.spread("lr", lrs(), signs),
+        lambda: constants.matrix,
+    )
+
+
+def _pack(neutral: Tensor, terms: AscentTerms | DescentTerms) -> Tensor:
+    """The terms as columns of one tensor: ``neutral`` itself, which has the defaults, where there is nothing else."""
+    defaults = type(terms)()
+    given = [(j, term) for j, term in enumerate(terms) if isinstance(term, Tensor) or term != defaults[j]]
+    if not given:
+        return neutral
+    packed = neutral.clone()
+    for column, term in given:
+        packed[:, column] = term
+    return packed
+
+
+def _totals(tables: Sequence[TensorTable], each: Sequence[Tensor]) -> dict[torch.device, Tensor]:
+    """The sums over all parameters, on each of the tables' devices."""
+    sums: dict[torch.device, Tensor] = {}
+    for table, dots in zip(tables, each, strict=True):
+        mine = dots.sum(dim=0)
+        sums[table.device] = sums[table.device] + mine if table.device in sums else mine
+    if len(sums) == 1:
+        return sums
+    home = next((device for device in sums if device.type != "cpu"), next(iter(sums)))
+    total = torch.stack([part.to(home, non_blocking=True) for part in sums.values()]).sum(dim=0)
+    return {device: total.to(device, non_blocking=device.type != "cpu") for device in sums}
+
+
+def _is_elsewhere(value: float | Tensor) -> bool:
+    """Whether reading the value would wait for an accelerator."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

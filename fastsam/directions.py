@@ -1,0 +1,73 @@
+"""Directions of ascent that are no gradients: drawn at random, or computed by a method in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam.methods import Method
+from fastsam.tables import TensorTable
+from fastsam.tables.memory import allocate_like, as_real
+
+
+def draw_noise(tables: Sequence[TensorTable], seed: int, step: int) -> None:
+    """Gives every parameter of every table a direction drawn from N(0, I)."""
+    for number, table in enumerate(tables):
+        directions = allocate_like(table.values, zero=False)
+        memory = directions[0].untyped_storage().nbytes() // table.dtype.itemsize
+        generator = torch.Generator(table.device)
+        # 32 bits: the CPU's generator reads no more of a seed.
+        generator.manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77 + number * 0xC2B2AE3D) % 2**32)
+        directions[0].as_strided((memory,), (1,), 0).normal_(generator=generator)
+        table.set_directions(list(directions))
+
+
+def choose_directions(tables: Sequence[TensorTable], method: Method, further: bool) -> None:
+    """Asks the method for the directions of the parameters that are to move; what gets none does not move.
+
+    Raises:
+        TypeError: the method returned something else than a sequence of tensors and None.
+        ValueError: it returned too many or too few, or one of another shape or device.
+    """
+    places = sorted(
+        ((table.positions[i], table, i) for table in tables for i in table.perturbed), key=lambda place: place[0]
+    )
+    params = [table.params[i] for _, table, i in places]
+    grads: list[Any] = [param.grad for param in params]
+    found = method.direction(params, grads)
+    if not isinstance(found, Sequence):
+        raise TypeError(f"{method}: direction must return a sequence of tensors, got {type(found).__name__}")
+    if len(found) != len(params):
+        raise ValueError(f"{method}: direction must return {len(params)} entries, one per parameter, got {len(found)}")
+    directions: dict[int, list[Tensor | None]] = {id(table): [None] * len(table.params) for table in tables}
+    for direction, (_, table, i) in zip(found, places, strict=True):
+        if direction is not None:
+            _check(method, table, i, direction)
+            directions[id(table)][i] = _lay_out(table, i, direction)
+    for table in tables:
+        mine = directions[id(table)]
+        table.set_directions(mine)
+        if not further and any(mine[i] is None for i in table.perturbed):
+            table.choose_perturbed(
+                [True] * (max(table.groups) + 1), [i for i in table.perturbed if mine[i] is not None]
+            )
+
+
+def _check(method: Method, table: TensorTable, i: int, direction: Any) -> None:
+    what = f"{method}: the direction of {table.name(i)}"
+    if not isinstance(direction, Tensor):
+        raise TypeError(f"{what} must be a tensor or None, got {type(direction).__name__}")
+    if direction.shape != table.params[i].shape:
+        raise ValueError(f"{what} has shape {tuple(direction.shape)}")
+    if direction.device != table.device:
+        raise ValueError(f"{what} is on {direction.device}")
+    if direction.is_complex() != table.params[i].is_complex():
+        raise ValueError(f"{what} has dtype {direction.dtype}")
+
+
+def _lay_out(table: TensorTable, i: int, direction: Tensor) -> Tensor:
+    """A copy, so that the step owns it: a method may return a gradient or a tensor that it keeps."""
+    return torch.empty_like(table.values[i]).copy_(as_real(direction.detach()))

@@ -1,0 +1,328 @@
+"""One step over tables: perturb, restore, update, from a plan that says what the optimizer wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsam.backends import Backend, Request, grad_norms, resolve
+from fastsam.bases import FusedUpdate
+from fastsam.coefficients import Coefficients
+from fastsam.directions import choose_directions, draw_noise
+from fastsam.groups import ascent_options
+from fastsam.methods import Method
+from fastsam.precision import ascent_seed
+from fastsam.spec import Ascent, AscentOptions, Descent, Row, StateNames, Update
+from fastsam.tables import TensorTable, TensorTables, Wanted
+from fastsam.tables.memory import as_real
+from fastsam.tables.state import OptimizerState
+
+
+class Plan(NamedTuple):
+    """What one phase of a step is to work on.
+
+    Attributes:
+        groups: the parameter groups.
+        state: the base optimizer's state.
+        step: the number of the step, from 0.
+        update: how the base runs fused; None: by its own ``step()``.
+        grad_scale, found_inf: a GradScaler's, or None.
+        micro_batch: which of the step's closures this is, each with an ascent of its own.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    state: OptimizerState
+    step: int
+    update: FusedUpdate | None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    micro_batch: int = 0
+
+    @property
+    def state_names(self) -> list[StateNames]:
+        """What the base update keeps, for each group."""
+        return [] if self.update is None else [self.update.state_names(group) for group in self.groups]
+
+
+class Engine:
+    """The tables of one optimizer, and where in a step they are.
+
+    Args:
+        backend: the name of one, or "auto".
+        method: the method.
+
+    Attributes:
+        tables: the tables.
+        perturbed: whether the weights are perturbed.
+        is_single: whether ``first_step()`` has found that this step has no ascent: its gradients are for the update.
+        ascents: how many ascent steps this step has had.
+        is_constructed: whether the optimizer's constructor is through.
+    """
+
+    def __init__(self, backend: str, method: Method) -> None:
+        self.backend, self.method = backend, method
+        self.tables = TensorTables()
+        self.perturbed = False
+        self.is_single = False
+        self.ascents = 0
+        self.is_constructed = False
+        self._coefficients = Coefficients(method)
+
+    # ---- perturb ----
+
+    @torch.no_grad()
+    def ascend(self, plan: Plan) -> None:
+        """Moves the weights uphill by the present gradients (or by what the method has instead).
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or one cannot be used; nothing has been changed then.
+        """
+        further = self.perturbed
+        with self.tables.holding_grads():
+            if further:
+                self._read_grads_again()
+                tables = list(self.tables)
+            else:
+                tables = self.tables.read_grads(plan.groups)
+            if self.method.needs_first_pass and not any(table.present for table in tables):
+                raise RuntimeError("no parameter has a gradient; call backward() first")
+            self._choose_perturbed(tables, plan, further)
+            self._perturb(tables, self._plan_ascents(tables, plan, further))
+            if self.method.needs_first_grads:
+                for table in tables:
+                    table.keep_first_grads()
+        torch.clear_autocast_cache()
+
+    def _choose_perturbed(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> None:
+        """Decides which parameters move, and gives them all that the ascent reads or writes."""
+        if (seed := self.method.noise_seed()) is not None:
+            draw_noise(tables, seed, plan.step)
+        if not further:
+            form = self.method.ascent_form(further)
+            if form is not None and Row.STATE <= form.x < Row.STATE + 3:
+                self._bind(tables, plan)
+            perturb = [bool(group["perturb"]) for group in plan.groups]
+            for table in tables:
+                among = table.present
+                if form is not None and form.x not in (Row.GRAD, Row.DIRECTION):
+                    among = [i for i, tensor in enumerate(table.rows[form.x]) if tensor is not None]
+                elif seed is not None:
+                    among = list(range(len(table.params)))
+                table.choose_perturbed(perturb, among)
+        if self.method.has_direction:
+            choose_directions(tables, self.method, further)
+        for table in tables:
+            if table.stochastic or table.has_masters or self.method.state_name is not None:
+                self._bind([table], plan, masters=True)
+
+    def _plan_ascents(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> list[Ascent]:
+        number = plan.micro_batch * self.method.ascents + self.ascents
+        options = [_for_ascent(ascent_options(group, plan.step), number) for group in plan.groups]
+        backends = [self._backend(table) for table in tables]
+        if self.method.ascent_form(further) is not None:
+            return self._coefficients.ascents(backends, tables, options, further)
+        norms = grad_norms(backends, tables, options)
+        if self.method.needs_first_grads:
+            self._coefficients.note_norms(norms)
+        return [Ascent(options, norms[table.device]) for table in tables]
+
+    def _perturb(self, tables: Sequence[TensorTable], ascents: Sequence[Ascent]) -> None:
+        self.perturbed = True
+        try:
+            for table, ascent in zip(tables, ascents, strict=True):
+                self._backend(table).perturb_(table, ascent)
+                table.is_perturbed = True
+                table.scatter(table.perturbed)
+        except BaseException:
+            self.restore()
+            raise
+        self.ascents += 1
+
+    # ---- restore ----
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Brings the weights back, bit for bit, and ends the step without an update."""
+        moved = any(table.changed() for table in self.tables)
+        for table in self.tables:
+            if not table.is_perturbed:
+                continue
+            if moved:
+                table.restore_elsewhere()
+            else:
+                self._backend(table).restore_(table)
+                table.scatter(table.perturbed)
+        self._end_step()
+        if moved:
+            self.tables.drop()
+
+    # ---- update ----
+
+    @torch.no_grad()
+    def begin_without_ascent(self, plan: Plan) -> None:
+        """Reads the gradients of a step that has no ascent, or none any more; :meth:`descend` follows."""
+        with self.tables.holding_grads():
+            for table in self.tables.read_grads(plan.groups):
+                table.choose_perturbed([False] * len(plan.groups), [])
+
+    @torch.no_grad()
+    def descend(self, plan: Plan, base_step: Callable[[], None]) -> None:
+        """Restores the weights and lets the base apply the present gradients.
+
+        Args:
+            plan: the plan.
+            base_step: the base's own step, which runs if there is no fused update.
+        """
+        with self.tables.holding_grads():
+            self._read_grads_again()
+            tables = list(self.tables)
+            for table in tables:
+                table.gather()
+            overflow = plan.update is None and plan.found_inf is not None and float(plan.found_inf) != 0
+            descents = None if overflow else self._plan_descents(tables, plan)
+            wanted = self._bind_all(tables, plan, descents)
+            self._publish(tables, plan, wanted)
+            if plan.update is not None:
+                self._update(tables, plan, descents)
+                self._end_step()
+                return
+            moves = self._prepare_base(tables, descents)
+            self._end_step()
+        if not overflow:
+            with self._hiding_method_state(plan.state):
+                _unscale(plan)
+                base_step()
+                for param, move in moves:
+                    param.sub_(move)
+
+    def _plan_descents(self, tables: Sequence[TensorTable], plan: Plan) -> list[Descent] | None:
+        form = self.method.descent_form(self.ascents > 0)
+        if form is None:
+            return None
+        if self.method.state_name is not None:
+            self._bind(tables, plan, method=form.keeps)
+        options = [ascent_options(group, plan.step) for group in plan.groups]
+        backends = [self._backend(table) for table in tables]
+        # An unfused base is given unscaled gradients: the combination is unscaled with them.
+        scales = [to_table_device(plan.grad_scale, t) if plan.update is not None else None for t in tables]
+        lrs = lambda: [group["lr"] for group in plan.groups]  # noqa: E731
+        return self._coefficients.descents(backends, tables, options, lrs, self.ascents > 0, scales)
+
+    def _update(self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None) -> None:
+        update = plan.update
+        assert update is not None
+        options = [update.options(group) for group in plan.groups]
+        for index, table in enumerate(tables):
+            descent = None if descents is None else descents[index]
+            scalars = to_table_device(plan.grad_scale, table), to_table_device(plan.found_inf, table)
+            self._backend(table).restore_and_update_(table, update.kind, options, descent, *scalars)
+            table.is_perturbed = False
+            table.scatter(table.written, state=True)
+
+    def _prepare_base(
+        self, tables: Sequence[TensorTable], descents: Sequence[Descent] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Restores, and gives the base its gradients; returns what is to be subtracted after its step, by parameter."""
+        moves: list[tuple[Tensor, Tensor]] = []
+        for index, table in enumerate(tables):
+            descent = None if descents is None else descents[index]
+            self._backend(table).restore_and_update_(table, Update.NONE, [], descent)
+            table.is_perturbed = False
+            table.scatter(table.perturbed)
+            if descent is None:
+                continue
+            for i in table.present:
+                grad, laid_out = table.params[i].grad, table.grads[i]
+                if grad is not None and laid_out is not None and as_real(grad).data_ptr() != laid_out.data_ptr():
+                    as_real(grad).copy_(laid_out)
+                move = table.first_grads[i]
+                if descent.form.decoupled and move is not None:
+                    moves.append((as_real(table.params[i]), move))
+        return moves
+
+    # ---- state ----
+
+    def _bind(self, tables: Sequence[TensorTable], plan: Plan, *, masters: bool = False, method: bool = False) -> None:
+        for table in tables:
+            kept = table.perturbed if method else ()
+            table.slots.bind(table, plan.state, self._wanted(plan, table.perturbed if masters else (), (), kept))
+
+    def _wanted(self, plan: Plan, masters: Sequence[int], moments: Sequence[int], method: Sequence[int]) -> Wanted:
+        return Wanted(plan.state_names, self.method.state_name, masters, moments, method)
+
+    def _bind_all(
+        self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None
+    ) -> list[tuple[Wanted, bool]]:
+        """Allocates what the update needs and ``state`` lacks."""
+        keeps = descents is not None and descents[0].form.keeps
+        result = []
+        for table in tables:
+            wanted = self._wanted(plan, table.perturbed, table.present, table.perturbed if keeps else ())
+            result.append((wanted, table.slots.bind(table, plan.state, wanted)))
+        return result
+
+    def _publish(self, tables: Sequence[TensorTable], plan: Plan, wanted: Sequence[tuple[Wanted, bool]]) -> None:
+        if not any(is_new for _, is_new in wanted):
+            return
+        for table, (mine, _) in zip(tables, wanted, strict=True):
+            table.slots.publish(table, plan.state, mine)
+        for table, (mine, _) in zip(tables, wanted, strict=True):
+            table.slots.note(table, plan.state, mine)
+
+    @contextmanager
+    def _hiding_method_state(self, state: OptimizerState) -> Iterator[None]:
+        """A block in which ``state`` holds the base's own entries alone: an empty one tells it of a first step."""
+        name = self.method.state_name
+        hidden = {} if name is None else {p: e.pop(name) for p, e in state.items() if name in e}
+        try:
+            yield
+        finally:
+            for param, tensor in hidden.items():
+                state[param][name] = tensor
+
+    # ---- small things ----
+
+    def _backend(self, table: TensorTable) -> Backend:
+        return resolve(self.backend, Request(table.device.type, table.has_own_grads))
+
+    def _read_grads_again(self) -> None:
+        for table in self.tables:
+            if not table.read_grads():
+                raise RuntimeError(
+                    f"{table.name(table.changed()[0])} was moved, cast or given other memory between the two "
+                    "passes; call restore() to give the ascent up"
+                )
+
+    def _end_step(self) -> None:
+        self.perturbed, self.ascents = False, 0
+        for table in self.tables:
+            table.end_step()
+        torch.clear_autocast_cache()
+
+
+def _for_ascent(options: AscentOptions, number: int) -> AscentOptions:
+    """The options with random numbers of their own for each ascent of a step."""
+    return options._replace(rounding_seed=ascent_seed(options.rounding_seed, number)) if number else options
+
+
+def _unscale(plan: Plan) -> None:
+    if plan.grad_scale is None:
+        return
+    inverse = plan.grad_scale.double().reciprocal().float()
+    for group in plan.groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                param.grad.mul_(inverse.to(param.grad.device))
+
+
+def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
+    """GradScaler's scalar on the table's device."""
+    if scalar is None:
+        return None
+    # A number where the scaler saw no gradient at all.
+    tensor = torch.as_tensor(scalar, dtype=torch.float32)
+    return tensor.to(table.device, non_blocking=table.device.type != "cpu").reshape(())

@@ -1,0 +1,1 @@
+"""What surrounds a step: batch-norm statistics, random-number replay, deferred interrupts."""

@@ -1,0 +1,94 @@
+"""Gradients -> the rows of a table: read, checked and, where they do not lie as they should, copied."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastsam.spec import Row
+from fastsam.tables.memory import as_real, same_order
+
+if TYPE_CHECKING:
+    from fastsam.tables.table import TensorTable
+
+
+class Gradients:
+    """Reads the gradients of one table, and keeps the memory of those that have to be copied."""
+
+    def __init__(self) -> None:
+        self._scratch: dict[int, Tensor] = {}
+
+    def read(self, table: TensorTable) -> bool:
+        """Reads the parameters' present gradients into the row GRAD, ``present`` and ``grad_dtype``.
+
+        Returns:
+            False, and the table has no gradients, if a parameter has changed.
+
+        Raises:
+            RuntimeError: a sparse gradient, or one of another shape or device; the table has no gradients then.
+        """
+        table.drop_grads()
+        grads: list[Tensor | None] = []
+        found: list[bytes | None] = []
+        for block in table.blocks:
+            if not block.is_unchanged():
+                return False
+            mine, addresses = block.read_grads()
+            grads += mine
+            found.append(addresses)
+        usual = [addresses for addresses in found if addresses is not None]
+        if len(usual) == len(found):
+            table.set_row(Row.GRAD, grads, b"".join(usual))
+        else:
+            self._examine(table, grads)
+        return True
+
+    def adopt(self, table: TensorTable, i: int) -> Tensor:
+        """The present gradient as memory that nobody else writes to."""
+        grad = table.grads[i]
+        assert grad is not None
+        # Scratch is written again by the next read; a view (DDP's bucket) by the next backward.
+        if self._scratch.get(i) is grad:
+            del self._scratch[i]
+        elif grad._base is not None and not table.params[i].is_complex():
+            grad = torch.empty_like(table.values[i], dtype=grad.dtype).copy_(grad)
+        return grad
+
+    def _examine(self, table: TensorTable, grads: list[Tensor | None]) -> None:
+        present = [(i, g) for i, g in enumerate(grads) if g is not None]
+        for i, grad in present:
+            _check(table, i, grad)
+        ordinary = all(grad.dtype == table.params[i].dtype for i, grad in present)
+        table.grad_dtype = table.dtype if ordinary else torch.promote_types(table.dtype, torch.float32)
+        laid_out = [None if g is None else self._lay_out(table, i, g) for i, g in enumerate(grads)]
+        table.present = [i for i, _ in present]
+        table.set_row(Row.GRAD, laid_out)
+        for block in table.blocks:
+            mine = slice(block.start, block.stop)
+            block.expect_grads(grads[mine], usable=all(map(is_, grads[mine], laid_out[mine])))
+
+    def _lay_out(self, table: TensorTable, i: int, grad: Tensor) -> Tensor:
+        """The gradient itself where its elements are and lie as they are to, else a copy where they do."""
+        real = grad if not (grad.is_complex() or grad.is_neg()) else as_real(grad)
+        if real.dtype == table.grad_dtype and same_order(real, table.values[i]):
+            return real
+        if i not in self._scratch or self._scratch[i].dtype != table.grad_dtype:
+            self._scratch[i] = torch.empty_like(table.values[i], dtype=table.grad_dtype)
+        return self._scratch[i].copy_(real)
+
+
+def _check(table: TensorTable, i: int, grad: Tensor) -> None:
+    value = table.values[i]
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{table.name(i)}: sparse gradients are not supported; use dense ones (torch.nn.Embedding(sparse=False))"
+        )
+    if grad.device != value.device:
+        raise RuntimeError(f"{table.name(i)}: its gradient is on {grad.device}, the parameter on {value.device}")
+    if grad.shape != table.params[i].shape:
+        raise RuntimeError(f"{table.name(i)}: its gradient has shape {tuple(grad.shape)}")
+    if grad.is_complex() != table.params[i].is_complex():
+        raise RuntimeError(f"{table.name(i)}: its gradient has dtype {grad.dtype}")

@@ -1,0 +1,219 @@
+"""The tensors that live in the optimizer's ``state``: moments, masters, method state, step counts.
+
+Each is found there under torch's name, or allocated by itself (views of one block would all be pickled with each of
+them). What is allocated is in the table's rows at once, and in ``state`` only from :meth:`StateSlots.publish` on, so
+that an exception before the update leaves ``state`` as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsam.spec import MASTER_NAME, STATE_SLOTS, STEP_NAME, Row, StateNames
+from fastsam.tables.memory import as_real, is_dense, same_order
+from fastsam.tables.signature import Description, describe, nested_identities
+
+if TYPE_CHECKING:
+    from fastsam.tables.table import TensorTable
+
+OptimizerState = Mapping[Tensor, dict[str, Any]]
+
+_ROWS = (*(Row(Row.STATE + slot) for slot in range(STATE_SLOTS)), Row.MASTER, Row.METHOD_STATE, Row.STEP)
+
+
+class Wanted(NamedTuple):
+    """What the coming operations need of the state.
+
+    Attributes:
+        names: the base update's, one per parameter group.
+        method_state: the name under which the method keeps its state, if it does.
+        masters: the parameters (indices) that need their master, and their step count if rounding asks for one.
+        moments: those that need everything else that the base update keeps.
+        method: those that need method state.
+    """
+
+    names: Sequence[StateNames]
+    method_state: str | None = None
+    masters: Sequence[int] = ()
+    moments: Sequence[int] = ()
+    method: Sequence[int] = ()
+
+
+class StateSlots:
+    """The rows of one table whose tensors live in the optimizer's ``state``."""
+
+    def __init__(self) -> None:
+        self.written: list[Tensor] = []
+        """What an update writes, for their version counters."""
+        # Made, and not in ``state`` yet.
+        self._pending: dict[tuple[int, Row], Tensor] = {}
+        self._key: tuple[Any, ...] | None = None
+        self._identities: bytes | None = None
+        self._alive: list[Any] = []
+        self._bound: list[Tensor] = []
+        self._description: Description | None = None
+        self._made: dict[str, set[int]] = {}
+        self._known: list[Wanted] = []
+
+    def bind(self, table: TensorTable, state: OptimizerState, wanted: Wanted) -> bool:
+        """Fills the table's rows from ``state`` and allocates what is wanted and missing; ``state`` is not changed.
+
+        Returns:
+            Whether anything was done: False in the steady state, in which all is as it was.
+
+        Raises:
+            RuntimeError: a state tensor has another shape than its parameter.
+        """
+        if self._is_current(state, wanted):
+            return False
+        names = _complete(table, wanted.names)
+        made = {name: set(getattr(wanted, name)) for name in ("masters", "moments", "method")}
+        made["masters"] |= made["moments"]
+        rows: dict[Row, list[Tensor | None]] = {row: [None] * len(table.params) for row in _ROWS}
+        pending: dict[tuple[int, Row], Tensor] = {}
+        for i, param in enumerate(table.params):
+            entries = state.get(param) or {}
+            for row, name in _slots(table, names, wanted.method_state, i):
+                tensor = self._find(table, entries, row, name, i, needed=i in made[_NEED[row]], names=names)
+                if tensor is not None and tensor is not entries.get(name):
+                    pending[i, row] = tensor
+                rows[row][i] = None if tensor is None else as_real(tensor.detach())
+        self._pending = pending
+        for row, tensors in rows.items():
+            table.set_row(row, tensors)
+        if table.has_masters:
+            table.place_backups()
+        self._key, self._made, self._known = (tuple(wanted.names), wanted.method_state), made, []
+        self._identities = None
+        return True
+
+    def publish(self, table: TensorTable, state: OptimizerState, wanted: Wanted) -> None:
+        """Puts what was allocated into ``state``."""
+        names = _complete(table, wanted.names)
+        for (i, row), tensor in self._pending.items():
+            name = dict(_slots(table, names, wanted.method_state, i))[row]
+            state[table.params[i]][name] = tensor
+        self._pending = {}
+        if not table.has_masters:
+            for param in table.params:  # of a time with master weights
+                if param in state:
+                    state[param].pop(MASTER_NAME, None)
+
+    def note(self, table: TensorTable, state: OptimizerState, wanted: Wanted) -> None:
+        """Remembers which tensors ``state`` holds, once every table has published its own."""
+        names = _complete(table, wanted.names)
+        self._bound = [
+            entries[name]
+            for i, param in enumerate(table.params)
+            if (entries := state.get(param))
+            for _, name in _slots(table, names, wanted.method_state, i)
+            if isinstance(entries.get(name), Tensor)
+        ]
+        bases = {id(base): base for base in (t if t._base is None else t._base for t in self._bound)}
+        self.written = list(bases.values())  # views of one allocation share its version
+        self._asked = _names_of(table, names, wanted.method_state)
+        self._identities = nested_identities(state, self._asked)
+        # An identity means something only while its object lives.
+        self._alive = [(param, entries, *entries.values()) for param, entries in state.items()]
+        self._description = describe(self._bound)
+
+    def _is_current(self, state: OptimizerState, wanted: Wanted) -> bool:
+        return (
+            self._identities is not None
+            and self._key == (tuple(wanted.names), wanted.method_state)
+            and self._covers(wanted)
+            and nested_identities(state, self._asked) == self._identities
+            and describe(self._bound) == self._description
+        )
+
+    def _covers(self, wanted: Wanted) -> bool:
+        # The lists are the same objects from step to step.
+        if any(wanted[2:] == known[2:] for known in self._known):
+            return True
+        if all(self._made[name].issuperset(getattr(wanted, name)) for name in self._made):
+            self._known = [*self._known[-2:], wanted]
+            return True
+        return False
+
+    def _find(
+        self,
+        table: TensorTable,
+        entries: Mapping[str, Any],
+        row: Row,
+        name: str,
+        i: int,
+        *,
+        needed: bool,
+        names: Sequence[StateNames],
+    ) -> Tensor | None:
+        """The state tensor itself where the operations can use it, else one that has its values; None: not needed."""
+        value = entries.get(name)
+        if row == Row.STEP:
+            return _find_step(table, entries, value, names[table.groups[i]]) if needed or value is not None else None
+        if value is not None and value.shape != table.params[i].shape:
+            raise RuntimeError(f"{table.name(i)}: its state {name!r} has shape {tuple(value.shape)}")
+        if value is not None and _fits(table, i, value):
+            return value
+        if value is None and (i, row) in self._pending:
+            # A perturbed parameter no longer has the weights: its master does.
+            return self._pending[i, row]
+        if value is None and not needed:
+            return None
+        made = torch.zeros_like(table.values[i], dtype=table.state_dtype)
+        if value is not None:
+            made.copy_(as_real(value))
+        elif row == Row.MASTER:
+            made.copy_(table.values[i])
+        return torch.view_as_complex(made) if table.params[i].is_complex() else made
+
+
+_NEED = {Row.MASTER: "masters", Row.METHOD_STATE: "method", Row.STEP: "masters"} | {
+    Row(Row.STATE + slot): "moments" for slot in range(STATE_SLOTS)
+}
+
+
+def _complete(table: TensorTable, names: Sequence[StateNames]) -> tuple[StateNames, ...]:
+    """Random numbers need the count of updates from every base."""
+    if not table.stochastic:
+        return tuple(names)
+    return tuple(mine if mine.step is not None else mine._replace(step=STEP_NAME) for mine in names)
+
+
+def _slots(table: TensorTable, names: Sequence[StateNames], method_state: str | None, i: int) -> list[tuple[Row, str]]:
+    """The parameter's rows, and the names in ``state`` of what is in them."""
+    moments, step = names[table.groups[i]] if names else StateNames()
+    slots = [(Row(Row.STATE + slot), name) for slot, name in enumerate(moments)]
+    if table.has_masters:
+        slots.append((Row.MASTER, MASTER_NAME))
+    if method_state is not None:
+        slots.append((Row.METHOD_STATE, method_state))
+    if step is not None:
+        slots.append((Row.STEP, step))
+    return slots
+
+
+def _names_of(table: TensorTable, names: Sequence[StateNames], method_state: str | None) -> tuple[str, ...]:
+    asked = {name for moments, step in names for name in (*moments, step) if name is not None}
+    asked |= {MASTER_NAME} if table.has_masters else set()
+    return tuple(sorted(asked | ({method_state} if method_state is not None else set())))
+
+
+def _fits(table: TensorTable, i: int, value: Any) -> bool:
+    real, like = as_real(value), table.values[i]
+    return real.dtype == table.state_dtype and real.device == like.device and same_order(real, like) and is_dense(real)
+
+
+def _find_step(table: TensorTable, entries: Mapping[str, Any], value: Any, names: StateNames) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.dtype == torch.float32 and value.device == table.device and value.shape == ():
+            return value
+        step = torch.empty((), dtype=torch.float32, device=table.device)
+        return step.copy_(value.detach().reshape(()), non_blocking=True)
+    if value is None:
+        # torch.optim.SGD counts no steps: a momentum buffer says that there was one.
+        value = float(bool(names.moments) and entries.get(names.moments[0]) is not None)
+    return torch.full((), float(value), dtype=torch.float32, device=table.device)

@@ -1,0 +1,307 @@
+"""Geometry of the parameters of one (device, dtype, precision): tensors -> rows of addresses, and chunks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastsam.precision import Precision
+from fastsam.spec import NONE, ROWS, STATE_SLOTS, AscentForm, DescentForm, Row
+from fastsam.tables.gradients import Gradients
+from fastsam.tables.memory import allocate_like, as_real, is_dense
+from fastsam.tables.signature import BLOCK, ParameterBlock, describe
+from fastsam.tables.state import StateSlots
+
+# What finding a chunk costs, in elements (csrc/tensor_table.h): threads share the chunks by it.
+CHUNK_OVERHEAD = 64
+
+Tensors = list[Tensor | None]
+Attachment = TypeVar("Attachment")
+
+
+class Member(NamedTuple):
+    """One parameter of a table."""
+
+    position: int
+    """In the flattened parameter groups, for messages and random numbers."""
+    param: Tensor
+    group: int
+
+
+class TensorTable:
+    """The parameters of one device, dtype and precision, with everything that the five operations read and write.
+
+    ``rows[row]`` has one tensor (or None) per parameter; ``addresses`` has the same as addresses. The tensors of one
+    parameter have the same shape and strides, dense in memory; where the tensor that PyTorch knows differs, they are
+    scratch copies of it (:meth:`gather`, :meth:`scatter`). Complex parameters are tensors of pairs of reals.
+
+    Attributes:
+        device, dtype: of the parameters (a real dtype).
+        state_dtype: of state, masters and method state: float32 with master weights, else ``dtype``.
+        grad_dtype: of the gradients: ``dtype``, or float32 if one of a 16-bit table's gradients has another dtype.
+        stochastic, has_masters: the table's :class:`~fastsam.precision.Precision`.
+        params, groups, positions: each parameter, the index of its group, its place in the flattened groups.
+        rows: for each :class:`~fastsam.spec.Row` a list of tensors.
+        present: the indices of the parameters that have a gradient.
+        perturbed: the indices of those that the present ascent moves.
+        is_perturbed: whether ``perturb_`` has run and neither restore nor update since.
+        addresses: int64 ``(ROWS, n)`` on the CPU; 0 says "absent".
+        versions: a number per row of ``addresses``, another one whenever the row has changed.
+        tensors: int64 ``(2, n)``: sizes and groups.
+        gradients, slots: who fills the rows of gradients and of state.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        members: Sequence[Member],
+        precision: Precision = Precision(),  # noqa: B008 (a NamedTuple does not change)
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.precision = precision
+        self.stochastic, self.has_masters = precision
+        self.state_dtype = torch.float32 if self.has_masters else dtype
+        self.grad_dtype = self.first_grad_dtype = dtype
+        self.params = [m.param for m in members]
+        self.groups = [m.group for m in members]
+        self.positions = [m.position for m in members]
+        # Detached: they keep the memory alive, so that an address that is still the same is still the same memory.
+        self._originals = [p.detach() for p in self.params]
+        self._memory = [as_real(p) for p in self._originals]
+        self._gaps = [i for i, real in enumerate(self._memory) if not is_dense(real)]
+        values = list(self._memory)
+        for i in self._gaps:
+            values[i] = torch.empty_like(self._memory[i])
+        n = len(self.params)
+        self.rows: list[Any] = [[None] * n for _ in range(ROWS)]
+        self.present: list[int] = []
+        self.perturbed: list[int] = []
+        self.is_perturbed = False
+        self._empty = [i for i, value in enumerate(values) if value.numel() == 0]
+        self._bytes = bytearray(8 * ROWS * n)
+        self.addresses = torch.frombuffer(self._bytes, dtype=torch.int64).view(ROWS, n)
+        self.versions = [0] * ROWS
+        self.tensors = torch.tensor([[v.numel() for v in values], self.groups], dtype=torch.int64)
+        self.set_row(Row.PARAM, values)
+        # Of each parameter alone: a resized one takes its detached twin's memory along.
+        self._descriptions = [describe([p]) for p in self.params]
+        self.blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
+        self.gradients = Gradients()
+        self.slots = StateSlots()
+        self._backup_key: tuple[Any, ...] | None = None
+        self._attachments: dict[Any, Any] = {}
+        self._chunks: dict[int, Tensor] = {}
+
+    # ---- rows ----
+
+    def row(self, row: int) -> Tensors:
+        """The tensors of a row."""
+        return self.rows[row]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The parameters' memory."""
+        values: list[Tensor] = self.rows[Row.PARAM]
+        return values
+
+    @property
+    def grads(self) -> Tensors:
+        """The present gradients. Valid between :meth:`read_grads` and :meth:`drop_grads`."""
+        return self.rows[Row.GRAD]
+
+    @property
+    def backups(self) -> Tensors:
+        """Where the ascent keeps the weights; None for a parameter that it does not move."""
+        return self.rows[Row.BACKUP]
+
+    @property
+    def masters(self) -> Tensors:
+        """The float32 master weights."""
+        return self.rows[Row.MASTER]
+
+    @property
+    def state(self) -> list[Tensors]:
+        """``STATE_SLOTS`` lists of state tensors."""
+        return self.rows[Row.STATE : Row.STATE + STATE_SLOTS]
+
+    @property
+    def first_grads(self) -> Tensors:
+        """The first pass's gradients, where the method needs them."""
+        return self.rows[Row.FIRST_GRAD]
+
+    @property
+    def directions(self) -> Tensors:
+        """Directions of ascent that are no gradients."""
+        return self.rows[Row.DIRECTION]
+
+    @property
+    def method_state(self) -> Tensors:
+        """What the method keeps from step to step."""
+        return self.rows[Row.METHOD_STATE]
+
+    @property
+    def steps(self) -> Tensors:
+        """Float32, 0-dim: the updates that each parameter has had; None where nobody needs the count."""
+        return self.rows[Row.STEP]
+
+    def set_row(self, row: Row, tensors: list[Tensor] | Tensors, found: bytes | None = None) -> None:
+        """Makes ``tensors`` the row's; ``found``: their addresses, if they are known."""
+        self.rows[row] = tensors
+        numbers = bytearray(describe(tensors).addresses if found is None else found)
+        # An empty tensor may have the address 0, which says "absent". It has no chunk, so no address is ever used.
+        for i in self._empty:
+            if row != Row.STEP:
+                numbers[8 * i : 8 * i + 8] = int(tensors[i] is not None).to_bytes(8, sys.byteorder)
+        place = slice(row * len(numbers), (row + 1) * len(numbers))
+        if self._bytes[place] != numbers:
+            self._bytes[place] = numbers
+            self.versions[row] += 1
+
+    def name(self, i: int) -> str:
+        """How messages call a parameter."""
+        return f"parameter {self.positions[i]} (shape {tuple(self.params[i].shape)})"
+
+    def attached(self, make: Callable[[TensorTable], Attachment]) -> Attachment:
+        """What a backend keeps beside the table: made by ``make`` at the first call, and dropped with the table.
+
+        It must not refer to the table: a cycle would hold the memory of the backups until the garbage collector runs.
+        """
+        if make not in self._attachments:
+            self._attachments[make] = make(self)
+        attachment: Attachment = self._attachments[make]
+        return attachment
+
+    def chunks(self, size: int) -> Tensor:
+        """The cut into chunks of at most ``size`` elements: int64 ``(count, 3)``: tensor, start, work before it."""
+        if size not in self._chunks:
+            rows, work = [], 0
+            for i, value in enumerate(self.values):
+                for start in range(0, value.numel(), size):
+                    rows.append((i, start, work))
+                    work += min(size, value.numel() - start) + CHUNK_OVERHEAD
+            self._chunks[size] = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 3)
+        return self._chunks[size]
+
+    # ---- what changes from step to step ----
+
+    def changed(self) -> list[int]:
+        """The parameters that are not where, or not what, they were when the table was built."""
+        if all(block.is_unchanged() for block in self.blocks):
+            return []
+        return [i for i, param in enumerate(self.params) if describe([param]) != self._descriptions[i]]
+
+    def read_grads(self) -> bool:
+        """Reads the parameters' present gradients; False, and no gradients, if a parameter has :meth:`changed`."""
+        return self.gradients.read(self)
+
+    def drop_grads(self) -> None:
+        """Lets go of the gradients: held any longer, they would double the memory of the next backward."""
+        self.rows[Row.GRAD] = [None] * len(self.params)
+
+    @property
+    def has_own_grads(self) -> bool:
+        """Whether the gradients, first-pass ones included, are of the table's own dtype."""
+        return self.grad_dtype == self.first_grad_dtype == self.dtype
+
+    def keep_first_grads(self) -> None:
+        """Makes the perturbed parameters' present gradients their first-pass gradients, without a copy if possible."""
+        firsts: Tensors = [None] * len(self.params)
+        for i in self.perturbed:
+            if self.grads[i] is not None:
+                firsts[i] = self.gradients.adopt(self, i)
+        self.first_grad_dtype = self.grad_dtype
+        self.set_row(Row.FIRST_GRAD, firsts)
+
+    def set_directions(self, tensors: Tensors) -> None:
+        """Makes ``tensors``, which are laid out like ``values``, the directions of this step."""
+        self.set_row(Row.DIRECTION, tensors)
+
+    def end_step(self) -> None:
+        """Lets go of what lives for one step: first-pass gradients and directions."""
+        self.is_perturbed = False
+        self.first_grad_dtype = self.dtype
+        for row in (Row.FIRST_GRAD, Row.DIRECTION):
+            if any(tensor is not None for tensor in self.rows[row]):
+                self.set_row(row, [None] * len(self.params))
+
+    # ---- the ascent ----
+
+    def choose_perturbed(self, perturb: Sequence[bool], among: list[int]) -> None:
+        """Gives a backup to each parameter of ``among`` whose group ascends (``perturb``: one per group)."""
+        self.gather()
+        key = (among, tuple(perturb))
+        if key != self._backup_key:
+            self.perturbed = [i for i in among if perturb[self.groups[i]]]
+            self._backup_key = key
+        self.place_backups()
+
+    def place_backups(self) -> None:
+        """Fills the row of backups: masters, where there are any, else memory of the table's own."""
+        if self.has_masters:
+            known: Tensors = self.masters
+        else:
+            known = self.attached(_Backups).tensors
+            missing = [i for i in self.perturbed if known[i] is None]
+            if missing:
+                views = allocate_like([self.values[i] for i in missing], zero=False)
+                for i, view in zip(missing, views, strict=True):
+                    known[i] = view
+        moving = set(self.perturbed)
+        backups = [tensor if i in moving else None for i, tensor in enumerate(known)]
+        if len(backups) != len(self.backups) or any(a is not b for a, b in zip(backups, self.backups, strict=True)):
+            self.set_row(Row.BACKUP, backups)
+
+    def restore_elsewhere(self) -> None:
+        """Copies the backups to where the parameters are now, for a model that was moved while perturbed."""
+        for i in self.perturbed:
+            backup = self.backups[i]
+            assert backup is not None
+            as_real(self.params[i].detach()).copy_(backup.to(self.dtype))
+        self.is_perturbed = False
+
+    def gather(self) -> None:
+        """Copies the parameters that have gaps in memory into their scratch."""
+        for i in self._gaps:
+            self.values[i].copy_(self._memory[i])
+
+    def scatter(self, written: list[int], *, state: bool = False) -> None:
+        """Makes an operation's writes to the parameters ``written``, their masters (and the state) known to PyTorch."""
+        for i in self._gaps:
+            if i in written:
+                self._memory[i].copy_(self.values[i])
+        everything = len(written) == len(self.params)
+        torch.autograd.graph.increment_version(self.params if everything else [self.params[i] for i in written])
+        if state:
+            torch.autograd.graph.increment_version(self.slots.written)
+        elif self.has_masters:
+            torch.autograd.graph.increment_version([m for m in (self.masters[i] for i in written) if m is not None])
+
+    @property
+    def written(self) -> list[int]:
+        """The indices that a restore with update writes: those with a gradient, and those that were perturbed."""
+        if len(self.present) == len(self.params):
+            return self.present
+        return sorted({*self.present, *self.perturbed})
+
+
+class _Backups:
+    """A table's own memory for backups, kept from step to step."""
+
+    def __init__(self, table: TensorTable) -> None:
+        self.tensors: Tensors = [None] * len(table.params)
+
+
+def taking_part(form: AscentForm | DescentForm, table: TensorTable) -> list[int]:
+    """The parameters of a table that a form is about."""
+    if isinstance(form, AscentForm):
+        return [i for i in table.perturbed if table.rows[form.x][i] is not None]
+    needed = {form.y, *((Row.FIRST_GRAD, Row.METHOD_STATE) if form.keeps else ())} - {NONE}
+    return [i for i in table.present if all(table.rows[row][i] is not None for row in needed)]
+
+
+Groups = Sequence[Mapping[str, Any]]
