@@ -8,14 +8,16 @@
 #include <vector>
 
 #include "../elementwise.h"
-#include "../tensor_table.h"
+#include "../table.h"
 
 namespace fastsam::cuda {
 
 // Gradients are new tensors in every step, so their addresses travel in the kernel's arguments, of which CUDA takes
-// 32,764 bytes; what else is in them fits into the rest. Most models are content with the smaller ones.
+// 32,764 bytes; what else is in them fits into the rest. Most models are content with the smaller ones. Each kernel
+// takes as much in the library as its arguments: those for methods, of which there are many, take less.
 constexpr int64_t kFewTensors = 480;
 constexpr int64_t kManyTensors = 4064;
+constexpr int64_t kMethodTensors = 1024;
 
 // One launch: a run of tensors, in the table's order, and all of their chunks.
 struct Launch {
@@ -106,8 +108,9 @@ struct Source {
   FASTSAM_HOST_DEVICE bool is_present() const { return narrow != nullptr || wide != nullptr; }
 };
 
-FASTSAM_HOST_DEVICE bool is_state(int64_t row) {
-  return (row >= kState0 && row <= kMaster) || row == kBackup || row == kMethodState;
+// As TensorTable::is_wide.
+FASTSAM_HOST_DEVICE bool is_wide(bool masters, int64_t row) {
+  return masters && row != kParam && row != kGrad && row != kFirstGrad && row != kDirection;
 }
 
 // Of any row, the gradients' included; of none, absent.
@@ -117,7 +120,7 @@ FASTSAM_HOST_DEVICE Source<scalar_t> find_source(const Arguments& args, int64_t 
   const DeviceTable& table = args.table;
   const int64_t address = row == kGrad ? args.grads[chunk.tensor - args.launch.first_tensor]
                                        : table.addresses[row * table.tensor_count + chunk.tensor];
-  if (kMasters && is_state(row)) return {nullptr, element_pointer<float>(address, chunk)};
+  if (is_wide(kMasters, row)) return {nullptr, element_pointer<float>(address, chunk)};
   return {element_pointer<scalar_t>(address, chunk), nullptr};
 }
 
@@ -159,17 +162,14 @@ struct alignas(16) DeviceOption {
 // One group's options. All are loaded before the first is looked at: else each would wait for the one before.
 template <typename Options>
 FASTSAM_HOST_DEVICE Options read_options(const DeviceOption* options, int64_t group) {
-  DeviceOption fields[Options::kFields];
-  double values[Options::kFields];
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
-  for (int i = 0; i < Options::kFields; ++i) fields[i] = options[group * Options::kFields + i];
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
-  for (int i = 0; i < Options::kFields; ++i) values[i] = fields[i].value();
-  return Options::read(values);
+  constexpr int kCount = kFields<Options>;
+  DeviceOption fields[kCount];
+  for (int i = 0; i < kCount; ++i) fields[i] = options[group * kCount + i];
+  double values[kCount];
+  for (int i = 0; i < kCount; ++i) values[i] = fields[i].value();
+  Options result;
+  std::memcpy(&result, values, sizeof(result));
+  return result;
 }
 
 }  // namespace fastsam::cuda

@@ -19,18 +19,17 @@ template <typename scalar_t, typename Rounding>
 struct PerturbFunctor : FunctorTraits {
   using Tensors = Counts<2, 2>;
   static constexpr unsigned kStreamedReads = 0b10, kStreamedWrites = 0b01;
-  opmath_t<scalar_t> scale;
-  bool adaptive;
+  AscentStep<opmath_t<scalar_t>> step;
   Rounding rounding;
 
   // read: w, the gradient; written: the backup, w
   __device__ void operator()(Element<scalar_t, Tensors>& element) const {
     using T = opmath_t<scalar_t>;
     const T w = static_cast<T>(element.read[0]), grad = static_cast<T>(element.read[1]);
+    const T value = step.template perturbed<Map::kIdentity, false, scalar_t>(w, w, grad, 0);
+    const scalar_t moved = rounding(value, 0, element.number);
     element.written[0] = element.read[0];
-    const scalar_t moved = rounding(climbed<T>(w, w, grad, scale, adaptive), 0, element.number);
-    // A zero scale selects: 0 * inf would be NaN.
-    element.written[1] = scale == 0 ? element.read[0] : moved;
+    element.written[1] = step.stays(false) ? element.read[0] : moved;
   }
 };
 
@@ -39,22 +38,22 @@ struct PerturbMasterFunctor : FunctorTraits {
   using Tensors = Counts<2, 1, 1, 1>;
   static constexpr unsigned kStreamedReads = 0b10;
   static constexpr bool kKeepsWide = true;
-  float scale;
-  bool adaptive;
+  AscentStep<float> step;
   Rounding rounding;
 
   // read: w, the gradient, and the master; written: w, and the master where w is not its rounding any more
   __device__ void operator()(Element<scalar_t, Tensors>& element) const {
     const auto w = static_cast<float>(element.read[0]), grad = static_cast<float>(element.read[1]);
     const float master = master_value(element.wide_read[0], element.read[0]);
+    const float value = step.template perturbed<Map::kIdentity, false, scalar_t>(master, w, grad, 0);
+    const scalar_t moved = rounding(value, 0, element.number);
     element.wide_written[0] = master;
-    const scalar_t moved = rounding(climbed(master, w, grad, scale, adaptive), 0, element.number);
-    element.written[0] = scale == 0 ? element.read[0] : moved;
+    element.written[0] = step.stays(false) ? element.read[0] : moved;
   }
 };
 
 template <typename scalar_t, bool kStochastic, bool kMasters, int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kStochastic || kMasters ? kMedium : kLight)
     perturb_kernel(const __grid_constant__ Arguments<PerturbArguments, kCapacity> args) {
   const DeviceTable& table = args.table;
   // Backward: the gradients that the norm read last are still in the cache.
@@ -66,15 +65,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   auto* param = element_pointer<scalar_t>(table, kParam, chunk);
   const auto functor = once_per_block([&] {
     const auto options = read_options<AscentOptions>(args.extra.options, chunk.group);
-    const auto scale = static_cast<opmath_t<scalar_t>>(ascent_scale(*args.extra.norm, options));
-    const float step = kStochastic ? read_step(table, chunk) : 0;
-    const auto rounding =
-        make_rounding<scalar_t, kStochastic, 1>(table, chunk, options.rounding_seed, step, kAscentDraw);
+    const AscentStep<opmath_t<scalar_t>> step(options, *args.extra.norm);
+    const auto rounding = make_rounding<scalar_t, kStochastic, 1>(table, chunk, options.rounding_seed, kAscentDraw);
     using Rounding = std::remove_const_t<decltype(rounding)>;
     if constexpr (kMasters) {
-      return PerturbMasterFunctor<scalar_t, Rounding>{{}, scale, options.adaptive, rounding};
+      return PerturbMasterFunctor<scalar_t, Rounding>{{}, step, rounding};
     } else {
-      return PerturbFunctor<scalar_t, Rounding>{{}, scale, options.adaptive, rounding};
+      return PerturbFunctor<scalar_t, Rounding>{{}, step, rounding};
     }
   });
   if constexpr (kMasters) {
@@ -91,34 +88,22 @@ struct FormArguments {
   Form form;
 };
 
-// What is the same for all elements of a chunk.
-template <typename T, Map map>
-struct FormStep {
-  T a, b, scale, term;
-  bool again;  // y is the perturbation
-  bool stays;
-
-  // origin: the backup or the master; in a first ascent w, or the master that follows it.
-  template <typename scalar_t>
-  __device__ __forceinline__ T moved(T w, T origin, T x, T y) const {
-    return origin + (times(a, mapped<map, scalar_t>(x, w, scale, term)) + times(b, again ? w - origin : y));
-  }
-};
-
 template <typename scalar_t, typename Rounding, Map map>
 struct FormFunctor : FunctorTraits {
   using Tensors = Counts<3, 2>;
   static constexpr bool kOptional = true;
-  FormStep<opmath_t<scalar_t>, map> step;
+  AscentStep<opmath_t<scalar_t>> step;
   Rounding rounding;
+  bool again, stays;  // again: y is the perturbation
 
   // read: w, x, and y or the backup; written: w, and the backup if that is not read
   __device__ void operator()(Element<scalar_t, Tensors>& element) const {
     using T = opmath_t<scalar_t>;
     const T w = static_cast<T>(element.read[0]), other = static_cast<T>(element.read[2]);
-    const T value = step.template moved<scalar_t>(w, step.again ? other : w, static_cast<T>(element.read[1]), other);
+    const T value = step.template perturbed<map, true, scalar_t>(again ? other : w, w, static_cast<T>(element.read[1]),
+                                                                 again ? w - other : other);
     const scalar_t moved = rounding(value, 0, element.number);
-    element.written[0] = step.stays ? element.read[0] : moved;
+    element.written[0] = stays ? element.read[0] : moved;
     element.written[1] = element.read[0];
   }
 };
@@ -127,25 +112,26 @@ template <typename scalar_t, typename Rounding, Map map>
 struct FormMasterFunctor : FunctorTraits {
   using Tensors = Counts<3, 1, 3, 1>;
   static constexpr bool kOptional = true, kKeepsWide = true;
-  FormStep<float, map> step;
+  AscentStep<float> step;
   Rounding rounding;
-  bool wide_x, wide_y;
+  bool again, stays, wide_x, wide_y;
 
   // read: w, x, y; the master, wide x, wide y; written: w; the master if the ascent is the first
   __device__ void operator()(Element<scalar_t, Tensors>& element) const {
     const auto& wide = element.wide_read;
-    const float master = step.again ? wide[0] : master_value(wide[0], element.read[0]);
-    element.wide_written[0] = master;
+    const auto w = static_cast<float>(element.read[0]);
+    const float master = again ? wide[0] : master_value(wide[0], element.read[0]);
     const float x = wide_x ? wide[1] : static_cast<float>(element.read[1]);
     const float y = wide_y ? wide[2] : static_cast<float>(element.read[2]);
-    const float value = step.template moved<scalar_t>(static_cast<float>(element.read[0]), master, x, y);
+    const float value = step.template perturbed<map, true, scalar_t>(master, w, x, again ? w - master : y);
     const scalar_t moved = rounding(value, 0, element.number);
-    element.written[0] = step.stays ? element.read[0] : moved;
+    element.wide_written[0] = master;
+    element.written[0] = stays ? element.read[0] : moved;
   }
 };
 
 template <typename scalar_t, bool kStochastic, bool kMasters, Map map, int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kHeavy)
     perturb_by_form_kernel(const __grid_constant__ Arguments<FormArguments, kCapacity> args) {
   using T = opmath_t<scalar_t>;
   using stored_t = std::conditional_t<kMasters, float, scalar_t>;
@@ -160,20 +146,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const auto x = find_source<scalar_t, kMasters>(args, form.x, chunk);
   const auto y = find_source<scalar_t, kMasters>(args, form.y, chunk);
   const auto functor = once_per_block([&] {
-    const AscentCoefficients given = form.coefficients[chunk.tensor];
-    const double b = again || y.is_present() ? given.b : 0;
-    const bool stays = !x.is_present() || (given.a == 0 && b == (again ? 1 : 0));
-    const FormStep<T, map> step{static_cast<T>(given.a),    static_cast<T>(b), static_cast<T>(given.scale),
-                                static_cast<T>(given.term), again,             stays};
+    const AscentStep<T> step(form.coefficients[chunk.tensor], again || y.is_present());
+    const bool stays = !x.is_present() || step.stays(again);
     const auto options = read_options<AscentOptions>(args.extra.options, chunk.group);
-    const float count = kStochastic ? read_step(table, chunk) : 0;
-    const auto rounding =
-        make_rounding<scalar_t, kStochastic, 1>(table, chunk, options.rounding_seed, count, kAscentDraw);
+    const auto rounding = make_rounding<scalar_t, kStochastic, 1>(table, chunk, options.rounding_seed, kAscentDraw);
     using Rounding = std::remove_const_t<decltype(rounding)>;
     if constexpr (kMasters) {
-      return FormMasterFunctor<scalar_t, Rounding, map>{{}, step, rounding, x.wide != nullptr, y.wide != nullptr};
+      return FormMasterFunctor<scalar_t, Rounding, map>{
+          {}, step, rounding, again, stays, x.wide != nullptr, y.wide != nullptr};
     } else {
-      return FormFunctor<scalar_t, Rounding, map>{{}, step, rounding};
+      return FormFunctor<scalar_t, Rounding, map>{{}, step, rounding, again, stays};
     }
   });
   if constexpr (kMasters) {
@@ -196,7 +178,7 @@ struct RestoreArguments {
 };
 
 template <typename scalar_t, bool kMasters>
-__global__ void __launch_bounds__(kThreads, kBlocks) restore_kernel(const __grid_constant__ RestoreArguments args) {
+__global__ void __launch_bounds__(kThreads, kLight) restore_kernel(const __grid_constant__ RestoreArguments args) {
   restore_chunk<scalar_t, kMasters>(args.table, read_chunk(args.table, args.launch, blockIdx.x));
 }
 
@@ -252,7 +234,7 @@ void perturb_(const Call& call, const DeviceOption* options, const Form& form) {
           if (form.y != kPerturbation) launch_restore<scalar_t>(call, run);
         };
         dispatch_map(form.map, [&](auto map) {
-          launch_in_runs<kManyTensors>(
+          launch_in_runs<kMethodTensors>(
               call, "perturb_", Order::kBackward, FormArguments{options, form},
               [](auto capacity) {
                 return &perturb_by_form_kernel<scalar_t, decltype(stochastic)::value, decltype(masters)::value,

@@ -56,7 +56,7 @@ __device__ __forceinline__ void add_chunk(const Arguments& args, const DeviceChu
   const DeviceTable& table = args.table;
   const auto* grad = grad_pointer<scalar_t>(args, chunk);
   if (grad == nullptr || element_pointer<scalar_t>(table, kBackup, chunk) == nullptr) return;
-  if (args.extra.options[chunk.group * AscentOptions::kFields + AscentOptions::kAdaptive].value() != 0) {
+  if (read_options<AscentOptions>(args.extra.options, chunk.group).adaptive != 0) {
     SquareFunctor<scalar_t, true> squares{{}, sum};
     walk<scalar_t>(squares, {{grad, element_pointer<scalar_t>(table, kParam, chunk)}, {}, {}, {}}, chunk.length);
   } else {
@@ -80,7 +80,7 @@ __device__ __forceinline__ void sum_partials(const double* partials, int64_t cou
 }
 
 template <typename scalar_t, int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kIsNarrow<scalar_t> ? kHeavy : kMedium)
     grad_norm_kernel(const __grid_constant__ Arguments<NormArguments, kCapacity> args) {
   const NormArguments& extra = args.extra;
   const Launch& launch = args.launch;
@@ -160,7 +160,7 @@ __device__ __forceinline__ void add_products(const Arguments& args, const Device
 }
 
 template <typename scalar_t, Map map, bool kMasters, int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kHeavy)
     dots_kernel(const __grid_constant__ Arguments<DotsArguments, kCapacity> args) {
   const DotsArguments& extra = args.extra;
   const DeviceChunk chunk = read_chunk(args.table, args.launch, blockIdx.x);
@@ -211,7 +211,7 @@ void dots_(const Call& call, const Form& form, bool ascent, double* partials, do
   const auto nothing_to_undo = [](const Launch&) {};
   dispatch_precision(call.dtype, false, call.table.has_masters, [&](auto type, auto, auto masters) {
     dispatch_map(form.map, [&](auto map) {
-      launch_in_runs<kManyTensors>(
+      launch_in_runs<kMethodTensors>(
           call, "dots_", Order::kForward, extra,
           [](auto capacity) {
             return &dots_kernel<decltype(type), decltype(map)::value, decltype(masters)::value,

@@ -17,11 +17,11 @@ __device__ __forceinline__ float read_step(const DeviceTable& table, const Devic
 
 // For kResults results of each of the chunk's elements, which are counted from its first.
 template <typename scalar_t, bool kStochastic, int kResults>
-__device__ __forceinline__ auto make_rounding(const DeviceTable& table, const DeviceChunk& chunk, uint32_t seed,
-                                              float step, Draw draw) {
+__device__ __forceinline__ auto make_rounding(const DeviceTable& table, const DeviceChunk& chunk, double seed,
+                                              Draw draw) {
   if constexpr (kStochastic) {
     using Rounding = Stochastic<scalar_t, kResults>;
-    return Rounding::make(seed, step, table.positions[chunk.tensor], draw).at(chunk.start);
+    return Rounding::make(seed, read_step(table, chunk), table.positions[chunk.tensor], draw).at(chunk.start);
   } else {
     return Nearest<scalar_t>{};
   }

@@ -11,7 +11,7 @@ namespace {
 
 template <typename T>
 struct SgdBase {
-  static constexpr int kSlots = 1;
+  static constexpr int kSlots = 1;  // momentum, if there is any
   using Options = SgdOptions;
   SgdStep<T> step;
   bool has_momentum;
@@ -33,7 +33,7 @@ __device__ __forceinline__ double power_for(double beta, double step) {
 
 template <typename T>
 struct AdamBase {
-  static constexpr int kSlots = 3;
+  static constexpr int kSlots = 3;  // the last one with amsgrad
   using Options = AdamOptions;
   AdamStep<T> step;
   bool has_largest;
@@ -287,9 +287,14 @@ __device__ __forceinline__ void advance_steps(const Arguments& args) {
   }
 }
 
+template <typename scalar_t, template <typename> typename Base, bool kHasMore>
+constexpr int kUpdateBlocks = kHasMore                                                           ? kHeavy
+                              : std::is_same_v<scalar_t, float> && Base<float>::kSlots == 1 ? kLight
+                                                                                                 : kMedium;
+
 template <typename scalar_t, template <typename> typename Base, bool kStochastic, bool kMasters, bool kDescent,
           int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<scalar_t, Base, kStochastic || kMasters || kDescent>)
     restore_and_update_kernel(const __grid_constant__ Arguments<UpdateArguments, kCapacity> args) {
   using stored_t = std::conditional_t<kMasters, float, scalar_t>;
   using T = opmath_t<scalar_t>;
@@ -306,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const auto base = BaseOfT::make(options, step, inv_grad_scale, place.state[BaseOfT::kSlots - 1] != nullptr);
     constexpr int kResults = kDescent ? kMethodResult + 1 : 1 + BaseOfT::kSlots;
     const auto rounding =
-        make_rounding<stored_t, kStochastic, kResults>(args.table, chunk, options.rounding_seed, step, kWeightDraw);
+        make_rounding<stored_t, kStochastic, kResults>(args.table, chunk, options.rounding_seed, kWeightDraw);
     using Rounding = std::remove_const_t<decltype(rounding)>;
     const bool climbed = place.backup != nullptr;
     if constexpr (kDescent) {
@@ -366,7 +371,7 @@ struct PrepareArguments {
 };
 
 template <typename scalar_t, bool kMasters, int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kHeavy)
     restore_and_prepare_kernel(const __grid_constant__ Arguments<PrepareArguments, kCapacity> args) {
   using stored_t = std::conditional_t<kMasters, float, scalar_t>;
   const DescentArguments& descent = args.extra.descent;
@@ -403,22 +408,23 @@ void launch_update(const Call& call, const UpdateArguments& update) {
   // Masters are rounded to nearest.
   dispatch_precision(
       call.dtype, call.device.positions != nullptr && !masters, masters, [&](auto type, auto stochastic, auto masters) {
-        constexpr bool kMasters = decltype(masters)::value, kStochastic = decltype(stochastic)::value && !kMasters;
         using scalar_t = decltype(type);
         if (update.descent.coefficients == nullptr) {
           launch_over_tensors(
               call, "restore_and_update_", Order::kForward, update,
               [](auto capacity) {
-                return &restore_and_update_kernel<scalar_t, Base, kStochastic, kMasters, false,
-                                                  decltype(capacity)::value>;
+                constexpr bool kMasters = decltype(masters)::value;
+                return &restore_and_update_kernel<scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
+                                                  false, decltype(capacity)::value>;
               },
               nothing_to_undo);
         } else {
-          launch_in_runs<kManyTensors>(
+          launch_in_runs<kMethodTensors>(
               call, "restore_and_update_", Order::kForward, update,
               [](auto capacity) {
-                return &restore_and_update_kernel<scalar_t, Base, kStochastic, kMasters, true,
-                                                  decltype(capacity)::value>;
+                constexpr bool kMasters = decltype(masters)::value;
+                return &restore_and_update_kernel<scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
+                                                  true, decltype(capacity)::value>;
               },
               nothing_to_undo);
         }
@@ -429,7 +435,7 @@ void launch_prepare(const Call& call, const DescentArguments& descent) {
   if (descent.coefficients == nullptr) return restore_(call);
   const auto nothing_to_undo = [](const Launch&) {};
   dispatch_precision(call.dtype, false, call.table.has_masters, [&](auto type, auto, auto masters) {
-    launch_in_runs<kManyTensors>(
+    launch_in_runs<kMethodTensors>(
         call, "restore_and_update_", Order::kForward, PrepareArguments{descent},
         [](auto capacity) {
           return &restore_and_prepare_kernel<decltype(type), decltype(masters)::value, decltype(capacity)::value>;

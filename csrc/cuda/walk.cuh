@@ -15,12 +15,10 @@ namespace fastsam::cuda {
 #ifndef FASTSAM_CUDA_THREADS
 #define FASTSAM_CUDA_THREADS 256
 #endif
-#ifndef FASTSAM_CUDA_BLOCKS
-#define FASTSAM_CUDA_BLOCKS 2
-#endif
 constexpr int kThreads = FASTSAM_CUDA_THREADS;
-// On a multiprocessor at least, which allows up to 128 registers. Left to itself, the assembler aims higher and spills.
-constexpr int kBlocks = FASTSAM_CUDA_BLOCKS;
+// Blocks on a multiprocessor at least, which allows a thread 64, 80 or 128 registers. Left to itself, the compiler
+// takes more than it needs, or aims higher and spills.
+constexpr int kLight = 1024 / kThreads, kMedium = 768 / kThreads, kHeavy = 512 / kThreads;
 
 // How many tensors of each chunk a functor reads and writes. Wide are those that are float where others are narrower:
 // masters, and with them the state.
@@ -59,30 +57,76 @@ struct FunctorTraits {
   static constexpr unsigned kStreamedReads = 0, kStreamedWrites = 0;
 };
 
+#if defined(__CUDACC__)
+// Accesses to memory of which the compiler is not told that it is global: it would ask at each.
+#if defined(FASTSAM_ACCESS_NOALLOC)
+#define FASTSAM_LD "ld.global.L1::no_allocate"
+#else
+#define FASTSAM_LD "ld.global"
+#endif
+__device__ __forceinline__ int4 load_global(const int4* p) {
+  int4 v;
+  asm volatile(FASTSAM_LD ".v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint64_t load_global(const uint64_t* p) {
+  uint64_t v;
+  asm volatile(FASTSAM_LD ".b64 %0, [%1];" : "=l"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint32_t load_global(const uint32_t* p) {
+  uint32_t v;
+  asm volatile(FASTSAM_LD ".b32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint16_t load_global(const uint16_t* p) {
+  uint16_t v;
+  asm volatile(FASTSAM_LD ".b16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ void store_global(int4* p, const int4& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_global(uint64_t* p, uint64_t v) {
+  asm volatile("st.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+__device__ __forceinline__ void store_global(uint32_t* p, uint32_t v) {
+  asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_global(uint16_t* p, uint16_t v) {
+  asm volatile("st.global.b16 [%0], %1;" ::"l"(p), "h"(v) : "memory");
+}
+#endif
+
+#if defined(FASTSAM_ACCESS_OLD)
+#define FASTSAM_LOAD(p) __ldca(p)
+#define FASTSAM_STORE(p, v) __stwb(p, v)
+#else
+#define FASTSAM_LOAD(p) load_global(p)
+#define FASTSAM_STORE(p, v) store_global(p, v)
+#endif
 #if defined(FASTSAM_ACCESS_OLD) || defined(FASTSAM_ACCESS_STREAM)
 #define FASTSAM_STREAM_LOAD(p) __ldcs(p)
 #define FASTSAM_STREAM_STORE(p, v) __stcs(p, v)
 #else
-#define FASTSAM_STREAM_LOAD(p) FASTSAM_LOAD(p)
-#define FASTSAM_STREAM_STORE(p, v) FASTSAM_STORE(p, v)
+#define FASTSAM_STREAM_LOAD(p) load_global(p)
+#define FASTSAM_STREAM_STORE(p, v) store_global(p, v)
 #endif
-#if defined(FASTSAM_ACCESS_OLD)
-#define FASTSAM_LOAD(p) __ldca(p)
-#define FASTSAM_STORE(p, v) __stwb(p, v)
-#elif defined(FASTSAM_ACCESS_NOALLOC)
-__device__ __forceinline__ int4 load_no_allocate(const int4* p) {
-  int4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.s32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-#define FASTSAM_LOAD(p) load_no_allocate(p)
-#define FASTSAM_STORE(p, v) (*(p) = (v))
-#else
-#define FASTSAM_LOAD(p) (*(p))
-#define FASTSAM_STORE(p, v) (*(p) = (v))
-#endif
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint64_t;
+};
 
 // kWidth elements of one tensor, in as few accesses as that takes.
 template <typename T, int kWidth>
@@ -93,7 +137,8 @@ struct alignas(sizeof(T) * kWidth < kVectorBytes ? sizeof(T) * kWidth : kVectorB
   __device__ __forceinline__ static Pack load(const T* address, bool stream) {
     Pack pack;
     if constexpr (kVectors == 0) {
-      pack = *reinterpret_cast<const Pack*>(address);
+      const auto bits = load_global(reinterpret_cast<const typename Word<sizeof(T)>::type*>(address));
+      std::memcpy(&pack, &bits, sizeof(T));
     } else {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -107,7 +152,9 @@ struct alignas(sizeof(T) * kWidth < kVectorBytes ? sizeof(T) * kWidth : kVectorB
 
   __device__ __forceinline__ void store(T* address, bool stream) const {
     if constexpr (kVectors == 0) {
-      *reinterpret_cast<Pack*>(address) = *this;
+      typename Word<sizeof(T)>::type bits;
+      std::memcpy(&bits, this, sizeof(T));
+      store_global(reinterpret_cast<decltype(bits)*>(address), bits);
     } else {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
