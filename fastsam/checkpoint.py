@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsam.bases import FusedUpdate
 from fastsam.groups import GROUP_OPTIONS, rho_in
 from fastsam.methods import SAM, Method
 from fastsam.schedules import is_schedule
-from fastsam.spec import MASTER_NAME
+from fastsam.spec import MASTER_NAME, STEP_NAME
 
 STEP_COUNT = "fastsam_step"
 """In each parameter group: the number of steps, where a method, an interval or a schedule asks for it."""
@@ -27,11 +28,32 @@ def complete_saved(saved: dict[str, Any], method: Method, update: FusedUpdate | 
     """Makes what ``Optimizer.state_dict()`` has returned in step ``step`` loadable by FastSAM and by its base."""
     if update is not None:
         saved["state"] = {key: update.saved(entries) for key, entries in saved["state"].items()}
+        _bring_steps_to_host(saved)
     for group in saved["param_groups"]:
         if not isinstance(method, SAM):
             group[METHOD] = type(method).__name__
         if is_schedule(group["rho"]):
             group["rho"] = rho_in(group, step)  # a schedule is code, which a checkpoint cannot hold
+
+
+def _bring_steps_to_host(saved: dict[str, Any]) -> None:
+    """Step counts are on the device; a base that is neither capturable nor fused would wait for each of them."""
+    found: list[tuple[dict[str, Any], str]] = []
+    for group in saved["param_groups"]:
+        if group.get("capturable") or group.get("fused"):
+            continue
+        for key in group["params"]:
+            entries = saved["state"].get(key, {})
+            found += [(entries, name) for name in ("step", STEP_NAME) if _is_on_device(entries.get(name))]
+    for device in {entries[name].device for entries, name in found}:
+        mine = [(entries, name) for entries, name in found if entries[name].device == device]
+        steps = torch.stack([entries[name] for entries, name in mine]).cpu()
+        for (entries, name), step in zip(mine, steps, strict=True):
+            entries[name] = step.clone()
+
+
+def _is_on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def complete_loaded(loaded: dict[str, Any], given: Mapping[str, Any], present: Groups, method: Method) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsam.backends import Backend, Request, grad_norms, resolve
+from fastsam.backends import Backend, grad_norms, resolve
 from fastsam.bases import FusedUpdate
 from fastsam.coefficients import Coefficients
 from fastsam.directions import choose_directions, draw_noise
@@ -60,6 +60,7 @@ class Engine:
         perturbed: whether the weights are perturbed.
         is_single: whether ``first_step()`` has found that this step has no ascent: its gradients are for the update.
         ascents: how many ascent steps this step has had.
+        is_running: whether a closure runs.
         is_constructed: whether the optimizer's constructor is through.
     """
 
@@ -67,7 +68,7 @@ class Engine:
         self.backend, self.method = backend, method
         self.tables = TensorTables()
         self.perturbed = False
-        self.is_single = False
+        self.is_single = self.is_running = False
         self.ascents = 0
         self.is_constructed = False
         self._coefficients = Coefficients(method)
@@ -86,6 +87,8 @@ class Engine:
             if further:
                 self._read_grads_again()
                 tables = list(self.tables)
+                for table in tables:
+                    table.fill_missing_grads()
             else:
                 tables = self.tables.read_grads(plan.groups)
             if self.method.needs_first_pass and not any(table.present for table in tables):
@@ -168,6 +171,22 @@ class Engine:
         with self.tables.holding_grads():
             for table in self.tables.read_grads(plan.groups):
                 table.choose_perturbed([False] * len(plan.groups), [])
+
+    @torch.no_grad()
+    def initialize_state(self, plan: Plan, base_step: Callable[[], None]) -> None:
+        """Makes the state of every parameter that has a gradient, as torch's optimizers do in a step with lr = 0."""
+        self.begin_without_ascent(plan)
+        if plan.update is None:
+            base_step()
+        with self.tables.holding_grads():
+            self._read_grads_again()
+            perturb = [bool(group["perturb"]) for group in plan.groups]
+            tables, wanted = list(self.tables), []
+            for table in tables:
+                among = [i for i in table.present if perturb[table.groups[i]]]
+                mine = self._wanted(plan, (), table.present, among if self.method.state_name is not None else ())
+                wanted.append((mine, table.slots.bind(table, plan.state, mine)))
+            self._publish(tables, plan, wanted)
 
     @torch.no_grad()
     def descend(self, plan: Plan, base_step: Callable[[], None]) -> None:
@@ -282,12 +301,12 @@ class Engine:
             yield
         finally:
             for param, tensor in hidden.items():
-                state[param][name] = tensor
+                state[param][str(name)] = tensor
 
     # ---- small things ----
 
     def _backend(self, table: TensorTable) -> Backend:
-        return resolve(self.backend, Request(table.device.type, table.has_own_grads))
+        return resolve(self.backend, table.device.type, table.has_own_grads)
 
     def _read_grads_again(self) -> None:
         for table in self.tables:

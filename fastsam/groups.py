@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastsam.bases import FUSED
-from fastsam.precision import PRECISION_OPTIONS, check_precision, default_seed, rounding_seed
+from fastsam.precision import DEFAULT_SEED, PRECISION_OPTIONS, check_precision, rounding_seed
 from fastsam.schedules import RhoByLR, is_schedule
 from fastsam.spec import AscentOptions
 from fastsam.tables.memory import check_disjoint, check_parameter
@@ -46,14 +47,29 @@ def with_defaults(group: Any, own: Mapping[str, Any], base: type[Optimizer]) -> 
     if isinstance(params, set):
         raise TypeError("params must be in an order that does not change from run to run, got a set")
     params = [params] if isinstance(params, Tensor) else list(params)
+    _refuse_other_bases(group, base)
     whole = {**own, **group, "params": params}
     if whole["rounding_seed"] is None:
-        whole["rounding_seed"] = default_seed()
+        whole["rounding_seed"] = DEFAULT_SEED
     _check_options(whole)
     check_precision(whole, base, fused=base in FUSED)
     if isinstance(whole["rho"], numbers.Real):
         whole["rho"] = float(whole["rho"])  # a checkpoint with NumPy's numbers would not load as weights_only
     return whole
+
+
+def _refuse_other_bases(group: Mapping[str, Any], base: type[Optimizer]) -> None:
+    """Raises TypeError for a group of another FastSAM over another base: its options would silently have no effect."""
+    if not all(name in group for name in GROUP_OPTIONS):
+        return
+    known = inspect.signature(base).parameters
+    implied = {"decoupled_weight_decay", "initial_lr", "params", "param_names", *GROUP_OPTIONS}
+    unknown = [name for name in group if name not in known and name not in implied and not name.startswith("fastsam_")]
+    if unknown:
+        raise TypeError(
+            f"this parameter group is another optimizer's: base {base.__name__} does not know {', '.join(unknown)}; "
+            "pass base= and method= as that optimizer was made with, or parameters without its options"
+        )
 
 
 def tensors_of(group: Mapping[str, Any]) -> list[Tensor]:

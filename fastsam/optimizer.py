@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,24 +12,25 @@ from torch.optim import Optimizer
 
 from fastsam import methods
 from fastsam.arguments import check_count
-from fastsam.backends import Request, check_name, resolve
-from fastsam.bases import FUSED, FusedUpdate, check_base, unhooked_step
-from fastsam.checkpoint import STEP_COUNT, check_shapes, complete_loaded, complete_saved
+from fastsam.backends import check_name
+from fastsam.bases import check_base, unhooked_step
+from fastsam.checkpoint import STEP_COUNT
 from fastsam.engine import Engine, Plan
-from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, tensors_of, with_defaults
+from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, with_defaults
 from fastsam.micro_batches import GradientSums
-from fastsam.precision import check_precision
 from fastsam.runtime.batch_norm import RunningStatistics
+from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.replay_rng import GeneratorStates
 from fastsam.schedules import RhoSchedule, is_schedule
+from fastsam.wrapper import BaseWrapper
 
 Closure = Callable[[], Any]
 
 PLAIN = methods.SAM()
 
 
-class FastSAM(Optimizer):
+class FastSAM(BaseWrapper):
     r"""Sharpness-Aware Minimization over any base optimizer, as fused multi-tensor operations.
 
     Every step moves from the weights to the worst point nearby, takes the gradient there, restores the weights, and
@@ -72,7 +72,7 @@ class FastSAM(Optimizer):
             or down at random so that the expected value is exact; nearest loses every step of less than half a unit in
             the last place, which at a common ``rho`` is most of the perturbation. Bases: SGD, Adam, AdamW.
         rounding_seed: 0 <= seed < 2^32, kept in ``param_groups``; the same one gives the same bits on every backend.
-            None: from ``torch.initial_seed()``.
+            None: 0, so that the replicas of a model round alike.
         master_weights: bfloat16 and float16 parameters have float32 master weights in ``state``, and so is the base's
             state in float32; the parameters are the masters' rounding to nearest. Training is then that of float32
             parameters with the same gradients; ``rounding`` applies to the perturbation alone, which needs no backup. A
@@ -138,54 +138,9 @@ class FastSAM(Optimizer):
         self.base_optimizer.state, self.base_optimizer.param_groups = state, param_groups
         self._engine.is_constructed = True
 
-    # ---- one object with the base ----
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's own parameter groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's own state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base_optimizer.state = state
-
-    @property
-    def perturbed(self) -> bool:
-        """Whether the weights are perturbed: between ``first_step()`` and ``second_step()``."""
-        return self._engine.perturbed
-
-    @property
-    def method(self) -> methods.Method:
-        """The method, which cannot be changed: its state would be of no use to another."""
-        return self._engine.method
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; what it does not set is taken from the constructor's options.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        if not self._engine.is_constructed:
-            return
-        self._refuse_perturbed("add_param_group()")
-        own = {name: self.defaults[name] for name in GROUP_OPTIONS}
-        group = with_defaults(param_group, own, type(self.base_optimizer))
-        check_parameters([*self.param_groups, group])
-        self._check_backends(group)
-        self._check_group({**self.base_optimizer.defaults, **group})
-        self.base_optimizer.add_param_group(group)
-
     # ---- steps ----
 
+    @untraced
     def step(
         self,
         closure: Closure | None = None,
@@ -198,10 +153,12 @@ class FastSAM(Optimizer):
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()``, returns the loss; called once per
                 pass, with gradients enabled. Between the passes gradients are set to None whatever it does.
+                While the weights are perturbed it is the second pass (a wrapper's closure that does nothing is allowed:
+                the gradients are there then).
             ascent_closure: takes ``closure``'s place in all passes but the last of a step with an ascent (a part of the
                 batch; or the whole data set: n-SAM).
-            closures: in the place of ``closure``, one for each micro-batch: each has an ascent and a descent gradient of
-                its own, and one update takes the average of these (m-sharpness: mSAM,
+            closures: in the place of ``closure``, one for each micro-batch: each has an ascent and a second pass of its
+                own, and one update takes the average of the gradients (m-sharpness: mSAM,
                 https://arxiv.org/abs/2302.09693).
 
         Returns:
@@ -221,13 +178,15 @@ class FastSAM(Optimizer):
                 raise RuntimeError("step(): ascent_closure needs a closure for the second pass beside it")
             self._finish()
             return None
+        if self._engine.perturbed and not self._engine.is_running:
+            return self._finish_with(closure)
         self._check_closure_step()
         if not self.method.needs_first_pass:
             return self._step_of_one_pass(closure)
         first = ascent_closure or closure
         ascends = self._ascends_now()
-        states = GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
-        loss = _run(first if ascends else closure)
+        states = self._generator_states()
+        loss = self._run(first if ascends else closure)
         if not self._has_gradients():
             return loss
         if states is not None and ascends:
@@ -235,7 +194,7 @@ class FastSAM(Optimizer):
         with self._undone_by_exceptions():
             if ascends:
                 self._ascend_all_the_way(first)
-                _run(closure)
+                self._run(closure)
             self._descend()
         return loss
 
@@ -244,7 +203,7 @@ class FastSAM(Optimizer):
         with self._undone_by_exceptions():
             self._ascend()
             self._clear_grads()
-            loss = _run(closure)
+            loss = self._run(closure)
             if self._has_gradients():
                 self._descend()
             else:
@@ -263,16 +222,19 @@ class FastSAM(Optimizer):
             for number, closure in enumerate(closures):
                 if losses:
                     self._clear_grads()
-                losses.append(_run(closure))
+                states = self._generator_states()
+                losses.append(self._run(closure))
                 if self._ascends_now() and self._has_gradients():
-                    self._ascend_all_the_way(closure, number)
-                    _run(closure)
+                    again = closure if states is None else states.replayed(closure)
+                    self._ascend_all_the_way(again, number)
+                    self._run(again)
                     self.restore()
                 sums.add(self._parameters())
             if sums.hand_over(self._parameters(), len(closures)):
                 self._descend()
         return losses
 
+    @untraced
     def first_step(self, zero_grad: bool = True) -> bool:
         """Perturbs: call it after the first backward; then compute the loss and its gradients again.
 
@@ -304,6 +266,7 @@ class FastSAM(Optimizer):
             self._clear_grads()
         return self.method.needs_first_pass
 
+    @untraced
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and lets the base apply the present gradients; calls :meth:`step`.
 
@@ -319,6 +282,7 @@ class FastSAM(Optimizer):
         if zero_grad:
             self._clear_grads()
 
+    @untraced
     def restore(self) -> None:
         """Gives the ascent up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
         self._engine.is_single = False
@@ -334,7 +298,7 @@ class FastSAM(Optimizer):
         self._ascend(micro_batch)
         for _ in range(1, self.method.ascents):
             self._clear_grads()
-            _run(ascent_closure)
+            self._run(ascent_closure)
             self._ascend(micro_batch)
         self._clear_grads()
 
@@ -369,6 +333,9 @@ class FastSAM(Optimizer):
         engine = self._engine
         try:
             if not (engine.perturbed or engine.is_single):
+                if self._is_initialized_by_this():
+                    engine.initialize_state(self._plan(), lambda: unhooked_step(self.base_optimizer))
+                    return
                 raise RuntimeError(
                     "step() needs a closure; in a loop without one, call first_step() after the first backward and "
                     "second_step() (or step()) after the second"
@@ -382,6 +349,21 @@ class FastSAM(Optimizer):
         except BaseException:
             self._forget_scaler()
             raise
+
+    def _is_initialized_by_this(self) -> bool:
+        """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""
+        lrs = [group.get("lr") for group in self.param_groups]
+        on_host = all(lr.device.type == "cpu" if isinstance(lr, Tensor) else lr is not None for lr in lrs)
+        return not any(self.state.values()) and on_host and all(float(lr) == 0 for lr in lrs) and self._has_gradients()
+
+    def _finish_with(self, closure: Closure) -> Any:
+        """``closure`` as the second pass of two-phase use, and the update."""
+        loss = self._run(closure)
+        self._finish()
+        return loss
+
+    def _generator_states(self) -> GeneratorStates | None:
+        return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
 
     def _plan(self, micro_batch: int = 0) -> Plan:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -411,87 +393,7 @@ class FastSAM(Optimizer):
         for name in ("grad_scale", "found_inf"):
             self.__dict__.pop(name, None)
 
-    # ---- checkpoints and copies ----
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's: ``base`` alone can load it, and FastSAM loads the base's.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._refuse_perturbed("state_dict()")
-        saved = super().state_dict()
-        complete_saved(saved, self.method, self._update, self._step_count())
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of FastSAM or of the base alone; what the latter lacks is kept as it is.
-
-        Raises:
-            RuntimeError: the weights are perturbed, or a state tensor has another shape than its parameter.
-            ValueError: the parameter groups are others, or it is another method's.
-        """
-        self._refuse_perturbed("load_state_dict()")
-        given: list[Mapping[str, Any]] = []
-        # The last of the hooks: it sees what the others have made of the dict.
-        last = self.register_load_state_dict_pre_hook(lambda _, state: given.append(state))
-        self._load = lambda loaded: self._load_state(loaded, given[-1] if given else state_dict)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-            del self._load
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._refuse_perturbed("copying or pickling")
-        names = ("base_optimizer", "defaults", "backend", "method", "_interval", "_replay_rng", "_statistics")
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" in state:  # a copy or a pickle
-            method = state.pop("method")
-            super().__setstate__(state)
-            self._engine = Engine(self.backend, method)
-            self._engine.is_constructed = True
-            return
-        self._load(state)  # from Optimizer.load_state_dict: nothing has been changed yet
-
-    def _load_state(self, loaded: dict[str, Any], given: Mapping[str, Any]) -> None:
-        """Takes over what torch has cast (``loaded``) of a state dict (``given``); all of it or nothing."""
-        complete_loaded(loaded, given, self.param_groups, self.method)
-        for group in loaded["param_groups"]:
-            self._check_group(group)
-        if (update := self._update) is not None:
-            check_shapes(loaded, lambda group: update.state_names({**self.defaults, **group}).moments)
-        before = self.state, self.param_groups
-        try:
-            self.base_optimizer.__setstate__(loaded)
-        except BaseException:
-            self.state, self.param_groups = before
-            raise
-
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        return text.replace(type(self).__name__, f"{type(self).__name__} over {type(self.base_optimizer).__name__}", 1)
-
     # ---- small things ----
-
-    def _parameters(self) -> Iterable[Tensor]:
-        return chain.from_iterable(group["params"] for group in self.param_groups)
-
-    @property
-    def _update(self) -> FusedUpdate | None:
-        """How the base runs on the backends; None: by its own ``step()``."""
-        return FUSED.get(type(self.base_optimizer))
-
-    def _check_backends(self, group: Mapping[str, Any]) -> None:
-        for device_type in {p.device.type for p in tensors_of(group)}:
-            resolve(self.backend, Request(device_type))
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        base, fused = type(self.base_optimizer), self._update is not None
-        check_precision(group, base, fused=fused)
-        self.method.check_group(base, group, fused=fused)
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._parameters())
@@ -503,9 +405,6 @@ class FastSAM(Optimizer):
     def _ascends_now(self) -> bool:
         step = self._step_count()
         return step % self._interval == 0 and self.method.ascends(step)
-
-    def _step_count(self) -> int:
-        return int(self.param_groups[0].get(STEP_COUNT, 0))
 
     def _count_step(self) -> None:
         self._engine.is_single = False
@@ -519,13 +418,13 @@ class FastSAM(Optimizer):
         if self._statistics is not None:
             self._statistics.restore()
 
-    def _refuse_perturbed(self, what: str) -> None:
-        if self._engine.perturbed:
-            raise RuntimeError(
-                f"{what} is not possible while the weights are perturbed; call second_step() or restore() first"
-            )
-
-
-def _run(closure: Closure) -> Any:
-    with torch.enable_grad():
-        return closure()
+    def _run(self, closure: Closure) -> Any:
+        engine = self._engine
+        if engine.is_running:
+            raise RuntimeError("step(closure) was called within a closure of the same optimizer")
+        engine.is_running = True
+        try:
+            with torch.enable_grad():
+                return closure()
+        finally:
+            engine.is_running = False

@@ -16,7 +16,8 @@ from fastsam.arguments import check
 class RhoByLR:
     """A rho that follows its group's learning rate, from ``rho_min`` at ``lr_min`` to ``rho_max`` at ``lr_max``.
 
-    Zhuang et al. (see :class:`fastsam.methods.GSAM`), algorithm 1. With the smallest values 0, rho is proportional to the lr.
+    Zhuang et al. (see :class:`fastsam.methods.GSAM`), algorithm 1. With the smallest values 0, rho is
+    proportional to the lr.
     """
 
     rho_max: float

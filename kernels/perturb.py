@@ -1,85 +1,99 @@
-"""Ascent: ``w += rho * g / (||g|| + 1e-12)`` over a table of tensors, keeping ``w`` in ``backup``.
+"""Ascent: ``backup <- w; w <- w + A * map(x) + B * y`` over a table of tensors; plain SAM's A is made here from a norm.
 
-With float32 masters there is no backup: the climb starts from the master, and its address is in the backup's row.
+With float32 masters there is no backup: the ascent starts from the master, and its address is in the backup's row.
 """
 
 import triton
 import triton.language as tl
 
-from .address import (
+from fastsam import spec
+
+from .maths import mapped, times
+from .rounding import DRAW_ASCENT, is_rounding, random_stream, stored, widened
+from .walk import (
     BACKUP,
-    GRAD,
-    NARROW,
     PARAM,
     element_address,
-    pointer,
     read_chunk,
     read_number,
     read_option,
-    whole_blocks,
-    wide_pointer,
+    read_step,
+    walk,
 )
-from .rounding import CLIMB, is_rounding, random_stream, stored, widened
+
+NONE: tl.constexpr = tl.constexpr(spec.NONE)
+PERTURBATION: tl.constexpr = tl.constexpr(spec.PERTURBATION)
+A: tl.constexpr = tl.constexpr(int(spec.AscentCoefficients.A))
+B: tl.constexpr = tl.constexpr(int(spec.AscentCoefficients.B))
+SCALE: tl.constexpr = tl.constexpr(int(spec.AscentCoefficients.SCALE))
+TERM: tl.constexpr = tl.constexpr(int(spec.AscentCoefficients.TERM))
+COLUMNS: tl.constexpr = tl.constexpr(len(spec.AscentCoefficients))
+
+# Plain SAM's perturbations, beside the maps of the spec: A * g, and A * g * w * w (adaptive groups).
+_PLAIN: tl.constexpr = tl.constexpr(-1)
+_PLAIN_ADAPTIVE: tl.constexpr = tl.constexpr(-2)
 
 
 @triton.jit
-def _climb_scale(norm, rho, maximize):
+def _scale_by_norm(norm, rho, maximize):
     """``rho / (norm + 1e-12)``, signed; 0 where the norm is not finite, which says "leave w alone"."""
     scale = rho / (norm + 1e-12)
     return tl.where(norm < float("inf"), tl.where(maximize != 0, -scale, scale), 0.0)
 
 
 @triton.jit
-def _climbed(origin, param, grad, scale, ADAPTIVE: tl.constexpr):
-    step = scale * grad
-    if ADAPTIVE:
-        step = step * param * param
-    return origin + step
+def _perturbation(x, y, param, coefficients, Y: tl.constexpr, MAP: tl.constexpr):
+    a, b, scale, term = coefficients
+    if MAP == _PLAIN:
+        return a * x
+    elif MAP == _PLAIN_ADAPTIVE:
+        return a * x * param * param
+    elif Y == NONE:
+        return times(a, mapped(x, param, scale, term, MAP))
+    else:
+        return times(a, mapped(x, param, scale, term, MAP)) + times(b, y)
 
 
 @triton.jit
-def _perturb_block(param_ptr, backup_ptr, grad_ptr, at, scale, stream, mask, ADAPTIVE: tl.constexpr):
+def _perturb_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr):
+    param_ptr, backup_ptr, x_ptr, y_ptr = pointers
+    coefficients, stays, stream = arguments
+    Y: tl.constexpr = CONSTANTS[0]
+    MAP: tl.constexpr = CONSTANTS[1]
+    opmath: tl.constexpr = coefficients[0].dtype
+    # All loads come before the first store: one latency, not two.
     param = tl.load(param_ptr + at, mask=mask)
-    exact = widened(param, scale.dtype)
-    if backup_ptr.dtype == param_ptr.dtype:
+    x = widened(tl.load(x_ptr + at, mask=mask), opmath)
+    exact = widened(param, opmath)
+    y = exact
+    if Y >= 0:
+        y = widened(tl.load(y_ptr + at, mask=mask), opmath)
+    origin = exact
+    if Y == PERTURBATION:
+        origin = widened(tl.load(backup_ptr + at, mask=mask), opmath)
+        y = exact - origin
+    elif backup_ptr.dtype == param_ptr.dtype:
         tl.store(backup_ptr + at, param, mask=mask)
-        origin = exact
     else:
         master = tl.load(backup_ptr + at, mask=mask)
         is_edited = is_rounding(param, master) == 0
         origin = tl.where(is_edited, exact, master)
         tl.store(backup_ptr + at, origin, mask=is_edited if mask is None else is_edited & mask)
-    grad = widened(tl.load(grad_ptr + at, mask=mask), scale.dtype)
-    climbed = stored(_climbed(origin, exact, grad, scale, ADAPTIVE), param.dtype, stream, CLIMB, at)
-    # A zero scale selects: 0 * inf would be NaN.
-    tl.store(param_ptr + at, tl.where(scale == 0, param, climbed), mask=mask)
+    perturbed = origin + _perturbation(x, y, exact, coefficients, Y, MAP)
+    # Coefficients of 0 select: 0 * inf would be NaN.
+    perturbed = tl.where(stays, param, stored(perturbed, param.dtype, stream, DRAW_ASCENT, at))
+    tl.store(param_ptr + at, perturbed, mask=mask)
+    return sums
 
 
 @triton.jit
-def _perturb_chunk(
-    param_address,
-    backup_address,
-    grad_address,
-    length,
-    scale,
-    stream,
-    DTYPE: tl.constexpr,
-    KEPT: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    lanes = tl.arange(0, BLOCK)
-    whole = whole_blocks(length, param_address | backup_address | grad_address, BLOCK)
-    param_ptr, backup_ptr = wide_pointer(param_address, DTYPE), wide_pointer(backup_address, KEPT)
-    grad_ptr = wide_pointer(grad_address, DTYPE)
-    for start in range(0, whole, BLOCK):
-        _perturb_block(param_ptr, backup_ptr, grad_ptr, start + lanes, scale, stream, None, ADAPTIVE)
-    param_ptr, backup_ptr = pointer(param_address, DTYPE), pointer(backup_address, KEPT)
-    grad_ptr = pointer(grad_address, DTYPE)
-    lanes = tl.arange(0, BLOCK // NARROW)
-    for start in range(whole, length, BLOCK // NARROW):
-        at = start + lanes
-        _perturb_block(param_ptr, backup_ptr, grad_ptr, at, scale, stream, at < length, ADAPTIVE)
+def _read_coefficients(coefficients_ptr, tensor, has_y, OPMATH: tl.constexpr, Y: tl.constexpr):
+    """A, B, scale and term; and whether w stays as it is."""
+    row_ptr = coefficients_ptr + tensor * COLUMNS
+    a, b = tl.load(row_ptr + A), tl.where(has_y, tl.load(row_ptr + B), 0.0)
+    stays = (a == 0) & (b == (1.0 if Y == PERTURBATION else 0.0))
+    scale, term = tl.load(row_ptr + SCALE), tl.load(row_ptr + TERM)
+    return (a.to(OPMATH), b.to(OPMATH), scale.to(OPMATH), term.to(OPMATH)), stays
 
 
 @triton.jit(
@@ -89,8 +103,8 @@ def _perturb_chunk(
         "chunks_ptr",
         "options_ptr",
         "norm_ptr",
+        "coefficients_ptr",
         "positions_ptr",
-        "steps_ptr",
     ],
 )
 def perturb_kernel(
@@ -98,13 +112,16 @@ def perturb_kernel(
     chunks_ptr,
     options_ptr,
     norm_ptr,
+    coefficients_ptr,
     positions_ptr,
-    steps_ptr,
     tensor_count,
     DTYPE: tl.constexpr,
     KEPT: tl.constexpr,
     OPMATH: tl.constexpr,
     FIELDS: tl.constexpr,
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    MAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per chunk.
@@ -113,28 +130,50 @@ def perturb_kernel(
         addresses_ptr: int64 ``(ROWS, tensor_count)``.
         chunks_ptr: int64 ``(chunks, CHUNK_FIELDS)``.
         options_ptr: ``(groups, FIELDS)`` entries: rho, adaptive, maximize, rounding_seed.
-        norm_ptr: float64, ``||g||``.
+        norm_ptr: float64, ``||g||``; None: by coefficients.
+        coefficients_ptr: float64 ``(tensor_count, COLUMNS)``; None: by the norm.
         positions_ptr: int64 ``(tensor_count,)``, in the flattened parameter groups; None: rounding is to nearest.
-        steps_ptr: float32 ``(tensor_count,)``, the updates that each tensor has had; None where ``positions_ptr`` is.
         tensor_count: of the table.
         DTYPE: of the table.
         KEPT: float32 where there are masters, else ``DTYPE``: what backups and state are in.
         OPMATH: of the arithmetic.
         FIELDS: options per group.
+        X: the row of x.
+        Y: the row of y, NONE, or PERTURBATION: the backup is only read.
+        MAP: of x.
         BLOCK: elements that are walked at a time.
     """
-    # Backward: the gradients that the norm read last are still in the cache.
+    # Backward: what the norm or the dots read last is still in the cache.
     tensor, start, length, group = read_chunk(chunks_ptr, tl.num_programs(0) - 1 - tl.program_id(0))
     param = element_address(addresses_ptr, PARAM, tensor, tensor_count, start, DTYPE)
-    grad = element_address(addresses_ptr, GRAD, tensor, tensor_count, start, DTYPE)
     backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, KEPT)
-    if (grad != 0) & (backup != 0):
-        rho = read_option(options_ptr, group * FIELDS)
-        maximize = read_number(options_ptr, group * FIELDS + 2)
-        scale = _climb_scale(tl.load(norm_ptr), rho, maximize).to(OPMATH)
-        seed = read_number(options_ptr, group * FIELDS + 3)
-        stream = None if positions_ptr is None else random_stream(seed, positions_ptr, steps_ptr, tensor, start)
-        if read_number(options_ptr, group * FIELDS + 1) != 0:
-            _perturb_chunk(param, backup, grad, length, scale, stream, DTYPE, KEPT, True, BLOCK)
+    x = element_address(addresses_ptr, X, tensor, tensor_count, start, DTYPE)
+    # What has no x stays; what has no y has a B of 0.
+    is_moved = x != 0
+    x = tl.where(is_moved, x, param)
+    has_y = Y == PERTURBATION
+    y = tl.zeros_like(x)
+    if Y >= 0:
+        y = element_address(addresses_ptr, Y, tensor, tensor_count, start, DTYPE)
+        has_y = y != 0
+        y = tl.where(has_y, y, x)
+    if backup != 0:
+        stream = ()
+        if positions_ptr is not None:
+            seed = read_number(options_ptr, group * FIELDS + 3)
+            step = read_step(addresses_ptr, tensor, tensor_count)
+            stream = random_stream(seed, tl.load(positions_ptr + tensor), step, start)
+        addresses = param, backup, x, y
+        dtypes: tl.constexpr = (DTYPE, KEPT, DTYPE, DTYPE)
+        if norm_ptr is not None:
+            rho, maximize = read_option(options_ptr, group * FIELDS), read_number(options_ptr, group * FIELDS + 2)
+            a = _scale_by_norm(tl.load(norm_ptr), rho, maximize).to(OPMATH)
+            arguments = (a, a, a, a), (a == 0) | (is_moved == 0), stream
+            if read_number(options_ptr, group * FIELDS + 1) != 0:
+                walk(_perturb_element, addresses, dtypes, arguments, (NONE, _PLAIN_ADAPTIVE), length, 0, BLOCK)
+            else:
+                walk(_perturb_element, addresses, dtypes, arguments, (NONE, _PLAIN), length, 0, BLOCK)
         else:
-            _perturb_chunk(param, backup, grad, length, scale, stream, DTYPE, KEPT, False, BLOCK)
+            coefficients, stays = _read_coefficients(coefficients_ptr, tensor, has_y, OPMATH, Y)
+            arguments = coefficients, stays | (is_moved == 0), stream
+            walk(_perturb_element, addresses, dtypes, arguments, (Y, MAP), length, 0, BLOCK)

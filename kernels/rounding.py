@@ -1,22 +1,23 @@
 """To the arithmetic's dtype at a load, and back at a store: to nearest, or stochastically.
 
-The random numbers are those of every backend: integer functions of the seed, the tensor's position and step, the
-operation and the element. Where rounding is to nearest, ``stream`` is None.
+The random numbers are those of every backend: integer functions of the seed, the tensor's position and step, the draw
+and the element. Where rounding is to nearest, ``stream`` is empty.
 """
 
 import triton
 import triton.language as tl
 from triton.language import core  # has add and mul in Triton 3.4, too
 
-from .address import INTERPRETED
+from fastsam.spec import DRAWS, Draw
 
-# The operations that draw numbers. State slot k draws with UPDATE_STATE + k.
-CLIMB: tl.constexpr = tl.constexpr(0)
-UPDATE: tl.constexpr = tl.constexpr(1)
-UPDATE_STATE: tl.constexpr = tl.constexpr(2)
+from .walk import INTERPRETED
 
-# Operations that a position has room for.
-_OPERATIONS: tl.constexpr = tl.constexpr(8)
+# What random numbers are drawn for. State slot k draws with DRAW_STATE + k.
+DRAW_ASCENT: tl.constexpr = tl.constexpr(int(Draw.ASCENT))
+DRAW_WEIGHT: tl.constexpr = tl.constexpr(int(Draw.WEIGHT))
+DRAW_STATE: tl.constexpr = tl.constexpr(int(Draw.STATE))
+DRAW_METHOD_STATE: tl.constexpr = tl.constexpr(int(Draw.METHOD_STATE))
+_DRAWS: tl.constexpr = tl.constexpr(DRAWS)
 
 # Bits of an fp32 without its sign; the largest finite bfloat16 and float16 and the smallest normal float16 as such.
 _MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -50,30 +51,30 @@ def rounded(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def stored(value, DTYPE: tl.constexpr, stream, OPERATION: tl.constexpr, at):
-    """``value`` as it is stored by ``OPERATION``, for the elements ``at`` of the stream's chunk."""
-    if stream is None:
+def stored(value, DTYPE: tl.constexpr, stream, DRAW: tl.constexpr, at):
+    """``value`` as it is stored, rounded with the numbers of ``DRAW``, for the elements ``at`` of the stream's chunk."""
+    if len(stream) == 0:
         return rounded(value, DTYPE)
     else:
-        return stochastically_rounded(value, random_bits(stream, OPERATION, at), DTYPE)
+        return stochastically_rounded(value, random_bits(stream, DRAW, at), DTYPE)
 
 
 @triton.jit
-def random_stream(seed, positions_ptr, steps_ptr, tensor, start):
+def random_stream(seed, position, step, start):
     """What the random numbers of one chunk have in common, which begins at element ``start`` (64 bits)."""
     seed = seed.to(tl.uint32)
-    step = tl.load(steps_ptr + tensor).to(tl.uint32)
-    word = tl.load(positions_ptr + tensor).to(tl.uint32) * _OPERATIONS
+    step = step.to(tl.uint32)
+    word = position.to(tl.uint32) * _DRAWS
     low_key, high_key = _mixed(_mixed(seed ^ 0x9E3779B9) ^ step), _mixed(seed ^ 0xC2B2AE35)
     far = core.mul((start >> 32).to(tl.uint32), 0x9E3779B1, sanitize_overflow=False)
     return low_key, high_key, step, word, start.to(tl.uint32), far
 
 
 @triton.jit
-def random_bits(stream, OPERATION: tl.constexpr, at):
+def random_bits(stream, DRAW: tl.constexpr, at):
     """32 random bits for each of the elements ``at`` of a chunk, which no multiple of 2**32 divides."""
     low_key, high_key, step, word, first, far = stream
-    word += OPERATION
+    word += DRAW
     low_key, high_key = _mixed(low_key ^ word), _mixed(_mixed(high_key ^ word) ^ step)
     return _mixed(_mixed((first + at.to(tl.uint32)) ^ low_key) ^ core.add(high_key, far, sanitize_overflow=False))
 
@@ -90,7 +91,7 @@ def _mixed(bits):
 
 @triton.jit
 def is_rounding(param, master):
-    """Where a parameter is what its float32 master rounds to, bit for bit; elsewhere somebody else has written it."""
+    """Where a parameter is what its float32 master rounds to, bit for bit; elsewhere the parameter was written since."""
     return rounded(master, param.dtype).to(tl.int16, bitcast=True) == param.to(tl.int16, bitcast=True)
 
 

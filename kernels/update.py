@@ -1,4 +1,4 @@
-"""The way back: ``w <- backup``, alone or with one step of SGD or Adam, in one pass over a table of tensors.
+"""Descent: ``w <- backup``, alone or with a base's update, in one pass over a table of tensors.
 
 With float32 masters, these are updated, and ``w`` is what they round to.
 """
@@ -6,80 +6,65 @@ With float32 masters, these are updated, and ``w`` is what they round to.
 import triton
 import triton.language as tl
 
-from .address import (
+from fastsam import spec
+
+from .maths import power, quotient, square_root, times
+from .rounding import DRAW_METHOD_STATE, DRAW_STATE, DRAW_WEIGHT, is_rounding, random_stream, rounded, stored, widened
+from .walk import (
     BACKUP,
+    FIRST_GRAD,
     GRAD,
     MASTER,
-    NARROW,
+    METHOD_STATE,
     PARAM,
     STATE,
+    STEP,
     element_address,
     is_last_to_finish,
-    pointer,
     read_chunk,
     read_number,
     read_option,
-    whole_blocks,
-    wide_pointer,
+    read_step,
+    walk,
 )
-from .arithmetic import power, quotient, square_root
-from .combination import NOTHING, combination_addresses, combined, go_beyond, read_combination
-from .rounding import UPDATE, UPDATE_STATE, is_rounding, random_stream, rounded, stored, widened
+
+NO_UPDATE: tl.constexpr = tl.constexpr(int(spec.Update.NONE))
+SGD: tl.constexpr = tl.constexpr(int(spec.Update.SGD))
+NONE: tl.constexpr = tl.constexpr(spec.NONE)
+A: tl.constexpr = tl.constexpr(int(spec.DescentCoefficients.A))
+B: tl.constexpr = tl.constexpr(int(spec.DescentCoefficients.B))
+KEEP_X: tl.constexpr = tl.constexpr(int(spec.DescentCoefficients.KEEP_X))
+KEEP_FIRST: tl.constexpr = tl.constexpr(int(spec.DescentCoefficients.KEEP_FIRST))
+KEEP_STATE: tl.constexpr = tl.constexpr(int(spec.DescentCoefficients.KEEP_STATE))
+DECOUPLED_X: tl.constexpr = tl.constexpr(int(spec.DescentCoefficients.DECOUPLED_X))
+DECOUPLED_Y: tl.constexpr = tl.constexpr(int(spec.DescentCoefficients.DECOUPLED_Y))
+COLUMNS: tl.constexpr = tl.constexpr(len(spec.DescentCoefficients))
+STATE_SLOTS: tl.constexpr = tl.constexpr(spec.STATE_SLOTS)
 
 # Tensors whose steps are advanced at a time.
 STEPS_BLOCK: tl.constexpr = tl.constexpr(1024)
 
 
-# ---- restore ----
+# ---- weights and state at a load and a store ----
 
 
 @triton.jit
-def _restore_chunk(param_address, backup_address, length, DTYPE: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    whole = whole_blocks(length, param_address | backup_address, BLOCK)
-    param_ptr, backup_ptr = wide_pointer(param_address, DTYPE), wide_pointer(backup_address, KEPT)
-    for start in range(0, whole, BLOCK):
-        tl.store(param_ptr + start + lanes, rounded(tl.load(backup_ptr + start + lanes), DTYPE))
-    param_ptr, backup_ptr = pointer(param_address, DTYPE), pointer(backup_address, KEPT)
-    lanes = tl.arange(0, BLOCK // NARROW)
-    for start in range(whole, length, BLOCK // NARROW):
-        at = start + lanes
-        tl.store(param_ptr + at, rounded(tl.load(backup_ptr + at, mask=at < length), DTYPE), mask=at < length)
-
-
-@triton.jit(do_not_specialize=["tensor_count"], do_not_specialize_on_alignment=["addresses_ptr", "chunks_ptr"])
-def restore_kernel(
-    addresses_ptr, chunks_ptr, tensor_count, DTYPE: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """``w <- backup`` where there is one. One program per chunk; arguments as in ``perturb_kernel``."""
-    tensor, start, length, _ = read_chunk(chunks_ptr, tl.program_id(0))
-    param = element_address(addresses_ptr, PARAM, tensor, tensor_count, start, DTYPE)
-    backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, KEPT)
-    if backup != 0:
-        _restore_chunk(param, backup, length, DTYPE, KEPT, BLOCK)
-
-
-# ---- what the updates share ----
+def _restore_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr):
+    param_ptr, backup_ptr = pointers
+    backup = tl.load(backup_ptr + at, mask=mask)
+    tl.store(param_ptr + at, rounded(backup, param_ptr.dtype.element_ty), mask=mask)
+    return sums
 
 
 @triton.jit
-def _source_address(addresses_ptr, param, backup, tensor, tensor_count, start, DTYPE: tl.constexpr, KEPT: tl.constexpr):
-    """Where the weights are that the update starts from."""
-    if DTYPE == KEPT:
-        return tl.where(backup == 0, param, backup)
-    else:
-        return element_address(addresses_ptr, MASTER, tensor, tensor_count, start, KEPT)
-
-
-@triton.jit
-def _load_weights(param_ptr, source_ptr, at, backup_address, mask, OPMATH: tl.constexpr):
-    """The weights that the update starts from; a parameter that was written since its master was is the truth."""
+def _load_weights(param_ptr, source_ptr, at, is_perturbed, mask, OPMATH: tl.constexpr):
+    """The weights that the update starts from; a master follows a parameter that was written since."""
     source = widened(tl.load(source_ptr + at, mask=mask), OPMATH)
     if source_ptr.dtype == param_ptr.dtype:
         return source
     else:
-        # What has climbed is not its master's rounding, and not read. The interpreter cannot spread a truth value.
-        follows = tl.full(at.shape, backup_address, tl.int64) == 0
+        # What was perturbed is not its master's rounding, and not read. The interpreter cannot spread a truth value.
+        follows = tl.full(at.shape, is_perturbed, tl.int32) == 0
         param = tl.load(param_ptr + at, mask=follows if mask is None else follows & mask)
         return tl.where(follows & (is_rounding(param, source) == 0), widened(param, OPMATH), source)
 
@@ -88,21 +73,71 @@ def _load_weights(param_ptr, source_ptr, at, backup_address, mask, OPMATH: tl.co
 def _store_weights(param_ptr, source_ptr, at, weights, stream, mask):
     if source_ptr.dtype != param_ptr.dtype:
         tl.store(source_ptr + at, weights, mask=mask)
-    tl.store(param_ptr + at, stored(weights, param_ptr.dtype.element_ty, stream, UPDATE, at), mask=mask)
+    tl.store(param_ptr + at, stored(weights, param_ptr.dtype.element_ty, stream, DRAW_WEIGHT, at), mask=mask)
 
 
 @triton.jit
-def _store_state(state_ptr, at, value, stream, SLOT: tl.constexpr, mask):
-    value = stored(value, state_ptr.dtype.element_ty, stream, UPDATE_STATE + SLOT, at)
-    tl.store(state_ptr + at, value, mask=mask)
+def _load_state(pointers, at, mask, SLOTS: tl.constexpr, OPMATH: tl.constexpr):
+    state = ()
+    for slot in tl.static_range(SLOTS):
+        state = state + (widened(tl.load(pointers[slot] + at, mask=mask), OPMATH),)  # noqa: RUF005
+    return state
 
 
 @triton.jit
-def _direction(param, grad, grad_factor, weight_decay):
-    """The gradient to descend with; ``grad_factor`` unscales it, and turns it round to maximize."""
+def _store_state(pointers, at, state, stream, mask, SLOTS: tl.constexpr):
+    for slot in tl.static_range(SLOTS):
+        value = stored(state[slot], pointers[slot].dtype.element_ty, stream, DRAW_STATE + slot, at)
+        tl.store(pointers[slot] + at, value, mask=mask)
+
+
+# ---- the base updates ----
+
+
+@triton.jit
+def _base_gradient(param, grad, grad_factor, weight_decay):
+    """The gradient that a base descends by; ``grad_factor`` unscales it, and negates it to maximize."""
     unscaled = grad * grad_factor
     # Selected, not multiplied by zero: 0 * inf is NaN.
     return tl.where(weight_decay != 0, unscaled + weight_decay * param, unscaled)
+
+
+@triton.jit
+def _sgd(param, grad, state, options, MOMENTUM: tl.constexpr):
+    """SGD (Sutskever et al. 2013, as torch.optim.SGD has it): the new weight and momentum buffer."""
+    lr, momentum, grad_weight, weight_decay, grad_factor, nesterov = options
+    step = _base_gradient(param, grad, grad_factor, weight_decay)
+    if MOMENTUM:
+        buffer = momentum * state[0] + grad_weight * step
+        step = tl.where(nesterov, step + momentum * buffer, buffer)
+        return param - lr * step, (buffer,)
+    else:
+        return param - lr * step, ()
+
+
+@triton.jit
+def _adam(param, grad, state, options, AMSGRAD: tl.constexpr):
+    """Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), AMSGrad, AdamW: the new weight and moments."""
+    (lr, grad_weight, beta2, square_weight, eps, coupled_decay, decay_factor, inverse_root, grad_factor) = options
+    g = _base_gradient(param, grad, grad_factor, coupled_decay)
+    exp_avg, exp_avg_sq = state[0], state[1]
+    # torch.lerp's two forms: exact at both ends.
+    difference = g - exp_avg
+    exp_avg = tl.where(grad_weight < 0.5, exp_avg + grad_weight * difference, g - difference * (1 - grad_weight))
+    exp_avg_sq = beta2 * exp_avg_sq + square_weight * g * g
+    if AMSGRAD:
+        largest = state[2]
+        # Written so that a NaN in either stays one, as in torch.maximum.
+        keeps = (largest > exp_avg_sq) | (largest != largest)
+        second_moment = tl.where(keeps, largest, exp_avg_sq)
+    else:
+        second_moment = exp_avg_sq
+    denominator = square_root(second_moment) * inverse_root + eps
+    param = param * decay_factor - quotient(lr * exp_avg, denominator)
+    if AMSGRAD:
+        return param, (exp_avg, exp_avg_sq, second_moment)
+    else:
+        return param, (exp_avg, exp_avg_sq)
 
 
 @triton.jit
@@ -112,95 +147,11 @@ def _grad_factor(grad_scale_ptr, maximize):
 
 
 @triton.jit
-def _advance_steps(steps_ptr, addresses_ptr, tensor_count):
-    """One more update for every tensor that has a gradient."""
-    for start in range(0, tensor_count, STEPS_BLOCK):
-        at = start + tl.arange(0, STEPS_BLOCK)
-        grad = tl.load(addresses_ptr + GRAD * tensor_count + at, mask=at < tensor_count, other=0)
-        updated = (at < tensor_count) & (grad != 0)
-        tl.store(steps_ptr + at, tl.load(steps_ptr + at, mask=updated) + 1, mask=updated)
-
-
-# ---- SGD (Sutskever et al. 2013, as torch.optim.SGD has it) ----
-
-
-@triton.jit
-def _sgd(param, grad, buffer, options, MOMENTUM: tl.constexpr):
-    """The new weight and momentum buffer."""
-    lr, momentum, grad_weight, weight_decay, grad_factor, nesterov = options
-    step = _direction(param, grad, grad_factor, weight_decay)
-    if MOMENTUM:
-        buffer = momentum * buffer + grad_weight * step
-        step = tl.where(nesterov, step + momentum * buffer, buffer)
-    return param - lr * step, buffer
-
-
-@triton.jit
-def _sgd_block(
-    pointers, at, options, backup_address, stream, combination, mask, MOMENTUM: tl.constexpr, KEEPS: tl.constexpr
-):
-    param_ptr, source_ptr, grad_ptr, buffer_ptr = pointers
-    opmath: tl.constexpr = options[0].dtype
-    param = _load_weights(param_ptr, source_ptr, at, backup_address, mask, opmath)
-    x = widened(tl.load(grad_ptr + at, mask=mask), opmath)
-    grad = x if combination is None else combined(combination, grad_ptr, at, x, mask)
-    buffer = widened(tl.load(buffer_ptr + at, mask=mask), opmath) if MOMENTUM else grad
-    param, buffer = _sgd(param, grad, buffer, options, MOMENTUM)
-    if combination is not None:
-        param = go_beyond(combination, grad_ptr, at, x, param, mask, KEEPS)
-    if MOMENTUM:
-        _store_state(buffer_ptr, at, buffer, stream, 0, mask)
-    _store_weights(param_ptr, source_ptr, at, param, stream, mask)
-
-
-@triton.jit
-def _sgd_chunk(
-    param_address,
-    source_address,
-    grad_address,
-    buffer_address,
-    length,
-    options,
-    backup_address,
-    stream,
-    combination,
-    DTYPE: tl.constexpr,
-    KEPT: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    KEEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    lanes = tl.arange(0, BLOCK)
-    addresses = param_address | source_address | grad_address | buffer_address
-    if combination is not None:
-        addresses |= combination_addresses(combination)
-    whole = whole_blocks(length, addresses, BLOCK)
-    wide = (
-        wide_pointer(param_address, DTYPE),
-        wide_pointer(source_address, KEPT),
-        wide_pointer(grad_address, DTYPE),
-        wide_pointer(buffer_address, KEPT),
-    )
-    for start in range(0, whole, BLOCK):
-        _sgd_block(wide, start + lanes, options, backup_address, stream, combination, None, MOMENTUM, KEEPS)
-    narrow = (
-        pointer(param_address, DTYPE),
-        pointer(source_address, KEPT),
-        pointer(grad_address, DTYPE),
-        pointer(buffer_address, KEPT),
-    )
-    lanes = tl.arange(0, BLOCK // NARROW)
-    for start in range(whole, length, BLOCK // NARROW):
-        at = start + lanes
-        _sgd_block(narrow, at, options, backup_address, stream, combination, at < length, MOMENTUM, KEEPS)
-
-
-@triton.jit
-def _read_sgd_options(options_ptr, first, grad_scale_ptr, is_first_step, OPMATH: tl.constexpr):
+def _read_sgd_options(options_ptr, first, grad_scale_ptr, step, OPMATH: tl.constexpr):
     momentum, dampening = read_number(options_ptr, first + 1), read_number(options_ptr, first + 2)
     # On a tensor's first step the buffer becomes the gradient: 0 * buffer would keep what an unwritten one holds, so
     # buffers start as zeros.
-    grad_weight = tl.where(is_first_step, 1.0, 1.0 - dampening)
+    grad_weight = tl.where(step == 0, 1.0, 1.0 - dampening)
     grad_factor = _grad_factor(grad_scale_ptr, read_number(options_ptr, first + 5))
     return (
         read_option(options_ptr, first).to(OPMATH),
@@ -212,231 +163,129 @@ def _read_sgd_options(options_ptr, first, grad_scale_ptr, is_first_step, OPMATH:
     )
 
 
-@triton.jit(
-    do_not_specialize=["tensor_count"],
-    do_not_specialize_on_alignment=[
-        "addresses_ptr",
-        "chunks_ptr",
-        "options_ptr",
-        "steps_ptr",
-        "grad_scale_ptr",
-        "found_inf_ptr",
-        "finished_ptr",
-        "positions_ptr",
-        "weights_ptr",
-    ],
-)
-def restore_and_sgd_kernel(
-    addresses_ptr,
-    chunks_ptr,
-    options_ptr,
-    steps_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
-    finished_ptr,
-    positions_ptr,
-    weights_ptr,
-    tensor_count,
-    DTYPE: tl.constexpr,
-    KEPT: tl.constexpr,
-    OPMATH: tl.constexpr,
-    FIELDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    Y: tl.constexpr = NOTHING,
-    KEEPS: tl.constexpr = False,
-):
-    """``w <- SGD(backup, g, momentum_buffer)``, or ``w <- backup`` without a gradient or after an overflow.
-
-    One program per chunk; the last of them advances the steps.
-
-    Args:
-        addresses_ptr: int64 ``(ROWS, tensor_count)``.
-        chunks_ptr: int64 ``(chunks, CHUNK_FIELDS)``.
-        options_ptr: ``(groups, FIELDS)`` entries: lr, momentum, dampening, weight_decay, nesterov, maximize,
-            rounding_seed.
-        steps_ptr: float32 ``(tensor_count,)``, the updates that each tensor has had.
-        grad_scale_ptr: float32, what gradients are divided by.
-        found_inf_ptr: float32; not 0: nothing is updated.
-        finished_ptr: int32, 0.
-        positions_ptr: int64 ``(tensor_count,)``, in the flattened parameter groups; None: rounding is to nearest.
-        weights_ptr: float64 ``(tensor_count, COLUMNS)``, of a combination in the gradient's place; None: there is none.
-        tensor_count: of the table.
-        DTYPE: of the table.
-        KEPT: float32 where there are masters, else ``DTYPE``: what backups and state are in.
-        OPMATH: of the arithmetic.
-        FIELDS: options per group.
-        BLOCK: elements that are walked at a time.
-        Y: the combination's second row, or NOTHING.
-        KEEPS: whether the combination keeps something.
-    """
-    tensor, start, length, group = read_chunk(chunks_ptr, tl.program_id(0))
-    param = element_address(addresses_ptr, PARAM, tensor, tensor_count, start, DTYPE)
-    grad = element_address(addresses_ptr, GRAD, tensor, tensor_count, start, DTYPE)
-    backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, KEPT)
-    source = _source_address(addresses_ptr, param, backup, tensor, tensor_count, start, DTYPE, KEPT)
-    is_committed = tl.load(found_inf_ptr) == 0
-    if (grad != 0) & is_committed:
-        buffer = element_address(addresses_ptr, STATE, tensor, tensor_count, start, KEPT)
-        is_first_step = tl.load(steps_ptr + tensor) == 0
-        options = _read_sgd_options(options_ptr, group * FIELDS, grad_scale_ptr, is_first_step, OPMATH)
-        seed = read_number(options_ptr, group * FIELDS + 6)
-        stream = None if positions_ptr is None else random_stream(seed, positions_ptr, steps_ptr, tensor, start)
-        combination = None
-        if weights_ptr is not None:
-            combination = read_combination(
-                addresses_ptr, weights_ptr, tensor, tensor_count, start, grad, DTYPE, OPMATH, Y, KEEPS
-            )
-        if buffer != 0:
-            _sgd_chunk(
-                param,
-                source,
-                grad,
-                buffer,
-                length,
-                options,
-                backup,
-                stream,
-                combination,
-                DTYPE,
-                KEPT,
-                True,
-                KEEPS,
-                BLOCK,
-            )
-        else:
-            _sgd_chunk(
-                param,
-                source,
-                grad,
-                buffer,
-                length,
-                options,
-                backup,
-                stream,
-                combination,
-                DTYPE,
-                KEPT,
-                False,
-                KEEPS,
-                BLOCK,
-            )
-    elif backup != 0:
-        _restore_chunk(param, backup, length, DTYPE, KEPT, BLOCK)
-    is_last = is_last_to_finish(finished_ptr, tl.num_programs(0))
-    if is_last & is_committed:
-        _advance_steps(steps_ptr, addresses_ptr, tensor_count)
-
-
-# ---- Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), AMSGrad, AdamW (https://arxiv.org/abs/1711.05101) ----
-
-
-@triton.jit
-def _adam(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, options, AMSGRAD: tl.constexpr):
-    """The new weight and moments."""
-    (lr, grad_weight, beta2, square_weight, eps, coupled_decay, decay_factor, inverse_root, grad_factor) = options
-    g = _direction(param, grad, grad_factor, coupled_decay)
-    # torch.lerp's two forms: exact at both ends.
-    difference = g - exp_avg
-    exp_avg = tl.where(grad_weight < 0.5, exp_avg + grad_weight * difference, g - difference * (1 - grad_weight))
-    exp_avg_sq = beta2 * exp_avg_sq + square_weight * g * g
-    second_moment = exp_avg_sq
-    if AMSGRAD:
-        # Written so that a NaN in either stays one, as in torch.maximum.
-        keeps = (max_exp_avg_sq > exp_avg_sq) | (max_exp_avg_sq != max_exp_avg_sq)
-        max_exp_avg_sq = tl.where(keeps, max_exp_avg_sq, exp_avg_sq)
-        second_moment = max_exp_avg_sq
-    denominator = square_root(second_moment) * inverse_root + eps
-    return param * decay_factor - quotient(lr * exp_avg, denominator), exp_avg, exp_avg_sq, max_exp_avg_sq
-
-
-@triton.jit
-def _adam_block(
-    pointers, at, options, backup_address, stream, combination, mask, AMSGRAD: tl.constexpr, KEEPS: tl.constexpr
-):
-    param_ptr, source_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr = pointers
-    opmath: tl.constexpr = options[0].dtype
-    param = _load_weights(param_ptr, source_ptr, at, backup_address, mask, opmath)
-    x = widened(tl.load(grad_ptr + at, mask=mask), opmath)
-    grad = x if combination is None else combined(combination, grad_ptr, at, x, mask)
-    exp_avg = widened(tl.load(exp_avg_ptr + at, mask=mask), opmath)
-    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr + at, mask=mask), opmath)
-    max_exp_avg_sq = widened(tl.load(max_exp_avg_sq_ptr + at, mask=mask), opmath) if AMSGRAD else exp_avg_sq
-    param, exp_avg, exp_avg_sq, max_exp_avg_sq = _adam(
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, options, AMSGRAD
-    )
-    if combination is not None:
-        param = go_beyond(combination, grad_ptr, at, x, param, mask, KEEPS)
-    _store_state(exp_avg_ptr, at, exp_avg, stream, 0, mask)
-    _store_state(exp_avg_sq_ptr, at, exp_avg_sq, stream, 1, mask)
-    if AMSGRAD:
-        _store_state(max_exp_avg_sq_ptr, at, max_exp_avg_sq, stream, 2, mask)
-    _store_weights(param_ptr, source_ptr, at, param, stream, mask)
-
-
-@triton.jit
-def _adam_chunk(
-    param_address,
-    source_address,
-    grad_address,
-    moments,
-    length,
-    options,
-    backup_address,
-    stream,
-    combination,
-    DTYPE: tl.constexpr,
-    KEPT: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    KEEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    lanes = tl.arange(0, BLOCK)
-    addresses = param_address | source_address | grad_address | moments[0] | moments[1] | moments[2]
-    if combination is not None:
-        addresses |= combination_addresses(combination)
-    whole = whole_blocks(length, addresses, BLOCK)
-    wide = (
-        wide_pointer(param_address, DTYPE),
-        wide_pointer(source_address, KEPT),
-        wide_pointer(grad_address, DTYPE),
-        wide_pointer(moments[0], KEPT),
-        wide_pointer(moments[1], KEPT),
-        wide_pointer(moments[2], KEPT),
-    )
-    for start in range(0, whole, BLOCK):
-        _adam_block(wide, start + lanes, options, backup_address, stream, combination, None, AMSGRAD, KEEPS)
-    narrow = (
-        pointer(param_address, DTYPE),
-        pointer(source_address, KEPT),
-        pointer(grad_address, DTYPE),
-        pointer(moments[0], KEPT),
-        pointer(moments[1], KEPT),
-        pointer(moments[2], KEPT),
-    )
-    lanes = tl.arange(0, BLOCK // NARROW)
-    for start in range(whole, length, BLOCK // NARROW):
-        at = start + lanes
-        _adam_block(narrow, at, options, backup_address, stream, combination, at < length, AMSGRAD, KEEPS)
-
-
 @triton.jit
 def _read_adam_options(options_ptr, first, grad_scale_ptr, step, OPMATH: tl.constexpr):
     lr = read_option(options_ptr, first)
     beta1, beta2 = read_option(options_ptr, first + 1), read_option(options_ptr, first + 2)
     weight_decay, is_decoupled = read_number(options_ptr, first + 4), read_number(options_ptr, first + 5) != 0
     grad_factor = _grad_factor(grad_scale_ptr, read_number(options_ptr, first + 7))
+    count = step.to(tl.float64) + 1.0
     # Bias corrections in float64: 1 - 0.999 has 14 bits left in float32.
     return (
-        (lr / (1.0 - power(beta1, step, OPMATH))).to(OPMATH),
+        (lr / (1.0 - power(beta1, count, OPMATH))).to(OPMATH),
         (1.0 - beta1).to(OPMATH),
         beta2.to(OPMATH),
         (1.0 - beta2).to(OPMATH),
         read_number(options_ptr, first + 3).to(OPMATH),
         tl.where(is_decoupled, 0.0, weight_decay).to(OPMATH),
         tl.where(is_decoupled, 1.0 - lr * weight_decay, 1.0).to(OPMATH),
-        (1.0 / tl.sqrt(1.0 - power(beta2, step, OPMATH))).to(OPMATH),
+        (1.0 / tl.sqrt(1.0 - power(beta2, count, OPMATH))).to(OPMATH),
         grad_factor.to(OPMATH),
     )
+
+
+# ---- what a method puts in the gradient's place ----
+
+
+@triton.jit
+def _read_coefficients(coefficients_ptr, tensor, takes_part, OPMATH: tl.constexpr, Y: tl.constexpr):
+    """The row of coefficients; of a tensor that has no part, those that leave the gradient as it is."""
+    row_ptr = coefficients_ptr + tensor * COLUMNS
+    return (
+        tl.where(takes_part, tl.load(row_ptr + A), 1.0).to(OPMATH),
+        tl.where(takes_part & (Y != NONE), tl.load(row_ptr + B), 0.0).to(OPMATH),
+        tl.load(row_ptr + KEEP_X).to(OPMATH),
+        tl.load(row_ptr + KEEP_FIRST).to(OPMATH),
+        tl.load(row_ptr + KEEP_STATE).to(OPMATH),
+        tl.where(takes_part, tl.load(row_ptr + DECOUPLED_X), 0.0).to(OPMATH),
+        tl.where(takes_part & (Y != NONE), tl.load(row_ptr + DECOUPLED_Y), 0.0).to(OPMATH),
+    )
+
+
+@triton.jit
+def _update_method_state(first_ptr, method_state_ptr, at, x, coefficients, stream, mask):
+    total = times(coefficients[2], x) + times(coefficients[3], widened(tl.load(first_ptr + at, mask=mask), x.dtype))
+    total += times(coefficients[4], widened(tl.load(method_state_ptr + at, mask=mask), x.dtype))
+    dtype: tl.constexpr = method_state_ptr.dtype.element_ty
+    tl.store(method_state_ptr + at, stored(total, dtype, stream, DRAW_METHOD_STATE, at), mask=mask)
+
+
+@triton.jit
+def _update_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr):
+    """``w <- update(source, A * x + B * y, state) - decoupled``, and the method's state; x is the gradient."""
+    param_ptr, source_ptr, grad_ptr, y_ptr, first_ptr, method_state_ptr = pointers[:6]
+    options, is_perturbed, stream, coefficients, takes_part = arguments
+    UPDATE: tl.constexpr = CONSTANTS[0]
+    SLOTS: tl.constexpr = CONSTANTS[1]
+    Y: tl.constexpr = CONSTANTS[2]
+    KEEPS: tl.constexpr = CONSTANTS[3]
+    DECOUPLED: tl.constexpr = CONSTANTS[4]
+    opmath: tl.constexpr = options[0].dtype
+    param = _load_weights(param_ptr, source_ptr, at, is_perturbed, mask, opmath)
+    x = widened(tl.load(grad_ptr + at, mask=mask), opmath)
+    y = x if Y == NONE else widened(tl.load(y_ptr + at, mask=mask), opmath)
+    state = _load_state(pointers[6:], at, mask, SLOTS, opmath)
+    grad = x if len(coefficients) == 0 else times(coefficients[0], x) + times(coefficients[1], y)
+    if UPDATE == SGD:
+        param, state = _sgd(param, grad, state, options, SLOTS == 1)
+    else:
+        param, state = _adam(param, grad, state, options, SLOTS == 3)
+    if DECOUPLED:
+        param -= times(coefficients[5], x) + times(coefficients[6], y)
+    if KEEPS:
+        if takes_part:
+            _update_method_state(first_ptr, method_state_ptr, at, x, coefficients, stream, mask)
+    _store_state(pointers[6:], at, state, stream, mask, SLOTS)
+    _store_weights(param_ptr, source_ptr, at, param, stream, mask)
+    return sums
+
+
+@triton.jit
+def _prepare_element(pointers, at, mask, coefficients, sums, CONSTANTS: tl.constexpr):
+    """For a base that runs by itself: the gradient becomes ``A * x + B * y``, the first one what is decoupled."""
+    grad_ptr, y_ptr, first_ptr, method_state_ptr = pointers
+    Y: tl.constexpr = CONSTANTS[0]
+    KEEPS: tl.constexpr = CONSTANTS[1]
+    DECOUPLED: tl.constexpr = CONSTANTS[2]
+    opmath: tl.constexpr = coefficients[0].dtype
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    x = widened(tl.load(grad_ptr + at, mask=mask), opmath)
+    y = x if Y == NONE else widened(tl.load(y_ptr + at, mask=mask), opmath)
+    if KEEPS:
+        _update_method_state(first_ptr, method_state_ptr, at, x, coefficients, (), mask)
+    tl.store(grad_ptr + at, rounded(times(coefficients[0], x) + times(coefficients[1], y), dtype), mask=mask)
+    if DECOUPLED:
+        decoupled = times(coefficients[5], x) + times(coefficients[6], y)
+        tl.store(first_ptr + at, rounded(decoupled, dtype), mask=mask)
+    return sums
+
+
+# ---- the kernel ----
+
+
+@triton.jit
+def _moment_addresses(addresses_ptr, tensor, tensor_count, start, KEPT: tl.constexpr, MOMENTS: tl.constexpr):
+    """Of the state slots, as many as the update has; 0 for the others."""
+    moments = ()
+    for slot in tl.static_range(STATE_SLOTS):
+        if slot < MOMENTS:
+            address = element_address(addresses_ptr, STATE + slot, tensor, tensor_count, start, KEPT)
+        else:
+            address = tl.zeros_like(start)
+        moments = moments + (address,)  # noqa: RUF005
+    return moments
+
+
+@triton.jit
+def _advance_steps(addresses_ptr, tensor_count):
+    """One more update for every tensor that has a gradient and a count."""
+    for start in range(0, tensor_count, STEPS_BLOCK):
+        at = start + tl.arange(0, STEPS_BLOCK)
+        mask = at < tensor_count
+        grad = tl.load(addresses_ptr + GRAD * tensor_count + at, mask=mask, other=0)
+        step = tl.load(addresses_ptr + STEP * tensor_count + at, mask=mask, other=0)
+        step_ptr, mask = step.to(tl.pointer_type(tl.float32)), (grad != 0) & (step != 0)
+        tl.store(step_ptr, tl.load(step_ptr, mask=mask) + 1, mask=mask)
 
 
 @triton.jit(
@@ -445,93 +294,119 @@ def _read_adam_options(options_ptr, first, grad_scale_ptr, step, OPMATH: tl.cons
         "addresses_ptr",
         "chunks_ptr",
         "options_ptr",
-        "steps_ptr",
         "grad_scale_ptr",
         "found_inf_ptr",
-        "finished_ptr",
+        "coefficients_ptr",
         "positions_ptr",
-        "weights_ptr",
+        "finished_ptr",
     ],
 )
-def restore_and_adam_kernel(
+def restore_and_update_kernel(
     addresses_ptr,
     chunks_ptr,
     options_ptr,
-    steps_ptr,
     grad_scale_ptr,
     found_inf_ptr,
-    finished_ptr,
+    coefficients_ptr,
     positions_ptr,
-    weights_ptr,
+    finished_ptr,
     tensor_count,
     DTYPE: tl.constexpr,
     KEPT: tl.constexpr,
     OPMATH: tl.constexpr,
     FIELDS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    Y: tl.constexpr,
+    KEEPS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
-    Y: tl.constexpr = NOTHING,
-    KEEPS: tl.constexpr = False,
 ):
-    """``w <- Adam(backup, g, moments)``, or ``w <- backup``: as ``restore_and_sgd_kernel``.
+    """``w <- update(backup, A * x + B * y, state)``, or ``w <- backup`` without a gradient or after an overflow.
 
-    Its options are lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, rounding_seed.
+    One program per chunk; the last of them advances the steps. Without an update (NO_UPDATE), weights are restored, and
+    gradients prepared for a base that runs by itself.
+
+    Args:
+        addresses_ptr: int64 ``(ROWS, tensor_count)``.
+        chunks_ptr: int64 ``(chunks, CHUNK_FIELDS)``.
+        options_ptr: ``(groups, FIELDS)`` entries, in the order of the spec's SGDOptions or AdamOptions.
+        grad_scale_ptr: float32, what gradients are divided by.
+        found_inf_ptr: float32; not 0: nothing is updated.
+        coefficients_ptr: float64 ``(tensor_count, COLUMNS)``; None: the gradient is used as it is.
+        positions_ptr: int64 ``(tensor_count,)``, in the flattened parameter groups; None: rounding is to nearest.
+        finished_ptr: int32, 0.
+        tensor_count: of the table.
+        DTYPE: of the table.
+        KEPT: float32 where there are masters, else ``DTYPE``: what backups and state are in.
+        OPMATH: of the arithmetic.
+        FIELDS: options per group.
+        UPDATE: which base update.
+        MOMENTS: the most state slots that it has.
+        Y: the row of y, or NONE.
+        KEEPS: whether the method keeps state.
+        DECOUPLED: whether ``w`` also moves past the base update.
+        BLOCK: elements that are walked at a time.
     """
     tensor, start, length, group = read_chunk(chunks_ptr, tl.program_id(0))
     param = element_address(addresses_ptr, PARAM, tensor, tensor_count, start, DTYPE)
-    grad = element_address(addresses_ptr, GRAD, tensor, tensor_count, start, DTYPE)
     backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, KEPT)
-    source = _source_address(addresses_ptr, param, backup, tensor, tensor_count, start, DTYPE, KEPT)
-    is_committed = tl.load(found_inf_ptr) == 0
-    if (grad != 0) & is_committed:
-        mean = element_address(addresses_ptr, STATE, tensor, tensor_count, start, KEPT)
-        square = element_address(addresses_ptr, STATE + 1, tensor, tensor_count, start, KEPT)
-        largest = element_address(addresses_ptr, STATE + 2, tensor, tensor_count, start, KEPT)
-        step = tl.load(steps_ptr + tensor).to(tl.float64) + 1.0
-        options = _read_adam_options(options_ptr, group * FIELDS, grad_scale_ptr, step, OPMATH)
-        seed = read_number(options_ptr, group * FIELDS + 8)
-        stream = None if positions_ptr is None else random_stream(seed, positions_ptr, steps_ptr, tensor, start)
-        moments = mean, square, largest
-        combination = None
-        if weights_ptr is not None:
-            combination = read_combination(
-                addresses_ptr, weights_ptr, tensor, tensor_count, start, grad, DTYPE, OPMATH, Y, KEEPS
-            )
-        if largest != 0:
-            _adam_chunk(
-                param,
-                source,
-                grad,
-                moments,
-                length,
-                options,
-                backup,
-                stream,
-                combination,
-                DTYPE,
-                KEPT,
-                True,
-                KEEPS,
-                BLOCK,
-            )
-        else:
-            _adam_chunk(
-                param,
-                source,
-                grad,
-                moments,
-                length,
-                options,
-                backup,
-                stream,
-                combination,
-                DTYPE,
-                KEPT,
-                False,
-                KEEPS,
-                BLOCK,
-            )
-    elif backup != 0:
-        _restore_chunk(param, backup, length, DTYPE, KEPT, BLOCK)
-    is_last = is_last_to_finish(finished_ptr, tl.num_programs(0))
-    if is_last & is_committed:
-        _advance_steps(steps_ptr, addresses_ptr, tensor_count)
+    grad = element_address(addresses_ptr, GRAD, tensor, tensor_count, start, DTYPE)
+    absent = tl.zeros_like(param)
+    y, first, method_state, takes_part = absent, absent, absent, grad != 0
+    if Y != NONE:
+        y = element_address(addresses_ptr, Y, tensor, tensor_count, start, DTYPE)
+        takes_part &= y != 0
+    if KEEPS:
+        first = element_address(addresses_ptr, FIRST_GRAD, tensor, tensor_count, start, DTYPE)
+        method_state = element_address(addresses_ptr, METHOD_STATE, tensor, tensor_count, start, KEPT)
+        takes_part &= (first != 0) & (method_state != 0)
+    elif DECOUPLED and UPDATE == NO_UPDATE:
+        first = element_address(addresses_ptr, FIRST_GRAD, tensor, tensor_count, start, DTYPE)
+    coefficients = ()
+    if coefficients_ptr is not None:
+        coefficients = _read_coefficients(coefficients_ptr, tensor, takes_part, OPMATH, Y)
+    if UPDATE == NO_UPDATE:
+        if backup != 0:
+            walk(_restore_element, (param, backup), (DTYPE, KEPT), (), (), length, 0, BLOCK)
+        if coefficients_ptr is not None:
+            if takes_part:
+                addresses = grad, y, first, method_state
+                dtypes: tl.constexpr = (DTYPE, DTYPE, DTYPE, KEPT)
+                walk(_prepare_element, addresses, dtypes, coefficients, (Y, KEEPS, DECOUPLED), length, 0, BLOCK)
+    else:
+        is_committed = tl.load(found_inf_ptr) == 0
+        if (grad != 0) & is_committed:
+            source = tl.where(backup == 0, param, backup)
+            if DTYPE != KEPT:
+                source = element_address(addresses_ptr, MASTER, tensor, tensor_count, start, KEPT)
+            step = read_step(addresses_ptr, tensor, tensor_count)
+            if UPDATE == SGD:
+                options = _read_sgd_options(options_ptr, group * FIELDS, grad_scale_ptr, step, OPMATH)
+            else:
+                options = _read_adam_options(options_ptr, group * FIELDS, grad_scale_ptr, step, OPMATH)
+            stream = ()
+            if positions_ptr is not None:
+                # The seed is the last option.
+                seed = read_number(options_ptr, group * FIELDS + FIELDS - 1)
+                stream = random_stream(seed, tl.load(positions_ptr + tensor), step, start)
+            if KEEPS:
+                method_state = tl.where(takes_part, method_state, 0)
+                first = tl.where(takes_part, first, 0)
+            y = tl.where(takes_part, y, grad) if Y != NONE else absent
+            moments = _moment_addresses(addresses_ptr, tensor, tensor_count, start, KEPT, MOMENTS)
+            addresses = (param, source, grad, y, first, method_state) + moments  # noqa: RUF005 (Triton has no unpacking)
+            dtypes: tl.constexpr = (DTYPE, KEPT, DTYPE, DTYPE, DTYPE, KEPT, KEPT, KEPT, KEPT)
+            arguments = options, (backup != 0).to(tl.int32), stream, coefficients, takes_part
+            # Without its last moment: plain SGD, or Adam without amsgrad.
+            if moments[MOMENTS - 1] != 0:
+                constants: tl.constexpr = (UPDATE, MOMENTS, Y, KEEPS, DECOUPLED)
+                walk(_update_element, addresses, dtypes, arguments, constants, length, 0, BLOCK)
+            else:
+                fewer: tl.constexpr = (UPDATE, MOMENTS - 1, Y, KEEPS, DECOUPLED)
+                walk(_update_element, addresses, dtypes, arguments, fewer, length, 0, BLOCK)
+        elif backup != 0:
+            walk(_restore_element, (param, backup), (DTYPE, KEPT), (), (), length, 0, BLOCK)
+        is_last = is_last_to_finish(finished_ptr, tl.num_programs(0))
+        if is_last & is_committed:
+            _advance_steps(addresses_ptr, tensor_count)

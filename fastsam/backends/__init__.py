@@ -92,7 +92,7 @@ class Backend(Protocol):
     def restore_and_update_(
         table: TensorTable,
         update: Update,
-        options: Sequence[SGDOptions] | Sequence[AdamOptions],
+        options: Sequence[SGDOptions | AdamOptions],
         descent: Descent | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -121,46 +121,43 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 
-def load(name: str, request: Request) -> Backend:
+def load(name: str, device_type: str, own_grad_dtype: bool = True) -> Backend:
     """The backend ``name``.
 
     Raises:
         ValueError: there is no backend of that name.
-        BackendUnavailable: it cannot run ``request``.
+        BackendUnavailable: it cannot run on ``device_type``, or with such gradients (see :class:`Request`).
     """
     check_name(name)
     try:
         backend = cast(Backend, importlib.import_module(_MODULES[name]))
     except ModuleNotFoundError as missing:
         raise BackendUnavailable(f"backend {name!r} is not part of this installation ({missing})") from None
-    if reason := backend.unsupported_reason(request):
+    if reason := backend.unsupported_reason(Request(device_type, own_grad_dtype)):
         raise BackendUnavailable(reason)
     return backend
 
 
 @functools.cache
-def resolve(name: str, request: Request) -> Backend:
-    """The module that runs the operations for ``request``: a named one, or the fastest that can ("auto").
+def resolve(name: str, device_type: str, own_grad_dtype: bool = True) -> Backend:
+    """The module that runs the operations on ``device_type``: a named one, or the fastest that can ("auto").
 
     A named backend runs or raises, with one exception: gradients of another dtype than their parameters are read by
     ``foreach`` where it cannot read them.
     """
     if name != "auto":
-        return _load_named(name, request)
-    for candidate in FASTEST_FIRST.get(request.device_type, ANYWHERE):
+        backend = load(name, device_type)
+        can_read = not backend.unsupported_reason(Request(device_type, own_grad_dtype))
+        return backend if can_read else load("foreach", device_type, own_grad_dtype)
+    for candidate in FASTEST_FIRST.get(device_type, ANYWHERE):
         try:
-            return load(candidate, request)
+            return load(candidate, device_type, own_grad_dtype)
         except BackendUnavailable as reason:
             # Only what a user can mend is worth a warning: on CUDA other backends are still as fast.
-            is_warning = request.device_type == "cpu" and request.own_grad_dtype
+            is_warning = device_type == "cpu" and own_grad_dtype
             level = logging.WARNING if is_warning else logging.INFO
-            logger.log(level, "backend %r skipped on %s: %s", candidate, request.device_type, reason)
-    raise BackendUnavailable(f"no backend can run on {request.device_type!r}")
-
-
-def _load_named(name: str, request: Request) -> Backend:
-    backend = load(name, Request(request.device_type))
-    return load("foreach", request) if backend.unsupported_reason(request) else backend
+            logger.log(level, "backend %r skipped on %s: %s", candidate, device_type, reason)
+    raise BackendUnavailable(f"no backend can run on {device_type!r}")
 
 
 def grad_norms(

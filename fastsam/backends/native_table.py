@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from fastsam.backends.device_table import DeviceTable, Options, fit_chunk_size
-from fastsam.tables import GRAD, ROWS, TensorTable
+from fastsam.spec import ROWS, Row
+from fastsam.tables import TensorTable
 
+# 256 KiB of float32: small enough to share out evenly, large enough for the prefetchers (at 64 KiB and less, walking
+# chunks backward costs perturb_ up to a half).
+CHUNK_SIZE = 65536
 SMALLEST_CUDA_CHUNK = 4096
 
 Arguments = tuple[Tensor, Tensor, Tensor, int, torch.dtype, Tensor | None, Tensor | None, bool]
@@ -21,13 +25,22 @@ positions, masters."""
 
 
 class HostTable:
-    """For operators that run on the CPU."""
+    """For operators that run on the CPU.
 
-    def __init__(self, table: TensorTable, chunk_size: int) -> None:
+    Attributes:
+        norm: the result of ``grad_norm``, float64, 0-dim.
+        norm_partials, dot_partials: what each chunk adds to a reduction.
+    """
+
+    def __init__(self, table: TensorTable) -> None:
         positions = torch.tensor(table.positions, dtype=torch.int64) if table.stochastic else None
-        cut = table.chunks(chunk_size), chunk_size
+        chunks = table.chunks(CHUNK_SIZE)
+        cut = chunks, CHUNK_SIZE
         self._arguments = table.addresses, table.tensors, *cut, table.dtype, None, positions, table.has_masters
         self._packed: dict[type, tuple[list[tuple[float, ...]], Tensor]] = {}
+        self.norm = torch.empty((), dtype=torch.float64)
+        self.norm_partials = torch.empty(len(chunks), dtype=torch.float64)
+        self.dot_partials = torch.empty((len(chunks), 3), dtype=torch.float64)
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Arguments, Tensor]:
         """The table and its options, float64 ``(groups, fields)``, made anew only when a number has changed."""
@@ -36,7 +49,7 @@ class HostTable:
         numbers = [tuple(map(float, group)) for group in options]
         known, packed = self._packed.get(type(options[0]), (None, table.addresses))
         if known != numbers:
-            packed = torch.tensor(numbers, dtype=torch.float64)
+            packed = torch.tensor(numbers, dtype=torch.float64, device="cpu")
             self._packed[type(options[0])] = numbers, packed
         return self._arguments, packed
 
@@ -48,10 +61,14 @@ class HostTable:
 class CudaTable:
     """For operators that run on CUDA. The gradients' addresses are not copied: they travel with each launch."""
 
-    def __init__(self, table: TensorTable, chunk_size: int) -> None:
+    def __init__(self, table: TensorTable) -> None:
         elements = sum(value.numel() for value in table.values)
-        self._chunk_size = fit_chunk_size(elements, SMALLEST_CUDA_CHUNK, chunk_size)
-        self._copy = DeviceTable(table, self._chunk_size, rows=[row for row in range(ROWS) if row != GRAD])
+        self._chunk_size = fit_chunk_size(elements, SMALLEST_CUDA_CHUNK, CHUNK_SIZE)
+        self._copy = DeviceTable(table, self._chunk_size, rows=[row for row in range(ROWS) if row != Row.GRAD])
+        chunks = len(self._copy.chunks)
+        self.norm = torch.empty((), dtype=torch.float64, device=table.device)
+        self.norm_partials = torch.empty(chunks, dtype=torch.float64, device=table.device)
+        self.dot_partials = torch.empty((chunks, 3), dtype=torch.float64, device=table.device)
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Arguments, Tensor]:
         """The table with its copy, and its options as the device reads them."""

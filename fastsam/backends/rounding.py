@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastsam.tables.memory import same_order
 from fastsam.spec import DRAWS
 from fastsam.tables import TensorTable
+from fastsam.tables.memory import same_order
 
 # Elements whose random numbers are made at a time; a power of two, so that no piece crosses a multiple of 2**32.
 PIECE = 2**22

@@ -74,13 +74,13 @@ def _find_shared_element(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
         return None
     places, owners = [], []
     for i, tensor in enumerate(tensors):
-        place = torch.tensor(tensor.data_ptr())
+        place = torch.tensor(tensor.data_ptr(), device="cpu")
         # Every two bytes of an element: another dtype's elements begin elsewhere in the same bytes.
         steps = [stride * tensor.element_size() for stride in tensor.stride()]
         for length, step in zip((*tensor.shape, tensor.element_size() // 2), (*steps, 2), strict=True):
-            place = place.unsqueeze(-1) + torch.arange(length) * step
+            place = place.unsqueeze(-1) + torch.arange(length, device="cpu") * step
         places.append(place.flatten())
-        owners.append(torch.full((place.numel(),), i))
+        owners.append(torch.full((place.numel(),), i, device="cpu"))
     order = torch.cat(places).argsort(stable=True)
     sorted_places = torch.cat(places)[order]
     doubled = (sorted_places[1:] == sorted_places[:-1]).nonzero()

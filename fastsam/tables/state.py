@@ -73,12 +73,14 @@ class StateSlots:
         names = _complete(table, wanted.names)
         made = {name: set(getattr(wanted, name)) for name in ("masters", "moments", "method")}
         made["masters"] |= made["moments"]
+        # Random numbers of the ascent need the count, too.
+        needed = {**made, "step": made["masters"] if table.stochastic else made["moments"]}
         rows: dict[Row, list[Tensor | None]] = {row: [None] * len(table.params) for row in _ROWS}
         pending: dict[tuple[int, Row], Tensor] = {}
         for i, param in enumerate(table.params):
             entries = state.get(param) or {}
             for row, name in _slots(table, names, wanted.method_state, i):
-                tensor = self._find(table, entries, row, name, i, needed=i in made[_NEED[row]], names=names)
+                tensor = self._find(table, entries, row, name, i, needed=i in needed[_NEED[row]], names=names)
                 if tensor is not None and tensor is not entries.get(name):
                     pending[i, row] = tensor
                 rows[row][i] = None if tensor is None else as_real(tensor.detach())
@@ -94,10 +96,15 @@ class StateSlots:
     def publish(self, table: TensorTable, state: OptimizerState, wanted: Wanted) -> None:
         """Puts what was allocated into ``state``."""
         names = _complete(table, wanted.names)
+        left: dict[tuple[int, Row], Tensor] = {}
         for (i, row), tensor in self._pending.items():
+            # What was perturbed and is not updated keeps its master for the next step, and has no state.
+            if i not in self._made["method" if row == Row.METHOD_STATE else "moments"]:
+                left[i, row] = tensor
+                continue
             name = dict(_slots(table, names, wanted.method_state, i))[row]
             state[table.params[i]][name] = tensor
-        self._pending = {}
+        self._pending = left
         if not table.has_masters:
             for param in table.params:  # of a time with master weights
                 if param in state:
@@ -171,7 +178,7 @@ class StateSlots:
         return torch.view_as_complex(made) if table.params[i].is_complex() else made
 
 
-_NEED = {Row.MASTER: "masters", Row.METHOD_STATE: "method", Row.STEP: "masters"} | {
+_NEED = {Row.MASTER: "masters", Row.METHOD_STATE: "method", Row.STEP: "step"} | {
     Row(Row.STATE + slot): "moments" for slot in range(STATE_SLOTS)
 }
 

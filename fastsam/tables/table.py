@@ -16,7 +16,7 @@ from fastsam.tables.memory import allocate_like, as_real, is_dense
 from fastsam.tables.signature import BLOCK, ParameterBlock, describe
 from fastsam.tables.state import StateSlots
 
-# What finding a chunk costs, in elements (csrc/tensor_table.h): threads share the chunks by it.
+# What finding a chunk costs, in elements (csrc/table.h): threads share the chunks by it.
 CHUNK_OVERHEAD = 64
 
 Tensors = list[Tensor | None]
@@ -86,7 +86,7 @@ class TensorTable:
         self._bytes = bytearray(8 * ROWS * n)
         self.addresses = torch.frombuffer(self._bytes, dtype=torch.int64).view(ROWS, n)
         self.versions = [0] * ROWS
-        self.tensors = torch.tensor([[v.numel() for v in values], self.groups], dtype=torch.int64)
+        self.tensors = torch.tensor([[v.numel() for v in values], self.groups], dtype=torch.int64, device="cpu")
         self.set_row(Row.PARAM, values)
         # Of each parameter alone: a resized one takes its detached twin's memory along.
         self._descriptions = [describe([p]) for p in self.params]
@@ -94,6 +94,8 @@ class TensorTable:
         self.gradients = Gradients()
         self.slots = StateSlots()
         self._backup_key: tuple[Any, ...] | None = None
+        # Rows whose tensors live until the end of the step.
+        self._of_this_step: set[Row] = set()
         self._attachments: dict[Any, Any] = {}
         self._chunks: dict[int, Tensor] = {}
 
@@ -216,18 +218,31 @@ class TensorTable:
                 firsts[i] = self.gradients.adopt(self, i)
         self.first_grad_dtype = self.grad_dtype
         self.set_row(Row.FIRST_GRAD, firsts)
+        self._of_this_step.add(Row.FIRST_GRAD)
+
+    def fill_missing_grads(self) -> None:
+        """Gives zeros to perturbed parameters without a gradient: a further ascent still counts their perturbation."""
+        missing = [i for i in self.perturbed if self.grads[i] is None]
+        if not missing:
+            return
+        grads = list(self.grads)
+        for i in missing:
+            grads[i] = torch.zeros_like(self.values[i], dtype=self.grad_dtype)
+        self.set_row(Row.GRAD, grads)
 
     def set_directions(self, tensors: Tensors) -> None:
         """Makes ``tensors``, which are laid out like ``values``, the directions of this step."""
         self.set_row(Row.DIRECTION, tensors)
+        self._of_this_step.add(Row.DIRECTION)
 
     def end_step(self) -> None:
         """Lets go of what lives for one step: first-pass gradients and directions."""
         self.is_perturbed = False
         self.first_grad_dtype = self.dtype
-        for row in (Row.FIRST_GRAD, Row.DIRECTION):
-            if any(tensor is not None for tensor in self.rows[row]):
-                self.set_row(row, [None] * len(self.params))
+        for row in self._of_this_step:
+            nothing: Tensors = [None] * len(self.params)
+            self.set_row(row, nothing)
+        self._of_this_step.clear()
 
     # ---- the ascent ----
 
@@ -237,11 +252,12 @@ class TensorTable:
         key = (among, tuple(perturb))
         if key != self._backup_key:
             self.perturbed = [i for i in among if perturb[self.groups[i]]]
+            self.place_backups()
             self._backup_key = key
-        self.place_backups()
 
     def place_backups(self) -> None:
         """Fills the row of backups: masters, where there are any, else memory of the table's own."""
+        self._backup_key = None
         if self.has_masters:
             known: Tensors = self.masters
         else:
@@ -252,9 +268,7 @@ class TensorTable:
                 for i, view in zip(missing, views, strict=True):
                     known[i] = view
         moving = set(self.perturbed)
-        backups = [tensor if i in moving else None for i, tensor in enumerate(known)]
-        if len(backups) != len(self.backups) or any(a is not b for a, b in zip(backups, self.backups, strict=True)):
-            self.set_row(Row.BACKUP, backups)
+        self.set_row(Row.BACKUP, [tensor if i in moving else None for i, tensor in enumerate(known)])
 
     def restore_elsewhere(self) -> None:
         """Copies the backups to where the parameters are now, for a model that was moved while perturbed."""

@@ -1,10 +1,37 @@
-"""Arithmetic that tl leaves imprecise or to the hardware: square root, division, powers."""
+"""Arithmetic of one element: selecting products, and what tl leaves imprecise (square root, division, powers)."""
 
 import triton
 import triton.language as tl
 
+from fastsam.spec import Map
+
+POWER: tl.constexpr = tl.constexpr(int(Map.POWER))
+ADAPTIVE: tl.constexpr = tl.constexpr(int(Map.ADAPTIVE))
+
 # How many numbers a word of binary places can tell apart.
 _WORD: tl.constexpr = tl.constexpr(2.0**64)
+
+
+@triton.jit
+def times(factor, value):
+    """``factor * value``, and 0 where the factor is 0, whatever the value is."""
+    # Selected: 0 * inf would be NaN.
+    return tl.where(factor == 0, 0.0, factor * value).to(value.dtype)
+
+
+@triton.jit
+def mapped(x, param, scale, term, MAP: tl.constexpr):
+    """The spec's ``Map`` of x."""
+    if MAP == POWER:
+        # In float64, where exp2 and log2 have digits to spare.
+        size = tl.abs(scale.to(tl.float64) * x.to(tl.float64))
+        result = tl.exp2(term.to(tl.float64) * tl.log2(tl.where(size == 0, 1.0, size)))
+        return tl.where(size == 0, 0.0, tl.where(x < 0, -result, result)).to(x.dtype)
+    elif MAP == ADAPTIVE:
+        normalizer = scale * tl.abs(param) + term
+        return normalizer * normalizer * x
+    else:
+        return x
 
 
 @triton.jit
