@@ -1,16 +1,16 @@
 """What examples/ shows does what it says. (examples/resumable_training.py: test_crash.py.)"""
 
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT
 from torch import nn
 from torch.nn import functional as F
 
 from fastsam import FastSAM, methods
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def example(name):
@@ -20,15 +20,6 @@ def example(name):
         pytest.skip("the tests run without the checkout, against an installed wheel")
     pytest.importorskip("sklearn")
     return runpy.run_path(str(path))
-
-
-@pytest.fixture
-def one_thread():
-    """In layers this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,12 +8,11 @@ import pytest
 import torch
 import triton_interpreter
 from checks import assert_same_bits
-from problem import FUSED_BASES, Problem, Snapshot
+from problem import Problem, Snapshot
+from registry import every_fused_base
 from torch import nn
 
 from fastsam import FastSAM
-
-every_base = pytest.mark.parametrize("base", FUSED_BASES)
 
 
 class Tied(Problem):
@@ -35,7 +34,7 @@ class Tied(Problem):
             last.forward = lambda x: x @ first.weight
 
 
-@every_base
+@every_fused_base
 def test_a_tied_weight_is_one_parameter(backend, device, base):
     """It climbs once, by the sum of its gradients, and comes back once."""
     problem = Tied(device)
@@ -77,7 +76,7 @@ def test_two_parameters_over_one_memory_are_refused(backend, device, late):
     assert_same_bits(other.detach(), first.detach())
 
 
-@every_base
+@every_fused_base
 def test_a_frozen_submodule_is_let_alone(backend, device, base):
     """It is in the optimizer, has no gradient, and does not climb, decay or get a state; until it thaws."""
     problem = Problem(device)
@@ -107,7 +106,7 @@ def test_a_frozen_submodule_is_let_alone(backend, device, base):
     assert_same_bits([p.detach() for p in frozen.parameters()], kept)
 
 
-@every_base
+@every_fused_base
 def test_a_layer_that_is_frozen_between_the_passes_comes_back(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base, rho=0.5)
@@ -119,7 +118,7 @@ def test_a_layer_that_is_frozen_between_the_passes_comes_back(backend, device, b
     assert_same_bits(problem.model[0].weight.detach(), start)
 
 
-@every_base
+@every_fused_base
 def test_two_threads_train_two_halves_of_a_model(backend, device, base):
     """Each half as if it were alone, bit for bit."""
     interpreted = triton_interpreter.runs(backend, device)
@@ -159,7 +158,7 @@ def test_two_threads_train_two_halves_of_a_model(backend, device, base):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@every_base
+@every_fused_base
 def test_a_compiled_model_sees_both_passes(backend, device, base, compiler):
     """The second pass runs at the climbed weights: compiled code reads them where they are, in place."""
     plain, compiled = Problem(device), Problem(device)

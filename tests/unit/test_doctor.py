@@ -5,10 +5,10 @@ import logging
 
 import pytest
 import torch
+from internals import UPDATE_OPERATIONS, BackendUnavailable, foreach, load, reference, resolve, table_params
 
 from fastsam import __main__ as command_line
 from fastsam import doctor
-from fastsam.backends import BackendUnavailable, foreach, load, reference, resolve
 from fastsam.doctor import self_check
 
 CPU = torch.device("cpu")
@@ -34,9 +34,9 @@ def add_noise(size):
     """A decorator for ``perturb_``: one element of the climb is off by ``size`` of itself."""
 
     def decorate(perturb_):
-        def wrong(table, norm, options):
-            perturb_(table, norm, options)
-            param = next(p for p in table.params if p.numel() > 100)
+        def wrong(table, *arguments):
+            perturb_(table, *arguments)
+            param = next(p for p in table_params(table) if p.numel() > 100)
             param.data.view(-1)[-1] *= 1 + size
 
         return wrong
@@ -95,7 +95,7 @@ def test_wrong_reference_is_found(monkeypatch):
 def test_restore_that_is_not_exact_is_found(monkeypatch):
     def restore_(table):
         correct(table)
-        table.params[0].data.mul_(1 + 2.3e-16)
+        table_params(table)[0].data.mul_(1 + 2.3e-16)
 
     correct = foreach.restore_
     monkeypatch.setattr(foreach, "restore_", restore_)
@@ -104,7 +104,7 @@ def test_restore_that_is_not_exact_is_found(monkeypatch):
     assert "restore" in outcome.where
 
 
-@pytest.mark.parametrize("operation", ["restore_and_sgd_", "restore_and_adam_"])
+@pytest.mark.parametrize("operation", UPDATE_OPERATIONS)
 def test_update_that_does_nothing_is_found(operation, monkeypatch):
     monkeypatch.setattr(foreach, operation, lambda table, *_: foreach.restore_(table))
     assert not self_check.check_backend("foreach", CPU).ok

@@ -10,14 +10,13 @@ import itertools
 import pytest
 import torch
 import triton_interpreter
-from checks import DTYPE_IDS, DTYPES, Canaries, arithmetic, assert_same_bits, assert_within, values
+from checks import Canaries, arithmetic, as_real, assert_same_bits, assert_within, values
+from registry import every_dtype
 from torch import nn
 
 from fastsam import FastSAM
-from fastsam.memory_layout import as_real
 
 STEPS = 7
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
 
 def _combinations(**options):
@@ -270,25 +269,6 @@ def test_options_switched_on_and_off(backend, device, base, options):
     for step, switch in enumerate([{}, *switches, {}]):
         twins.set_option(**switch)
         twins.step([values(p.shape, p.dtype, device, 10 * step + i) for i, p in enumerate(params)])
-
-
-@some_cases
-@pytest.mark.parametrize("way", ["cleared", "deleted", "fresh state_dict"])
-def test_state_that_is_taken_away_starts_anew(backend, device, base, options, way):
-    """Counts included: a bias correction or a dampening goes with the moments that it belongs to."""
-    params = [values((50,), torch.float32, device, i).requires_grad_() for i in range(2)]
-    twins = Twins(backend, base, [{"params": params}], lr=0.01, **options)
-    grads = [[values((50,), torch.float32, device, 10 * step + i) for i in range(2)] for step in range(5)]
-    for step in range(5):
-        if step == 3:
-            for optimizer, first in ((twins.fast, params[0]), (twins.torch, twins.copies[0])):
-                if way == "cleared":
-                    optimizer.state.clear()
-                elif way == "deleted":
-                    del optimizer.state[first]
-                else:
-                    optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
-        twins.step(grads[step])
 
 
 @some_cases

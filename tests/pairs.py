@@ -1,0 +1,71 @@
+"""Which variants of the parametrised tests run by default: few, with every pair of values of two axes among them.
+
+The axes of a file are its parameters (backend, base, dtype, ...) and its test functions. So each test runs with each
+value of each of its parameters, and any two values meet in some test of the file; the full product is `make test-all`.
+"""
+
+import heapq
+import itertools
+import random
+import zlib
+
+import torch
+
+SLOW = 8  # what a variant under Triton's interpreter costs, in variants on another backend
+SIMPLE = (str, int, float, bool, type, torch.dtype, type(None))
+
+
+def choose(items):
+    """The items to run, as a set; each device has a selection of its own."""
+    chosen = set()
+    for _, some in itertools.groupby(sorted(items, key=_file_and_device), key=_file_and_device):
+        chosen |= _cover(list(some))
+    return chosen
+
+
+def sample(items, count, seed):
+    """``count`` of the items, others for every seed."""
+    return set(random.Random(seed).sample(items, min(count, len(items))))
+
+
+def _file_and_device(item):
+    return str(item.path), str(_params(item).get("device", ""))
+
+
+def _params(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _cover(items):
+    """Greedily: again and again the item with the most pairs that no chosen one has, for its cost."""
+    pairs = {item: set(itertools.combinations(_values(item), 2)) for item in items}
+    costs = {item: SLOW if _is_interpreted(item) else 1 for item in items}
+    chosen = {item for item in items if not pairs[item]}
+    covered = set()
+    # Covering pairs only makes others worth less: an entry that is still right when it comes up is the best one.
+    heap = [(-len(pairs[item]) / costs[item], zlib.crc32(item.nodeid.encode()), i) for i, item in enumerate(items)]
+    heapq.heapify(heap)
+    while heap:
+        value, tie, i = heapq.heappop(heap)
+        item = items[i]
+        present = -len(pairs[item] - covered) / costs[item]
+        if present == value and present < 0:
+            chosen.add(item)
+            covered |= pairs[item]
+        elif present < 0:
+            heapq.heappush(heap, (present, tie, i))
+    return chosen
+
+
+def _values(item):
+    """The test's function, then each parameter with its value."""
+    function = item.nodeid.partition("[")[0]
+    values = [("function", function)]
+    for name, value in sorted(_params(item).items()):
+        if name != "device":
+            values.append((name, value if isinstance(value, SIMPLE) else (function, id(value))))
+    return values
+
+
+def _is_interpreted(item):
+    return _params(item).get("backend") == "triton" and str(_params(item).get("device", "cpu")) == "cpu"
