@@ -1,9 +1,11 @@
 """Which variants of the parametrised tests run by default: few, with every pair of values of two axes among them.
 
 The axes of a file are its parameters (backend, base, dtype, ...) and its test functions. So each test runs with each
-value of each of its parameters, and any two values meet in some test of the file; the full product is `make test-all`.
+value of each of its parameters, and any two of the registry's values meet in some test of the file; the full product is
+`make test-all`.
 """
 
+import collections
 import heapq
 import itertools
 import random
@@ -12,7 +14,8 @@ import zlib
 import torch
 
 SLOW = 8  # what a variant under Triton's interpreter costs, in variants on another backend
-SIMPLE = (str, int, float, bool, type, torch.dtype, type(None))
+# Values of these types mean the same in every test of a file; functions, say, or dicts are one test's.
+SHARED = (str, int, float, bool, type, torch.dtype, type(None))
 
 
 def choose(items):
@@ -38,7 +41,7 @@ def _params(item):
 
 def _cover(items):
     """Greedily: again and again the item with the most pairs that no chosen one has, for its cost."""
-    pairs = {item: set(itertools.combinations(_values(item), 2)) for item in items}
+    pairs = {item: _pairs(item) for item in items}
     costs = {item: SLOW if _is_interpreted(item) else 1 for item in items}
     chosen = {item for item in items if not pairs[item]}
     covered = set()
@@ -54,17 +57,26 @@ def _cover(items):
             covered |= pairs[item]
         elif present < 0:
             heapq.heappush(heap, (present, tie, i))
+    return _without_needless(chosen, pairs, costs)
+
+
+def _without_needless(chosen, pairs, costs):
+    """What was chosen early may have nothing left that a later one does not have, too."""
+    counts = collections.Counter(pair for item in chosen for pair in pairs[item])
+    for item in sorted(chosen, key=lambda item: (-costs[item], item.nodeid)):
+        if pairs[item] and all(counts[pair] > 1 for pair in pairs[item]):
+            counts.subtract(pairs[item])
+            chosen.remove(item)
     return chosen
 
 
-def _values(item):
-    """The test's function, then each parameter with its value."""
-    function = item.nodeid.partition("[")[0]
-    values = [("function", function)]
-    for name, value in sorted(_params(item).items()):
-        if name != "device":
-            values.append((name, value if isinstance(value, SIMPLE) else (function, id(value))))
-    return values
+def _pairs(item):
+    """Of any two values that occur in other tests, too, and of the test with each of its values."""
+    function = ("function", item.nodeid.partition("[")[0])
+    values = [(name, value) for name, value in sorted(_params(item).items()) if name != "device"]
+    shared = [(name, value) for name, value in values if isinstance(value, SHARED)]
+    own = [(name, id(value)) for name, value in values if not isinstance(value, SHARED)]
+    return {*itertools.combinations([function, *shared], 2), *((function, value) for value in own)}
 
 
 def _is_interpreted(item):

@@ -44,16 +44,12 @@ def _adam_cases():
     yield torch.optim.Adam, {"weight_decay": 0.02, "decoupled_weight_decay": True}
 
 
-CASES = [*_sgd_cases(), *_adam_cases()]
-
-
-def _name(case):
-    base, options = case
+def _name(base, options):
     chosen = [name if value is True else f"{name}={value}" for name, value in options.items() if value]
     return "-".join([base.__name__, *chosen])
 
 
-every_case = pytest.mark.parametrize(("base", "options"), CASES, ids=map(_name, CASES))
+CASES = {_name(*case): case for case in [*_sgd_cases(), *_adam_cases()]}
 some_cases = pytest.mark.parametrize(
     ("base", "options"),
     [
@@ -191,9 +187,10 @@ def zoo_grads(params, step):
     return grads
 
 
-@every_case
+@pytest.mark.parametrize("case", CASES)
 @every_dtype
-def test_a_zoo_of_parameters(backend, device, dtype, base, options):
+def test_a_zoo_of_parameters(backend, device, dtype, case):
+    base, options = CASES[case]
     first, second, canaries = make_zoo(dtype, device)
     twins = Twins(
         backend,

@@ -1,4 +1,4 @@
-"""Faults of torch.optim's fused optimizers that no other test here would find, each with the issue that describes it."""
+"""Faults of torch.optim's fused optimizers that no other test would find, each with its issue."""
 
 import math
 
