@@ -20,7 +20,7 @@ def make_params(device="cpu"):
     return [nn.Parameter(values((3, 2), torch.float32, device)), nn.Parameter(values((4,), torch.float32, device, 1))]
 
 
-def climb_of(params, grads, optimizer):
+def perturbation_of(params, grads, optimizer):
     """How far each parameter is from where it was, between the two phases."""
     before = [p.detach().clone() for p in params]
     for p, g in zip(params, grads, strict=True):
@@ -79,7 +79,7 @@ def test_a_fresh_optimizer(backend, device):
         "perturb": True,
         "lr": 0.5,
         "betas": (0.9, 0.999),
-        "eps": 1e-8,  # the base's: the climb's own is fixed
+        "eps": 1e-8,  # the base's: the perturbation's own is fixed
     }
     assert all(mine is theirs for mine, theirs in zip(group["params"], params, strict=True))
 
@@ -395,14 +395,14 @@ def test_implementation_options_choose_nothing(backend, device, base, options):
 @pytest.mark.parametrize(
     "rho", [0.5, torch.tensor(0.5), torch.tensor([0.5]), 1], ids=["float", "0-dim", "1-element", "int"]
 )
-def test_rho_is_the_length_of_the_climb(backend, device, rho):
+def test_rho_is_the_length_of_the_perturbation(backend, device, rho):
     params = make_params(device)
     grads = [values(p.shape, torch.float32, device, seed=5) for p in params]
-    moves = climb_of(params, grads, FastSAM(params, rho=rho, lr=0.1, backend=backend))
+    moves = perturbation_of(params, grads, FastSAM(params, rho=rho, lr=0.1, backend=backend))
     assert norm(moves) == pytest.approx(float(rho), rel=1e-5)
 
 
-def test_no_group_climbs_at_all(backend, device):
+def test_no_group_is_perturbed(backend, device):
     problem, alone = Problem(device), Problem(device)
     optimizer = FastSAM([{"params": problem.params, "perturb": False}], lr=0.1, momentum=0.9, backend=backend)
     base = alone.base("sgd")

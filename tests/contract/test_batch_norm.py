@@ -252,7 +252,7 @@ def test_with_an_ascent_closure_its_pass_is_the_first(backend, device):
     assert_same_statistics(problem.statistics(), expected)
 
 
-def test_a_climb_over_frozen_batch_norms_still_watches_them(backend, device):
+def test_a_perturbation_over_frozen_batch_norms_still_watches_them(backend, device):
     """The model need not be what is optimized."""
     problem = Normed(MODELS["1d"], device)
     optimizer = FastSAM(problem.model[3].parameters(), lr=0.1, model=problem.model, backend=backend)

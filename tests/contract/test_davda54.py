@@ -128,16 +128,15 @@ def test_five_steps_are_davda54s(backend, device, base, adaptive, use):
             for p, q in zip(mine.params, theirs.params, strict=True):
                 q.copy_(p)
         start = mine.weights()
-        # The gradients at the climbed weights differ by the rounding of the climb, and by what the model makes of it:
-        # where they are compared, both are given the same.
+        # The gradients at the perturbed weights differ by rounding, which the model enlarges: both get the same.
         mine.backward()
         theirs.backward()
         assert_same_bits([q.grad for q in theirs.params], [p.grad for p in mine.params])
         second = [values(p.shape, p.dtype, device, seed=10 * step + i) for i, p in enumerate(mine.params)]
-        climbed = []
+        perturbed = []
 
-        def closure(climbed=climbed, second=second):
-            climbed += mine.weights()
+        def closure(perturbed=perturbed, second=second):
+            perturbed += mine.weights()
             for p, g in zip(mine.params, second, strict=True):
                 p.grad = g.clone()
 
@@ -149,7 +148,7 @@ def test_five_steps_are_davda54s(backend, device, base, adaptive, use):
             optimizer.second_step()
         optimizer.zero_grad()
         other.first_step()
-        assert_within(climbed, theirs.weights(), start, "climbed")
+        assert_within(perturbed, theirs.weights(), start, "perturbed")
         for q, g in zip(theirs.params, second, strict=True):
             q.grad = g.clone()
         other.second_step()

@@ -98,7 +98,7 @@ def test_memory_exchanged_between_the_passes_is_refused(backend, device, base, e
 
 @every_fused_base
 def test_numbers_written_between_the_passes_give_way_to_the_weights(backend, device, base):
-    """In place they are a climb like any other: the update starts from the weights before it."""
+    """In place they are a perturbation like any other: the update starts from the weights before it."""
     problem, plain = Averaged(device), Averaged(device)
     optimizer, alone = problem.optimizer(backend, base, rho=0.5), plain.base(base)
     start = problem.weights()
@@ -174,7 +174,7 @@ def test_a_module_that_swaps_its_tensors_when_it_is_cast(backend, device, base):
 
 @every_fused_base
 def test_averaging_and_batch_norm_of_torchs_swa(backend, device, base):
-    """``torch.optim.swa_utils`` beside FastSAM: the average sees the weights, never a climb."""
+    """``torch.optim.swa_utils`` beside FastSAM: the average sees the weights, never a perturbation."""
     problem = Problem(device)
     problem.model.add_module("norm", nn.BatchNorm1d(3).to(device))
     optimizer = problem.optimizer(backend, base, rho=0.5)

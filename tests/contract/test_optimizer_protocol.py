@@ -236,17 +236,17 @@ def test_a_pre_hook_may_replace_the_closure(backend, device):
 
 
 def test_what_hooks_see(backend, device):
-    """Before: the weights as they were. After: weights updated, not climbed."""
+    """Before: the weights as they were. After: weights updated, not perturbed."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     seen = {}
-    optimizer.register_step_pre_hook(lambda o, a, k: seen.update(before=problem.weights(), climbed=o.perturbed))
+    optimizer.register_step_pre_hook(lambda o, a, k: seen.update(before=problem.weights(), perturbed=o.perturbed))
     optimizer.register_step_post_hook(lambda o, a, k: seen.update(after=problem.weights(), still=o.perturbed))
     start = problem.weights()
     problem.step(optimizer)
     assert_same_bits(seen["before"], start)
     assert_same_bits(seen["after"], problem.weights())
-    assert (seen["climbed"], seen["still"]) == (False, False)
+    assert (seen["perturbed"], seen["still"]) == (False, False)
 
 
 # ---- schedulers ----

@@ -38,11 +38,11 @@ class Trained:
 
     def steps(self, count):
         for _ in range(count):
-            self.climb()
+            self.perturb()
             self.descend()
         return self
 
-    def climb(self, absent=()):
+    def perturb(self, absent=()):
         self.give_grads(absent)
         self.optimizer.first_step()
 
@@ -82,10 +82,10 @@ def test_masters_are_float32_training(trained, dtype, variant, precision):
     """Bit for bit, given the same gradients; the model computes with their rounding."""
     low, full = trained(dtype, variant, **PRECISIONS[precision]), trained(torch.float32, variant)
     for _ in range(4):
-        low.climb()
-        full.climb()
+        low.perturb()
+        full.perturb()
         if precision == "masters":
-            assert_same_bits(low.weights(), [p.to(dtype) for p in full.weights()], "climbed")
+            assert_same_bits(low.weights(), [p.to(dtype) for p in full.weights()], "perturbed")
         low.descend()
         full.descend()
         assert_same_bits(low.masters(), full.weights(), "masters")
@@ -96,7 +96,7 @@ def test_masters_are_float32_training(trained, dtype, variant, precision):
 
 @with_masters
 @two_variants
-def test_masters_in_the_adaptive_climb(trained, variant, precision):
+def test_masters_in_the_adaptive_perturbation(trained, variant, precision):
     """It is scaled by the parameter, where the gradient was taken."""
     low = trained(torch.bfloat16, variant, adaptive=True, **PRECISIONS[precision]).steps(2)
     weights, masters = low.weights(), low.masters()
@@ -129,7 +129,7 @@ def test_the_parameter_is_the_truth(trained, variant, precision):
         low.params[0][::2] = 0.123
         low.params[2].copy_(low.params[2] * 0.5)  # as a running average may, or a model's load_state_dict
     edited = low.weights()
-    low.climb()
+    low.perturb()
     low.optimizer.restore()
     assert_same_bits(low.weights(), edited)
     expected = [m.clone() for m in before]
@@ -141,14 +141,14 @@ def test_the_parameter_is_the_truth(trained, variant, precision):
 @with_masters
 @pytest.mark.parametrize("how", ["perturb", "no gradient in the first pass"])
 @two_variants
-def test_the_parameter_is_the_truth_without_a_climb(trained, variant, precision, how):
+def test_the_parameter_is_the_truth_without_a_perturbation(trained, variant, precision, how):
     low, full = trained(torch.bfloat16, variant, **PRECISIONS[precision]), trained(torch.float32, variant)
     absent = (0, 2) if how != "perturb" else ()
     for optimizer in (low.optimizer, full.optimizer):
         optimizer.param_groups[0]["perturb"] = how != "perturb"
     for _ in range(3):
         for one in (low, full):
-            one.climb(absent)
+            one.perturb(absent)
             one.descend()
         assert_same_bits(low.masters(), full.weights())
         with torch.no_grad():
@@ -160,18 +160,18 @@ def test_the_parameter_is_the_truth_without_a_climb(trained, variant, precision,
 
 @with_masters
 @two_variants
-def test_what_climbed_comes_back_without_a_second_gradient(trained, variant, precision):
+def test_what_was_perturbed_comes_back_without_a_second_gradient(trained, variant, precision):
     low = trained(torch.bfloat16, variant, **PRECISIONS[precision]).steps(2)
     for absent in ((0, 2), (0,)):
         weights, masters = low.weights(), low.masters()
-        low.climb()
+        low.perturb()
         low.descend(absent)
         for i in absent:
             assert_same_bits(low.params[i].detach(), weights[i])
             assert_same_bits(low.masters()[i], masters[i])
     fresh = trained(torch.bfloat16, variant, **PRECISIONS[precision])
     weights = fresh.weights()
-    fresh.climb()
+    fresh.perturb()
     fresh.descend((0,))
     assert_same_bits(fresh.params[0].detach(), weights[0])
     assert fresh.params[0] not in fresh.optimizer.state, "torch.optim would take it for a complete state"
@@ -187,7 +187,7 @@ def test_an_overflow_changes_nothing(trained, dtype, variant, precision, first):
     low = trained(dtype, variant, **PRECISIONS[precision]).steps(0 if first else 2)
     weights, moments = low.weights(), low.moments()
     masters = low.masters() if "master_weights" in PRECISIONS[precision] and not first else []
-    low.climb()
+    low.perturb()
     low.give_grads()
     low.params[0].grad.fill_(math.inf)
     low.optimizer.grad_scale, low.optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)
@@ -206,7 +206,7 @@ def test_an_overflow_changes_nothing(trained, dtype, variant, precision, first):
 @every_precision
 @two_variants
 @low_dtypes
-def test_no_climb_by_what_is_not_finite(trained, dtype, variant, precision):
+def test_no_perturbation_by_what_is_not_finite(trained, dtype, variant, precision):
     low = trained(dtype, variant, **PRECISIONS[precision]).steps(1)
     weights = low.weights()
     low.give_grads()
@@ -244,7 +244,7 @@ def test_restore(trained, dtype, precision):
     low = trained(dtype, "adam", **PRECISIONS[precision])
     for _ in range(3):
         weights, state = low.weights(), state_of(low.optimizer)
-        low.climb()
+        low.perturb()
         assert any(bool((bits(p) != bits(w)).any()) for p, w in zip(low.params, weights, strict=True))
         low.optimizer.restore()
         assert_same_bits(low.weights(), weights)
@@ -254,11 +254,11 @@ def test_restore(trained, dtype, precision):
 
 @with_masters
 @pytest.mark.parametrize("cast", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_a_model_that_is_cast_while_climbed(trained, precision, cast):
+def test_a_model_that_is_cast_while_perturbed(trained, precision, cast):
     """The weights that come back are those that were there, not what their masters know besides."""
     low = trained(torch.bfloat16, "sgd-momentum", **PRECISIONS[precision]).steps(2)
     weights = low.weights()
-    low.climb()
+    low.perturb()
     for p in low.params:
         p.grad, p.data = None, p.data.to(cast)
     low.optimizer.restore()
@@ -322,7 +322,7 @@ def test_torch_goes_on_and_comes_back(trained, variant, precision):
     plain.step()
     weights = low.weights()
     low.optimizer.load_state_dict(plain.state_dict())
-    low.climb()
+    low.perturb()
     low.optimizer.restore()
     assert_same_bits(low.weights(), weights)
     low.steps(1)
@@ -350,7 +350,7 @@ def test_the_state_is_followed_between_steps(trained):
     state[low.params[2]][MASTER] = state[low.params[2]][MASTER].clone()
     del state[low.params[4]][MASTER]
     before = [low.optimizer.state[p].get(MASTER, p.detach().float()).float() for p in low.params]
-    low.climb()
+    low.perturb()
     low.optimizer.restore()
     low.steps(1)
     other = trained(torch.bfloat16, "adam", master_weights=True).steps(2)
@@ -362,11 +362,11 @@ def test_the_state_is_followed_between_steps(trained):
     assert state[low.params[0]][MASTER].dtype == torch.float32
 
 
-def test_a_state_that_is_emptied_while_climbed(trained):
+def test_a_state_that_is_emptied_while_perturbed(trained):
     """The masters are all that knows the weights; they come back, and into the state."""
     low, other = (trained(torch.bfloat16, "sgd-plain", master_weights=True).steps(2) for _ in range(2))
-    low.climb()
-    other.climb()
+    low.perturb()
+    other.perturb()
     low.optimizer.state.clear()
     low.descend()
     other.descend()
@@ -400,18 +400,18 @@ def test_positions_and_steps_give_other_numbers(trained, variant):
     low = trained(torch.bfloat16, variant, shapes=[(64,), (64,)], rounding="stochastic")
     with torch.no_grad():
         low.params[1].copy_(low.params[0])
-    climbs = []
+    perturbations = []
     for _ in range(2):
         weights = low.weights()
         for p in low.params:
             p.grad = torch.full_like(p, 1e-3)
         low.optimizer.first_step()
-        climbs += [(p.detach() - w).clone() for p, w in zip(low.params, weights, strict=True)]
+        perturbations += [(p.detach() - w).clone() for p, w in zip(low.params, weights, strict=True)]
         for p in low.params:
             p.grad = torch.zeros_like(p)
         low.optimizer.param_groups[0]["lr"] = 0.0
         low.optimizer.second_step()
-    assert len({tuple(bits(c).tolist()) for c in climbs}) == 4
+    assert len({tuple(bits(c).tolist()) for c in perturbations}) == 4
 
 
 def test_a_new_group_changes_nothing_for_the_others(trained):
@@ -449,7 +449,7 @@ def test_small_steps_add_up(trained):
     assert abs(mean - (1 - count * step)) < 5 * spread
 
 
-def test_the_climb_of_small_weights(backend, device):
+def test_the_perturbation_of_small_weights(backend, device):
     """Weights of sigma 0.02 in bfloat16, and an e per element as that of 25 million at rho 0.05.
 
     To nearest, most of it is lost; by stochastic rounding, and from masters with bits of their own, all of it is there
@@ -493,8 +493,8 @@ def test_parameters_with_gaps(trained, dtype, variant, precision):
         p.data = canaries.around(p.detach(), offset=1, strides=strides)
     for _ in range(3):
         for one in (dense, strided):
-            one.climb()
-        assert_same_bits(strided.weights(), dense.weights(), "climbed")
+            one.perturb()
+        assert_same_bits(strided.weights(), dense.weights(), "perturbed")
         for one in (dense, strided):
             one.descend()
         assert_same_bits(strided.weights(), dense.weights())
@@ -524,7 +524,7 @@ def test_channels_last(trained, dtype, precision):
     permuted.give_grads = give_permuted
     last.steps(2)
     for _ in range(2):
-        permuted.climb()
+        permuted.perturb()
         permuted.give_grads()
         permuted.optimizer.second_step()
     assert_same_bits(last.params[0].detach().permute(0, 2, 3, 1), permuted.params[0].detach())
@@ -586,7 +586,7 @@ def test_the_mode_may_change_between_steps(trained, variant):
     for precision in ({}, *PRECISIONS.values(), {}):
         group |= {"rounding": "nearest", "master_weights": False} | precision
         weights = low.weights()
-        low.climb()
+        low.perturb()
         low.optimizer.restore()
         assert_same_bits(low.weights(), weights)
         low.steps(2)
@@ -626,14 +626,14 @@ def test_options_are_checked(trained, error, options, message):
     low.optimizer.param_groups[0] |= options
     weights = low.weights()
     with pytest.raises(error, match=message):
-        low.climb()
+        low.perturb()
     assert_same_bits(low.weights(), weights)
     assert not low.optimizer.perturbed
 
 
 @pytest.mark.parametrize("option", [{"rounding": "stochastic"}, {"master_weights": True}], ids=["rounding", "masters"])
 def test_bases_that_are_not_fused_are_refused(backend, device, option):
-    message = r"(rounding='stochastic'|master_weights=True) is not supported with variant RMSprop"
+    message = r"(rounding='stochastic'|master_weights=True) is not supported with base RMSprop"
     make = lambda: torch.zeros(3, dtype=torch.bfloat16, device=device, requires_grad=True)  # noqa: E731
     with pytest.raises(ValueError, match=message):
         FastSAM([make()], torch.optim.RMSprop, backend=backend, **option)

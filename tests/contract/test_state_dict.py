@@ -163,7 +163,7 @@ def test_a_checkpoint_resumes_bit_for_bit(backend, device, base):
     assert_same_state(state_of(other), state_of(optimizer))
 
 
-def test_options_of_the_climb_are_loaded_with_the_state(backend, device):
+def test_options_of_the_perturbation_are_loaded_with_the_state(backend, device):
     one, two = Problem(device), Problem(device)
     groups = [{"params": two.params[:2]}, {"params": two.params[2:]}]
     optimizer = FastSAM(
@@ -280,7 +280,7 @@ WHILE_PERTURBED = {
 
 @every_base
 @pytest.mark.parametrize("act", WHILE_PERTURBED.values(), ids=WHILE_PERTURBED)
-def test_nothing_is_saved_copied_or_added_while_climbed(backend, device, base, act):
+def test_nothing_is_saved_copied_or_added_while_perturbed(backend, device, base, act):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     problem.step(optimizer)

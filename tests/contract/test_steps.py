@@ -88,7 +88,7 @@ def test_nothing_is_cleared_before_the_first_pass_and_everything_before_the_seco
     first, second = log
     assert_same_bits(first["found"], earlier)
     assert second["found"] == [None] * 4
-    # The first pass accumulated, and that sum is what the climb follows.
+    # The first pass accumulated, and that sum is what the perturbation follows.
     alone = Problem(device)
     alone.backward()
     for p, g, made in zip(alone.params, earlier, first["made"], strict=True):
@@ -166,7 +166,7 @@ def test_parameters_without_a_gradient_in_the_second_pass_come_back(backend, dev
 
         optimizer.zero_grad()
         optimizer.step(closure)
-        assert (calls[0] != calls[1]).any(), "it was to climb"
+        assert (calls[0] != calls[1]).any(), "it was to be perturbed"
         assert left.grad is None
         assert_same_bits(left.detach(), weights, f"step {step}")
     assert left not in optimizer.state
@@ -199,7 +199,7 @@ def test_a_gradient_in_the_second_pass_only(backend, device):
         (other.sum() if len(seen) == 1 else other.sum() + late.sum()).backward()
 
     optimizer.step(closure)
-    assert_same_bits(seen[1], torch.ones(3, device=device), "did not climb")
+    assert_same_bits(seen[1], torch.ones(3, device=device), "was not perturbed")
     assert_same_bits(late.detach(), torch.full((3,), 0.5, device=device), "but was updated")
 
 
@@ -437,7 +437,9 @@ def test_second_step_goes_through_a_subclass_step(backend, device):
 
 
 def refusals():
-    climbed = "is not possible while the weights are (climbed|perturbed); call second_step\\(\\) or restore\\(\\) first"
+    while_perturbed = (
+        "is not possible while the weights are (climbed|perturbed); call second_step\\(\\) or restore\\(\\) first"
+    )
     return {
         "step-without-closure": (
             False,
@@ -445,19 +447,19 @@ def refusals():
             r"step\(\) needs a closure.*first_step\(\).*second_step\(\)",
         ),
         "second-without-first": (False, lambda o, p: o.second_step(), r"second_step\(\) without first_step\(\)"),
-        "first-twice": (True, lambda o, p: o.first_step(), rf"first_step\(\) {climbed}"),
-        "closure-while-climbed": (True, lambda o, p: o.step(p.backward), rf"step\(closure\) {climbed}"),
+        "first-twice": (True, lambda o, p: o.first_step(), rf"first_step\(\) {while_perturbed}"),
+        "closure-while-perturbed": (True, lambda o, p: o.step(p.backward), rf"step\(closure\) {while_perturbed}"),
     }
 
 
 @every_base
-@pytest.mark.parametrize(("climb", "act", "message"), refusals().values(), ids=refusals())
-def test_phases_out_of_order_are_refused(backend, device, base, climb, act, message):
+@pytest.mark.parametrize(("after_first_step", "act", "message"), refusals().values(), ids=refusals())
+def test_phases_out_of_order_are_refused(backend, device, base, after_first_step, act, message):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     problem.step(optimizer)
     problem.backward()
-    if climb:
+    if after_first_step:
         optimizer.first_step(zero_grad=False)
     before = Snapshot(optimizer)
     with pytest.raises(RuntimeError, match=message):
@@ -480,7 +482,7 @@ def test_first_step_without_any_gradient_is_refused(backend, device, base, warm)
 
 
 @every_base
-def test_restore_gives_the_climb_up(backend, device, base):
+def test_restore_gives_the_perturbation_up(backend, device, base):
     problem, undisturbed = Problem(device), Problem(device)
     optimizer, other = problem.optimizer(backend, base), undisturbed.optimizer(backend, base)
     for _ in range(2):

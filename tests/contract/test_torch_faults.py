@@ -49,7 +49,7 @@ def test_an_empty_tensor_does_not_spoil_the_norm(backend, device, where):
 
 
 def test_a_large_norm_of_float16_gradients_is_a_number(backend, device):
-    """94,868 in float16 is infinity: nothing would climb."""
+    """94,868 in float16 is infinity: nothing would be perturbed."""
     param = values((1000,), torch.float16, device).requires_grad_()
     start = param.detach().clone()
     optimizer = FastSAM([param], rho=10.0, lr=0.1, backend=backend)

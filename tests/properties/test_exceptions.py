@@ -87,10 +87,10 @@ OPERATIONS = {"grad_norm": 0, "perturb_-1": 0, "perturb_-2": 1}
 
 @every_base
 @pytest.mark.parametrize(("operation", "after"), OPERATIONS.items(), ids=OPERATIONS)
-def test_an_operation_of_the_climb_that_fails_changes_nothing(
+def test_an_operation_of_the_perturbation_that_fails_changes_nothing(
     backend, device, operations, monkeypatch, base, operation, after
 ):
-    """Of two tables the first has climbed when the second one's operation fails."""
+    """Of two tables the first is perturbed when the second one's operation fails."""
     problem = TwoDtypes(device)
     optimizer = problem.optimizer(backend, base)
     problem.step(optimizer)
@@ -115,7 +115,7 @@ def test_an_operation_of_the_climb_that_fails_changes_nothing(
 
 
 @every_fused_base
-def test_an_update_that_fails_leaves_no_climbed_weights(backend, device, operations, monkeypatch, base):
+def test_an_update_that_fails_leaves_no_perturbed_weights(backend, device, operations, monkeypatch, base):
     problem = TwoDtypes(device)
     optimizer = problem.optimizer(backend, base)
     problem.step(optimizer)
@@ -132,7 +132,7 @@ def test_an_update_that_fails_leaves_no_climbed_weights(backend, device, operati
 
 
 @every_base
-def test_a_base_that_fails_leaves_no_climbed_weights(backend, device, monkeypatch, base):
+def test_a_base_that_fails_leaves_no_perturbed_weights(backend, device, monkeypatch, base):
     """Whatever the base does: here, options that it has lost."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
@@ -299,9 +299,7 @@ def test_ctrl_c_during_the_update_waits_for_its_end(
     assert_same_state(state_of(optimizer), state_of(other))
 
 
-def test_ctrl_c_during_first_step_leaves_a_climb_that_restore_ends(
-    backend, device, operations, interruptible, monkeypatch
-):
+def test_ctrl_c_during_first_step_can_be_restored(backend, device, operations, interruptible, monkeypatch):
     problem = TwoDtypes(device)
     optimizer = problem.optimizer(backend)
     before, perturb = Snapshot(optimizer), operations.perturb_
@@ -371,8 +369,8 @@ def test_ctrl_c_anywhere_is_all_or_nothing(backend, device, interruptible, base,
             assert_same_bits(problem.weights(), made.weights(), f"at line {nth}")
             assert_same_state(state_of(optimizer), state_of(after))
             problem = None
-        nth += triton_interpreter.fewer(19, 61, backend, device)  # every line would take minutes
-    assert outcomes["nothing"] > 10
+        nth += triton_interpreter.fewer(19, 127, backend, device)  # every line would take minutes
+    assert outcomes["nothing"] > triton_interpreter.fewer(10, 3, backend, device)
     assert outcomes["all"] > 0
 
 
@@ -383,12 +381,12 @@ def test_ctrl_c_anywhere_is_all_or_nothing(backend, device, interruptible, base,
 )
 def test_ctrl_c_while_an_exception_is_undone(backend, device, interruptible, files):
     """Of an impatient user's two, the second does not stop the undoing; between two lines of Python it may at worst
-    leave a climb, which restore() ends.
+    leave a perturbation, which restore() ends.
     """
     problem = TwoDtypes(device)
     optimizer = problem.optimizer(backend)
     problem.step(optimizer)
-    before, calls, climbs = Snapshot(optimizer), [], 0
+    before, calls, perturbations = Snapshot(optimizer), [], 0
 
     def closure():
         calls.append(1)
@@ -398,11 +396,11 @@ def test_ctrl_c_while_an_exception_is_undone(backend, device, interruptible, fil
 
     with ctrl_c_at_line(0, files) as count, pytest.raises(Stop):
         optimizer.step(closure)
-    for nth in range(count[0], count[0] - 40, -1):
+    for nth in range(count[0], count[0] - triton_interpreter.fewer(40, 12, backend, device), -1):
         calls.clear()
         with ctrl_c_at_line(nth, files), pytest.raises((KeyboardInterrupt, Stop)):
             optimizer.step(closure)
-        climbs += optimizer.perturbed
+        perturbations += optimizer.perturbed
         optimizer.restore()
         before.assert_unchanged(grads=False)
-    assert climbs == 0 or files == (PACKAGE,)
+    assert perturbations == 0 or files == (PACKAGE,)
