@@ -3,6 +3,7 @@
 #   make test ARGS="-k native"        ARGS goes to the program that runs
 #   make demo PYTHON=python3.12       the interpreter that .venv is made from
 #   make test WORKERS=0               one process, which a debugger can stop; 2 by default
+#   make test SAMPLE=300              and so many of the tests that only make test-all runs, others every day
 #   make kernels QUICK=1              two dtypes, one GPU of each vendor, one Triton
 #   make gpu-report OUT=report        with .venv's Python if there is one; PYTHON=python3: with that one, as it is
 
@@ -11,6 +12,7 @@ THREADS ?= 2
 WORKERS ?= 2
 MINUTES ?= 60
 KILLS ?= 20
+SAMPLE ?= 0
 # Other releases of Triton that the kernels must compile with, beside the one in requirements/test.txt.
 OTHER_TRITON ?= 3.6.0
 
@@ -28,7 +30,7 @@ EXTENSION := .venv/.extension
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench gpu-report docs-tables kernels cuda fuzz crash sanitize sanitize-cuda lint format wheel \
+.PHONY: help setup demo test test-all bench gpu-report docs-tables kernels cuda fuzz crash sanitize sanitize-cuda lint format wheel \
   compat clean
 
 help:  ## This list
@@ -39,8 +41,11 @@ setup: $(EXTENSION)  ## Only the set-up: .venv with everything in it
 demo: $(EXTENSION)  ## Train with SGD and with FastSAM on noisy labels: a table and a picture
 	$(BIN)/python -m fastsam demo $(ARGS)
 
-test: $(EXTENSION)  ## The test suite, in WORKERS=2 processes
-	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) $(ARGS)
+test: $(EXTENSION)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
+	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --sample $(SAMPLE) $(ARGS)
+
+test-all: $(EXTENSION)  ## All tests: every combination
+	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --thorough $(ARGS)
 
 bench: $(EXTENSION)  ## The benchmarks, on THREADS=2 threads
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
@@ -61,7 +66,7 @@ docs-tables: $(PACKAGE)  ## The README's GPU table from benchmarks/results/; FRO
 SANITIZED := build/sanitize/.extension
 
 fuzz: $(EXTENSION)  ## Random programs on every backend, from new seeds, for MINUTES=60 together
-	$(REQUIRED) FASTSAM_FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest tests/test_fuzz.py --capture=no $(ARGS)
+	$(REQUIRED) FASTSAM_FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest tests/properties/test_fuzz.py --capture=no $(ARGS)
 
 crash: $(EXTENSION)  ## Kill a training run KILLS=20 times: it must end as an undisturbed one, bit for bit
 	$(BIN)/python tools/crash.py --kills $(KILLS) $(ARGS)

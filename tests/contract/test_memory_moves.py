@@ -8,10 +8,9 @@ import copy
 import pytest
 import torch
 from checks import assert_same_bits, assert_within
-from problem import FUSED_BASES, Problem
+from problem import Problem
+from registry import every_fused_base
 from torch import nn
-
-every_base = pytest.mark.parametrize("base", FUSED_BASES)
 
 
 class Averaged(Problem):
@@ -55,7 +54,7 @@ EXCHANGES = [exchange_memory, exchange_numbers, exchange_tensors]
 every_exchange = pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda f: f.__name__)
 
 
-@every_base
+@every_fused_base
 @every_exchange
 def test_weights_exchanged_between_steps(backend, device, base, exchange):
     """For an evaluation and back, then for good: training goes on from the weights that the model has."""
@@ -75,7 +74,7 @@ def test_weights_exchanged_between_steps(backend, device, base, exchange):
             assert not torch.equal(weight, first)
 
 
-@every_base
+@every_fused_base
 @pytest.mark.parametrize("exchange", [exchange_memory, exchange_tensors], ids=lambda f: f.__name__)
 def test_memory_exchanged_between_the_passes_is_refused(backend, device, base, exchange):
     problem = Averaged(device)
@@ -97,9 +96,9 @@ def test_memory_exchanged_between_the_passes_is_refused(backend, device, base, e
     assert_same_bits(problem.averages(), kept, "memory that is the other model's now")
 
 
-@every_base
+@every_fused_base
 def test_numbers_written_between_the_passes_give_way_to_the_weights(backend, device, base):
-    """In place they are a climb like any other: the update starts from the weights before it."""
+    """In place they are a perturbation like any other: the update starts from the weights before it."""
     problem, plain = Averaged(device), Averaged(device)
     optimizer, alone = problem.optimizer(backend, base, rho=0.5), plain.base(base)
     start = problem.weights()
@@ -114,7 +113,7 @@ def test_numbers_written_between_the_passes_give_way_to_the_weights(backend, dev
         assert_within(weight, expected, first)
 
 
-@every_base
+@every_fused_base
 @pytest.mark.parametrize("aliased", [False, True], ids=["copies", "its own"])
 def test_assigned_parameters_are_not_the_optimizers(backend, device, base, aliased):
     """``load_state_dict(assign=True)`` gives a model new ones; nothing is written to them."""
@@ -139,7 +138,7 @@ def test_assigned_parameters_are_not_the_optimizers(backend, device, base, alias
     assert_same_bits(problem.weights(), start if aliased else assigned)
 
 
-@every_base
+@every_fused_base
 def test_assigned_before_the_optimizer_is_made(backend, device, base):
     """Parameters over somebody else's memory (a checkpoint's, say) train there."""
     problem, other = Problem(device), Problem(device)
@@ -153,7 +152,7 @@ def test_assigned_before_the_optimizer_is_made(backend, device, base):
     assert_same_bits(list(checkpoint.values()), other.weights())
 
 
-@every_base
+@every_fused_base
 def test_a_module_that_swaps_its_tensors_when_it_is_cast(backend, device, base):
     """``torch.__future__.set_swap_module_params_on_conversion``: the same Parameter objects, other tensors in them."""
     problem, plain = Problem(device), Problem(device)
@@ -173,9 +172,9 @@ def test_a_module_that_swaps_its_tensors_when_it_is_cast(backend, device, base):
         torch.testing.assert_close(weight.float(), expected, rtol=1e-4, atol=1e-5)
 
 
-@every_base
+@every_fused_base
 def test_averaging_and_batch_norm_of_torchs_swa(backend, device, base):
-    """``torch.optim.swa_utils`` beside FastSAM: the average sees the weights, never a climb."""
+    """``torch.optim.swa_utils`` beside FastSAM: the average sees the weights, never a perturbation."""
     problem = Problem(device)
     problem.model.add_module("norm", nn.BatchNorm1d(3).to(device))
     optimizer = problem.optimizer(backend, base, rho=0.5)

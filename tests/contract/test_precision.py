@@ -5,33 +5,17 @@ import io
 import math
 import pickle
 
+import internals
 import pytest
 import torch
 import triton_interpreter
 from checks import Canaries, assert_same_bits, bits, values
 from problem import Snapshot, assert_same_state, state_of
+from registry import FUSED_VARIANTS, PRECISIONS, every_precision, every_variant, low_dtypes, with_masters
 
 from fastsam import FastSAM, davda54
 
-LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-BASES = {
-    "sgd": (torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.01}),
-    "sgd-momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
-    "sgd-dampened": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
-    "sgd-nesterov": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
-    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.01}),
-    "adamw-amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
-}
-every_base = pytest.mark.parametrize("base", BASES)
-two_bases = pytest.mark.parametrize("base", ["sgd-momentum", "adamw-amsgrad"])
-MODES = {
-    "stochastic": {"rounding": "stochastic", "rounding_seed": 7},
-    "masters": {"master_weights": True},
-    "stochastic-masters": {"rounding": "stochastic", "rounding_seed": 7, "master_weights": True},
-}
-every_mode = pytest.mark.parametrize("mode", MODES)
-with_masters = pytest.mark.parametrize("mode", ["masters", "stochastic-masters"])
-
+two_variants = pytest.mark.parametrize("variant", ["sgd-momentum", "adamw-amsgrad"])
 SHAPES = [(33, 9), (), (257,), (0, 3), (2, 3, 4, 5)]
 MASTER = "fastsam_master"
 
@@ -39,10 +23,10 @@ MASTER = "fastsam_master"
 class Trained:
     """Parameters, and gradients that do not depend on them: pass ``i`` always gets the same."""
 
-    def __init__(self, backend, device, dtype, base, *, shapes=SHAPES, **options):
+    def __init__(self, backend, device, dtype, variant, *, shapes=SHAPES, **options):
         self.params = [values(s, torch.bfloat16, device, i).to(dtype) for i, s in enumerate(shapes)]
         self.params = [p.requires_grad_() for p in self.params]
-        cls, defaults = BASES[base]
+        cls, defaults = FUSED_VARIANTS[variant]
         self.optimizer = FastSAM(self.params, cls, backend=backend, **{"rho": 0.1, **defaults, **options})
         self.count = 0
 
@@ -54,11 +38,11 @@ class Trained:
 
     def steps(self, count):
         for _ in range(count):
-            self.climb()
+            self.perturb()
             self.descend()
         return self
 
-    def climb(self, absent=()):
+    def perturb(self, absent=()):
         self.give_grads(absent)
         self.optimizer.first_step()
 
@@ -80,7 +64,7 @@ class Trained:
 
 @pytest.fixture
 def trained(backend, device):
-    return lambda dtype, base, **options: Trained(backend, device, dtype, base, **options)
+    return lambda dtype, variant, **options: Trained(backend, device, dtype, variant, **options)
 
 
 def assert_rounded(params, masters):
@@ -92,16 +76,16 @@ def assert_rounded(params, masters):
 
 
 @with_masters
-@every_base
-@LOW
-def test_masters_are_float32_training(trained, dtype, base, mode):
+@every_variant
+@low_dtypes
+def test_masters_are_float32_training(trained, dtype, variant, precision):
     """Bit for bit, given the same gradients; the model computes with their rounding."""
-    low, full = trained(dtype, base, **MODES[mode]), trained(torch.float32, base)
+    low, full = trained(dtype, variant, **PRECISIONS[precision]), trained(torch.float32, variant)
     for _ in range(4):
-        low.climb()
-        full.climb()
-        if mode == "masters":
-            assert_same_bits(low.weights(), [p.to(dtype) for p in full.weights()], "climbed")
+        low.perturb()
+        full.perturb()
+        if precision == "masters":
+            assert_same_bits(low.weights(), [p.to(dtype) for p in full.weights()], "perturbed")
         low.descend()
         full.descend()
         assert_same_bits(low.masters(), full.weights(), "masters")
@@ -111,10 +95,10 @@ def test_masters_are_float32_training(trained, dtype, base, mode):
 
 
 @with_masters
-@two_bases
-def test_masters_in_the_adaptive_climb(trained, base, mode):
+@two_variants
+def test_masters_in_the_adaptive_perturbation(trained, variant, precision):
     """It is scaled by the parameter, where the gradient was taken."""
-    low = trained(torch.bfloat16, base, adaptive=True, **MODES[mode]).steps(2)
+    low = trained(torch.bfloat16, variant, adaptive=True, **PRECISIONS[precision]).steps(2)
     weights, masters = low.weights(), low.masters()
     low.give_grads()
     grads = [p.grad.double() for p in low.params]
@@ -122,31 +106,30 @@ def test_masters_in_the_adaptive_climb(trained, base, mode):
     low.optimizer.first_step()
     for p, w, m, g in zip(low.params, weights, masters, grads, strict=True):
         exact = m.double() + 0.1 * g * w.double().square() / (norm + 1e-12)
-        spacing = torch.finfo(torch.bfloat16).eps * exact.abs() * (0.51 if mode == "masters" else 1.01)
+        spacing = torch.finfo(torch.bfloat16).eps * exact.abs() * (0.51 if precision == "masters" else 1.01)
         assert ((p.detach().double() - exact).abs() <= spacing).all()
     low.optimizer.restore()
     assert_same_bits(low.weights(), weights)
 
 
 @with_masters
-def test_a_master_is_the_backup(trained, mode):
-    low = trained(torch.bfloat16, "sgd-momentum", **MODES[mode]).steps(2)
-    (table,) = low.optimizer._tables
-    for p, backup in zip(low.params, table.backups, strict=True):
+def test_a_master_is_the_backup(trained, precision):
+    low = trained(torch.bfloat16, "sgd-momentum", **PRECISIONS[precision]).steps(2)
+    for p, backup in zip(low.params, internals.backups(low.optimizer), strict=True):
         assert backup.data_ptr() == low.optimizer.state[p][MASTER].data_ptr()
 
 
 @with_masters
-@two_bases
-def test_the_parameter_is_the_truth(trained, base, mode):
+@two_variants
+def test_the_parameter_is_the_truth(trained, variant, precision):
     """What somebody has written to a parameter becomes its master; elsewhere masters keep what rounding loses."""
-    low = trained(torch.float16, base, **MODES[mode]).steps(3)
+    low = trained(torch.float16, variant, **PRECISIONS[precision]).steps(3)
     before = low.masters()
     with torch.no_grad():
         low.params[0][::2] = 0.123
         low.params[2].copy_(low.params[2] * 0.5)  # as a running average may, or a model's load_state_dict
     edited = low.weights()
-    low.climb()
+    low.perturb()
     low.optimizer.restore()
     assert_same_bits(low.weights(), edited)
     expected = [m.clone() for m in before]
@@ -157,15 +140,15 @@ def test_the_parameter_is_the_truth(trained, base, mode):
 
 @with_masters
 @pytest.mark.parametrize("how", ["perturb", "no gradient in the first pass"])
-@two_bases
-def test_the_parameter_is_the_truth_without_a_climb(trained, base, mode, how):
-    low, full = trained(torch.bfloat16, base, **MODES[mode]), trained(torch.float32, base)
+@two_variants
+def test_the_parameter_is_the_truth_without_a_perturbation(trained, variant, precision, how):
+    low, full = trained(torch.bfloat16, variant, **PRECISIONS[precision]), trained(torch.float32, variant)
     absent = (0, 2) if how != "perturb" else ()
     for optimizer in (low.optimizer, full.optimizer):
         optimizer.param_groups[0]["perturb"] = how != "perturb"
     for _ in range(3):
         for one in (low, full):
-            one.climb(absent)
+            one.perturb(absent)
             one.descend()
         assert_same_bits(low.masters(), full.weights())
         with torch.no_grad():
@@ -176,19 +159,19 @@ def test_the_parameter_is_the_truth_without_a_climb(trained, base, mode, how):
 
 
 @with_masters
-@two_bases
-def test_what_climbed_comes_back_without_a_second_gradient(trained, base, mode):
-    low = trained(torch.bfloat16, base, **MODES[mode]).steps(2)
+@two_variants
+def test_what_was_perturbed_comes_back_without_a_second_gradient(trained, variant, precision):
+    low = trained(torch.bfloat16, variant, **PRECISIONS[precision]).steps(2)
     for absent in ((0, 2), (0,)):
         weights, masters = low.weights(), low.masters()
-        low.climb()
+        low.perturb()
         low.descend(absent)
         for i in absent:
             assert_same_bits(low.params[i].detach(), weights[i])
             assert_same_bits(low.masters()[i], masters[i])
-    fresh = trained(torch.bfloat16, base, **MODES[mode])
+    fresh = trained(torch.bfloat16, variant, **PRECISIONS[precision])
     weights = fresh.weights()
-    fresh.climb()
+    fresh.perturb()
     fresh.descend((0,))
     assert_same_bits(fresh.params[0].detach(), weights[0])
     assert fresh.params[0] not in fresh.optimizer.state, "torch.optim would take it for a complete state"
@@ -197,14 +180,14 @@ def test_what_climbed_comes_back_without_a_second_gradient(trained, base, mode):
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
-@every_mode
-@two_bases
-@LOW
-def test_an_overflow_changes_nothing(trained, dtype, base, mode, first):
-    low = trained(dtype, base, **MODES[mode]).steps(0 if first else 2)
+@every_precision
+@two_variants
+@low_dtypes
+def test_an_overflow_changes_nothing(trained, dtype, variant, precision, first):
+    low = trained(dtype, variant, **PRECISIONS[precision]).steps(0 if first else 2)
     weights, moments = low.weights(), low.moments()
-    masters = low.masters() if "master_weights" in MODES[mode] and not first else []
-    low.climb()
+    masters = low.masters() if "master_weights" in PRECISIONS[precision] and not first else []
+    low.perturb()
     low.give_grads()
     low.params[0].grad.fill_(math.inf)
     low.optimizer.grad_scale, low.optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)
@@ -215,16 +198,16 @@ def test_an_overflow_changes_nothing(trained, dtype, base, mode, first):
         for ours, theirs in zip(low.moments(), moments, strict=True):
             assert_same_bits(list(ours.values()), list(theirs.values()))
     assert_same_bits(low.masters() if masters else [], masters)
-    other = trained(dtype, base, **MODES[mode]).steps(0 if first else 2)
+    other = trained(dtype, variant, **PRECISIONS[precision]).steps(0 if first else 2)
     low.count, other.count = 50, 50
     assert_same_bits(low.steps(1).weights(), other.steps(1).weights(), "the step after it")
 
 
-@every_mode
-@two_bases
-@LOW
-def test_no_climb_by_what_is_not_finite(trained, dtype, base, mode):
-    low = trained(dtype, base, **MODES[mode]).steps(1)
+@every_precision
+@two_variants
+@low_dtypes
+def test_no_perturbation_by_what_is_not_finite(trained, dtype, variant, precision):
+    low = trained(dtype, variant, **PRECISIONS[precision]).steps(1)
     weights = low.weights()
     low.give_grads()
     low.params[0].grad[0] = math.nan
@@ -235,10 +218,10 @@ def test_no_climb_by_what_is_not_finite(trained, dtype, base, mode):
 
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["first-step", "later"])
-@every_mode
-@two_bases
-def test_a_failing_closure_leaves_everything_as_it_was(trained, base, mode, steps):
-    low = trained(torch.bfloat16, base, **MODES[mode]).steps(steps)
+@every_precision
+@two_variants
+def test_a_failing_closure_leaves_everything_as_it_was(trained, variant, precision, steps):
+    low = trained(torch.bfloat16, variant, **PRECISIONS[precision]).steps(steps)
     low.optimizer.zero_grad()
     before = Snapshot(low.optimizer)
     passes = []
@@ -255,13 +238,13 @@ def test_a_failing_closure_leaves_everything_as_it_was(trained, base, mode, step
     before.assert_unchanged(grads=False)
 
 
-@every_mode
-@LOW
-def test_restore(trained, dtype, mode):
-    low = trained(dtype, "adam", **MODES[mode])
+@every_precision
+@low_dtypes
+def test_restore(trained, dtype, precision):
+    low = trained(dtype, "adam", **PRECISIONS[precision])
     for _ in range(3):
         weights, state = low.weights(), state_of(low.optimizer)
-        low.climb()
+        low.perturb()
         assert any(bool((bits(p) != bits(w)).any()) for p, w in zip(low.params, weights, strict=True))
         low.optimizer.restore()
         assert_same_bits(low.weights(), weights)
@@ -271,11 +254,11 @@ def test_restore(trained, dtype, mode):
 
 @with_masters
 @pytest.mark.parametrize("cast", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_a_model_that_is_cast_while_climbed(trained, mode, cast):
+def test_a_model_that_is_cast_while_perturbed(trained, precision, cast):
     """The weights that come back are those that were there, not what their masters know besides."""
-    low = trained(torch.bfloat16, "sgd-momentum", **MODES[mode]).steps(2)
+    low = trained(torch.bfloat16, "sgd-momentum", **PRECISIONS[precision]).steps(2)
     weights = low.weights()
-    low.climb()
+    low.perturb()
     for p in low.params:
         p.grad, p.data = None, p.data.to(cast)
     low.optimizer.restore()
@@ -296,13 +279,13 @@ def through_a_file(saved):
     return torch.load(file, weights_only=True)
 
 
-@every_mode
-@every_base
-@LOW
-def test_a_resumed_run_repeats_the_same_bits(trained, dtype, base, mode):
-    low = trained(dtype, base, **MODES[mode]).steps(3)
+@every_precision
+@every_variant
+@low_dtypes
+def test_a_resumed_run_repeats_the_same_bits(trained, dtype, variant, precision):
+    low = trained(dtype, variant, **PRECISIONS[precision]).steps(3)
     saved, weights = through_a_file(low.optimizer.state_dict()), low.weights()
-    resumed = trained(dtype, base)
+    resumed = trained(dtype, variant)
     with torch.no_grad():
         for p, w in zip(resumed.params, weights, strict=True):
             p.copy_(w)
@@ -315,10 +298,10 @@ def test_a_resumed_run_repeats_the_same_bits(trained, dtype, base, mode):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
-@every_mode
-@two_bases
-def test_copies_go_on_alike(trained, base, mode, duplicate):
-    low = trained(torch.bfloat16, base, **MODES[mode]).steps(2)
+@every_precision
+@two_variants
+def test_copies_go_on_alike(trained, variant, precision, duplicate):
+    low = trained(torch.bfloat16, variant, **PRECISIONS[precision]).steps(2)
     other = copy.copy(low)
     other.optimizer, other.params = duplicate((low.optimizer, low.params))
     low.steps(2)
@@ -327,23 +310,23 @@ def test_copies_go_on_alike(trained, base, mode, duplicate):
     assert_same_state(state_of(other.optimizer), state_of(low.optimizer))
 
 
-@every_mode
-@every_base
-def test_torch_goes_on_and_comes_back(trained, base, mode):
-    """The base alone loads the state, and FastSAM what the base makes of it."""
-    low = trained(torch.bfloat16, base, **MODES[mode]).steps(2)
-    cls, options = BASES[base]
+@every_precision
+@every_variant
+def test_torch_goes_on_and_comes_back(trained, variant, precision):
+    """The variant alone loads the state, and FastSAM what the variant makes of it."""
+    low = trained(torch.bfloat16, variant, **PRECISIONS[precision]).steps(2)
+    cls, options = FUSED_VARIANTS[variant]
     plain = cls(low.params, **options)
     plain.load_state_dict(low.optimizer.state_dict())
     low.give_grads()
     plain.step()
     weights = low.weights()
     low.optimizer.load_state_dict(plain.state_dict())
-    low.climb()
+    low.perturb()
     low.optimizer.restore()
     assert_same_bits(low.weights(), weights)
     low.steps(1)
-    if "master_weights" in MODES[mode]:
+    if "master_weights" in PRECISIONS[precision]:
         assert_rounded(low.params, low.masters())
         dtypes = {t.dtype for s in low.optimizer.state.values() for t in s.values()}
         assert dtypes == {torch.float32}
@@ -367,7 +350,7 @@ def test_the_state_is_followed_between_steps(trained):
     state[low.params[2]][MASTER] = state[low.params[2]][MASTER].clone()
     del state[low.params[4]][MASTER]
     before = [low.optimizer.state[p].get(MASTER, p.detach().float()).float() for p in low.params]
-    low.climb()
+    low.perturb()
     low.optimizer.restore()
     low.steps(1)
     other = trained(torch.bfloat16, "adam", master_weights=True).steps(2)
@@ -379,11 +362,11 @@ def test_the_state_is_followed_between_steps(trained):
     assert state[low.params[0]][MASTER].dtype == torch.float32
 
 
-def test_a_state_that_is_emptied_while_climbed(trained):
+def test_a_state_that_is_emptied_while_perturbed(trained):
     """The masters are all that knows the weights; they come back, and into the state."""
-    low, other = (trained(torch.bfloat16, "sgd", master_weights=True).steps(2) for _ in range(2))
-    low.climb()
-    other.climb()
+    low, other = (trained(torch.bfloat16, "sgd-plain", master_weights=True).steps(2) for _ in range(2))
+    low.perturb()
+    other.perturb()
     low.optimizer.state.clear()
     low.descend()
     other.descend()
@@ -393,11 +376,11 @@ def test_a_state_that_is_emptied_while_climbed(trained):
 # ---- stochastic rounding ----
 
 
-@two_bases
-@LOW
-def test_the_seed_decides(trained, dtype, base):
+@two_variants
+@low_dtypes
+def test_the_seed_decides(trained, dtype, variant):
     def weights(seed):
-        return trained(dtype, base, rounding="stochastic", rounding_seed=seed).steps(2).weights()
+        return trained(dtype, variant, rounding="stochastic", rounding_seed=seed).steps(2).weights()
 
     assert_same_bits(weights(1), weights(1))
     assert any(not torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
@@ -406,29 +389,29 @@ def test_the_seed_decides(trained, dtype, base):
 def test_the_default_seed_is_torchs(trained):
     torch.manual_seed(123456789012345)
     state = torch.get_rng_state()
-    low = trained(torch.bfloat16, "sgd", rounding="stochastic")
+    low = trained(torch.bfloat16, "sgd-plain", rounding="stochastic")
     assert torch.equal(torch.get_rng_state(), state), "no number was drawn"
     assert low.optimizer.param_groups[0]["rounding_seed"] == 123456789012345 & 0xFFFFFFFF
 
 
-@two_bases
-def test_positions_and_steps_give_other_numbers(trained, base):
+@two_variants
+def test_positions_and_steps_give_other_numbers(trained, variant):
     """Parameters of one shape, and steps one after another, are not rounded alike."""
-    low = trained(torch.bfloat16, base, shapes=[(64,), (64,)], rounding="stochastic")
+    low = trained(torch.bfloat16, variant, shapes=[(64,), (64,)], rounding="stochastic")
     with torch.no_grad():
         low.params[1].copy_(low.params[0])
-    climbs = []
+    perturbations = []
     for _ in range(2):
         weights = low.weights()
         for p in low.params:
             p.grad = torch.full_like(p, 1e-3)
         low.optimizer.first_step()
-        climbs += [(p.detach() - w).clone() for p, w in zip(low.params, weights, strict=True)]
+        perturbations += [(p.detach() - w).clone() for p, w in zip(low.params, weights, strict=True)]
         for p in low.params:
             p.grad = torch.zeros_like(p)
         low.optimizer.param_groups[0]["lr"] = 0.0
         low.optimizer.second_step()
-    assert len({tuple(bits(c).tolist()) for c in climbs}) == 4
+    assert len({tuple(bits(c).tolist()) for c in perturbations}) == 4
 
 
 def test_a_new_group_changes_nothing_for_the_others(trained):
@@ -450,7 +433,7 @@ def test_small_steps_add_up(trained):
     n, count, step = 4096, 20, 2**-13
 
     def train(**options):
-        low = trained(torch.bfloat16, "sgd", shapes=[(n,)], lr=1.0, weight_decay=0.0, **options)
+        low = trained(torch.bfloat16, "sgd-plain", shapes=[(n,)], lr=1.0, weight_decay=0.0, **options)
         with torch.no_grad():
             low.params[0].fill_(1.0)
         for _ in range(count):
@@ -466,7 +449,7 @@ def test_small_steps_add_up(trained):
     assert abs(mean - (1 - count * step)) < 5 * spread
 
 
-def test_the_climb_of_small_weights(backend, device):
+def test_the_perturbation_of_small_weights(backend, device):
     """Weights of sigma 0.02 in bfloat16, and an e per element as that of 25 million at rho 0.05.
 
     To nearest, most of it is lost; by stochastic rounding, and from masters with bits of their own, all of it is there
@@ -499,32 +482,32 @@ def test_the_climb_of_small_weights(backend, device):
 # ---- memory ----
 
 
-@every_mode
-@two_bases
-@LOW
-def test_parameters_with_gaps(trained, dtype, base, mode):
+@every_precision
+@two_variants
+@low_dtypes
+def test_parameters_with_gaps(trained, dtype, variant, precision):
     """Bit for bit as dense ones, and nothing beside them is touched."""
-    dense, strided = (trained(dtype, base, shapes=[(6, 5), (33,)], **MODES[mode]) for _ in range(2))
+    dense, strided = (trained(dtype, variant, shapes=[(6, 5), (33,)], **PRECISIONS[precision]) for _ in range(2))
     canaries = Canaries()
     for p, strides in zip(strided.params, [(13, 2), (3,)], strict=True):
         p.data = canaries.around(p.detach(), offset=1, strides=strides)
     for _ in range(3):
         for one in (dense, strided):
-            one.climb()
-        assert_same_bits(strided.weights(), dense.weights(), "climbed")
+            one.perturb()
+        assert_same_bits(strided.weights(), dense.weights(), "perturbed")
         for one in (dense, strided):
             one.descend()
         assert_same_bits(strided.weights(), dense.weights())
-    if "master_weights" in MODES[mode]:
+    if "master_weights" in PRECISIONS[precision]:
         assert_same_bits(strided.masters(), dense.masters())
     canaries.assert_alive()
 
 
-@every_mode
-@LOW
-def test_channels_last(trained, dtype, mode):
+@every_precision
+@low_dtypes
+def test_channels_last(trained, dtype, precision):
     """Walked in memory order: as the permuted parameter, bit for bit."""
-    last, permuted = (trained(dtype, "adam", shapes=[(4, 3, 5, 6)], **MODES[mode]) for _ in range(2))
+    last, permuted = (trained(dtype, "adam", shapes=[(4, 3, 5, 6)], **PRECISIONS[precision]) for _ in range(2))
     last.params[0].data = last.params[0].data.to(memory_format=torch.channels_last)
     permuted.params[0].data = permuted.params[0].data.permute(0, 2, 3, 1).contiguous()
     give = permuted.give_grads
@@ -541,20 +524,20 @@ def test_channels_last(trained, dtype, mode):
     permuted.give_grads = give_permuted
     last.steps(2)
     for _ in range(2):
-        permuted.climb()
+        permuted.perturb()
         permuted.give_grads()
         permuted.optimizer.second_step()
     assert_same_bits(last.params[0].detach().permute(0, 2, 3, 1), permuted.params[0].detach())
 
 
-@every_mode
-def test_complex_parameters_of_half_precision(trained, backend, device, mode):
+@every_precision
+def test_complex_parameters_of_half_precision(trained, backend, device, precision):
     """Pairs of float16, in memory order."""
-    real = trained(torch.float16, "sgd-momentum", shapes=[(12, 2)], **MODES[mode])
-    pairs = trained(torch.float16, "sgd-momentum", shapes=[(12, 2)], **MODES[mode])
+    real = trained(torch.float16, "sgd-momentum", shapes=[(12, 2)], **PRECISIONS[precision])
+    pairs = trained(torch.float16, "sgd-momentum", shapes=[(12, 2)], **PRECISIONS[precision])
     param = torch.view_as_complex(pairs.params[0].detach().clone()).requires_grad_()
-    cls, options = BASES["sgd-momentum"]
-    optimizer = FastSAM([param], cls, rho=0.1, backend=backend, **options, **MODES[mode])
+    cls, options = FUSED_VARIANTS["sgd-momentum"]
+    optimizer = FastSAM([param], cls, rho=0.1, backend=backend, **options, **PRECISIONS[precision])
     real.steps(2)
     for _ in range(2):
         for step in (optimizer.first_step, optimizer.second_step):
@@ -562,7 +545,7 @@ def test_complex_parameters_of_half_precision(trained, backend, device, mode):
             param.grad = torch.view_as_complex(pairs.params[0].grad)
             step()
     assert_same_bits(torch.view_as_real(param.detach()), real.params[0].detach())
-    if "master_weights" in MODES[mode]:
+    if "master_weights" in PRECISIONS[precision]:
         assert optimizer.state[param][MASTER].dtype == torch.complex64
         assert_same_bits(torch.view_as_real(optimizer.state[param][MASTER]), real.masters()[0])
 
@@ -571,24 +554,24 @@ def test_complex_parameters_of_half_precision(trained, backend, device, mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
-@every_mode
-@two_bases
-def test_nothing_to_round_nothing_to_do(trained, dtype, base, mode):
-    plain, precise = trained(dtype, base), trained(dtype, base, **MODES[mode])
+@every_precision
+@two_variants
+def test_nothing_to_round_nothing_to_do(trained, dtype, variant, precision):
+    plain, precise = trained(dtype, variant), trained(dtype, variant, **PRECISIONS[precision])
     assert_same_bits(precise.steps(2).weights(), plain.steps(2).weights())
     assert_same_state(state_of(precise.optimizer), state_of(plain.optimizer))
 
 
-@two_bases
-def test_groups_of_every_mode_side_by_side(trained, backend, device, base):
+@two_variants
+def test_groups_of_every_mode_side_by_side(trained, backend, device, variant):
     """Each is kept as it says, and the norm is over all of them."""
-    cls, options = BASES[base]
-    modes = [{}, *MODES.values()]
-    low = trained(torch.bfloat16, base, shapes=[(33, 9), (7,)] * 4)
-    groups = [{"params": low.params[2 * i : 2 * i + 2], **mode} for i, mode in enumerate(modes)]
+    cls, options = FUSED_VARIANTS[variant]
+    modes = [{}, *PRECISIONS.values()]
+    low = trained(torch.bfloat16, variant, shapes=[(33, 9), (7,)] * 4)
+    groups = [{"params": low.params[2 * i : 2 * i + 2], **precision} for i, precision in enumerate(modes)]
     low.optimizer = FastSAM(groups, cls, backend=backend, rho=0.1, **options)
     low.steps(3)
-    assert len(list(low.optimizer._tables)) == 4
+    assert internals.table_count(low.optimizer) == 4
     for i, p in enumerate(low.params):
         state = low.optimizer.state[p]
         assert (MASTER in state) == (i >= 4)
@@ -596,14 +579,14 @@ def test_groups_of_every_mode_side_by_side(trained, backend, device, base):
         assert moments == {torch.float32 if i >= 4 else torch.bfloat16}
 
 
-@two_bases
-def test_the_mode_may_change_between_steps(trained, base):
-    low = trained(torch.bfloat16, base)
+@two_variants
+def test_the_mode_may_change_between_steps(trained, variant):
+    low = trained(torch.bfloat16, variant)
     (group,) = low.optimizer.param_groups
-    for mode in ({}, *MODES.values(), {}):
-        group |= {"rounding": "nearest", "master_weights": False} | mode
+    for precision in ({}, *PRECISIONS.values(), {}):
+        group |= {"rounding": "nearest", "master_weights": False} | precision
         weights = low.weights()
-        low.climb()
+        low.perturb()
         low.optimizer.restore()
         assert_same_bits(low.weights(), weights)
         low.steps(2)
@@ -615,7 +598,9 @@ def test_the_mode_may_change_between_steps(trained, base):
 
 
 def test_the_seed_may_change_between_steps(trained):
-    low, other = (trained(torch.bfloat16, "sgd", rounding="stochastic", rounding_seed=1).steps(1) for _ in range(2))
+    low, other = (
+        trained(torch.bfloat16, "sgd-plain", rounding="stochastic", rounding_seed=1).steps(1) for _ in range(2)
+    )
     other.optimizer.param_groups[0]["rounding_seed"] = 2
     assert any(not torch.equal(a, b) for a, b in zip(low.steps(1).weights(), other.steps(1).weights(), strict=True))
 
@@ -633,15 +618,15 @@ WRONG = {
 @pytest.mark.parametrize(("error", "options", "message"), WRONG.values(), ids=WRONG)
 def test_options_are_checked(trained, error, options, message):
     with pytest.raises(error, match=message):
-        trained(torch.bfloat16, "sgd", **options)
-    low = trained(torch.bfloat16, "sgd")
+        trained(torch.bfloat16, "sgd-plain", **options)
+    low = trained(torch.bfloat16, "sgd-plain")
     new = torch.zeros(3, dtype=torch.bfloat16, device=low.params[0].device, requires_grad=True)
     with pytest.raises(error, match=message):
         low.optimizer.add_param_group({"params": [new], **options})
     low.optimizer.param_groups[0] |= options
     weights = low.weights()
     with pytest.raises(error, match=message):
-        low.climb()
+        low.perturb()
     assert_same_bits(low.weights(), weights)
     assert not low.optimizer.perturbed
 

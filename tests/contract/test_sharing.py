@@ -8,12 +8,11 @@ import pytest
 import torch
 import triton_interpreter
 from checks import assert_same_bits
-from problem import FUSED_BASES, Problem, Snapshot
+from problem import Problem, Snapshot
+from registry import every_fused_base
 from torch import nn
 
 from fastsam import FastSAM
-
-every_base = pytest.mark.parametrize("base", FUSED_BASES)
 
 
 class Tied(Problem):
@@ -35,9 +34,9 @@ class Tied(Problem):
             last.forward = lambda x: x @ first.weight
 
 
-@every_base
+@every_fused_base
 def test_a_tied_weight_is_one_parameter(backend, device, base):
-    """It climbs once, by the sum of its gradients, and comes back once."""
+    """It is perturbed once, by the sum of its gradients, and comes back once."""
     problem = Tied(device)
     (weight,) = problem.params
     optimizer = problem.optimizer(backend, base, rho=0.5)
@@ -54,7 +53,7 @@ def test_a_tied_weight_is_one_parameter(backend, device, base):
 
 @pytest.mark.parametrize("late", [False, True], ids=["given", "made"])
 def test_two_parameters_over_one_memory_are_refused(backend, device, late):
-    """The second one's backup would be the first one's climbed weights: neither could come back."""
+    """The second one's backup would be the first one's perturbed weights: neither could come back."""
     first, other = (nn.Parameter(torch.ones(100, device=device)) for _ in range(2))
     message = r"parameter 1 \(shape \(100,\)\) shares memory with parameter 0 \(shape \(100,\)\)"
     if not late:
@@ -77,9 +76,9 @@ def test_two_parameters_over_one_memory_are_refused(backend, device, late):
     assert_same_bits(other.detach(), first.detach())
 
 
-@every_base
+@every_fused_base
 def test_a_frozen_submodule_is_let_alone(backend, device, base):
-    """It is in the optimizer, has no gradient, and does not climb, decay or get a state; until it thaws."""
+    """Without a gradient it is neither perturbed nor decayed, and gets no state, until it thaws."""
     problem = Problem(device)
     frozen = problem.model[0]
     frozen.requires_grad_(False)
@@ -98,7 +97,7 @@ def test_a_frozen_submodule_is_let_alone(backend, device, base):
     assert not any(p in optimizer.state for p in frozen.parameters())
     frozen.requires_grad_(True)
     optimizer.step(closure)
-    assert not torch.equal(seen[-1][0], start[0]), "climbs again"
+    assert not torch.equal(seen[-1][0], start[0]), "perturbed again"
     assert not torch.equal(frozen.weight.detach(), start[0])
     frozen.requires_grad_(False)
     optimizer.zero_grad()
@@ -107,7 +106,7 @@ def test_a_frozen_submodule_is_let_alone(backend, device, base):
     assert_same_bits([p.detach() for p in frozen.parameters()], kept)
 
 
-@every_base
+@every_fused_base
 def test_a_layer_that_is_frozen_between_the_passes_comes_back(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base, rho=0.5)
@@ -119,7 +118,7 @@ def test_a_layer_that_is_frozen_between_the_passes_comes_back(backend, device, b
     assert_same_bits(problem.model[0].weight.detach(), start)
 
 
-@every_base
+@every_fused_base
 def test_two_threads_train_two_halves_of_a_model(backend, device, base):
     """Each half as if it were alone, bit for bit."""
     interpreted = triton_interpreter.runs(backend, device)
@@ -158,10 +157,12 @@ def test_two_threads_train_two_halves_of_a_model(backend, device, base):
         assert_same_bits(other.weights(), one.weights())
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@every_base
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.thorough])]
+)
+@every_fused_base
 def test_a_compiled_model_sees_both_passes(backend, device, base, compiler):
-    """The second pass runs at the climbed weights: compiled code reads them where they are, in place."""
+    """The second pass runs at the perturbed weights: compiled code reads them where they are, in place."""
     plain, compiled = Problem(device), Problem(device)
     torch._dynamo.reset()
     eager = compiled.model
@@ -181,7 +182,7 @@ def test_a_compiled_model_sees_both_passes(backend, device, base, compiler):
 
             optimizer.step(closure)
             losses.append(passes)
-        assert losses[1][0] < losses[1][1], "the climb is uphill"
+        assert losses[1][0] < losses[1][1], "the perturbation is uphill"
         torch.testing.assert_close(losses[1], losses[0])
         torch.testing.assert_close(compiled.weights(), plain.weights(), rtol=1e-4, atol=1e-5)
 
@@ -214,7 +215,7 @@ HUGE = 2**31 + 4096 + 3
 @pytest.mark.huge
 @pytest.mark.timeout(3600)
 def test_more_than_two_to_the_31_elements(backend, device):
-    """No index is 32 bits wide: the last elements climb, come back and are updated like the first. 17 GiB."""
+    """No index is 32 bits wide: the last elements are perturbed, come back and are updated like the first. 17 GiB."""
     if backend in ("reference", "foreach"):
         pytest.skip("its temporaries in float32 would take 8 GiB each")
     if backend == "triton" and device.type == "cpu":
@@ -230,8 +231,8 @@ def test_more_than_two_to_the_31_elements(backend, device):
     gradient[places] = 2.0
     optimizer = FastSAM([weight], rho=3.0, lr=0.5, momentum=0.5, backend=backend)
     optimizer.first_step(zero_grad=False)
-    climbed = weight.detach()[places]
-    assert_same_bits(climbed, torch.full_like(climbed, 1.0))  # rho * 2 / (2 * sqrt(9 places))
+    perturbed = weight.detach()[places]
+    assert_same_bits(perturbed, torch.full_like(perturbed, 1.0))  # rho * 2 / (2 * sqrt(9 places))
     assert weight.detach().count_nonzero() == len(places)
     optimizer.second_step()
     updated = weight.detach()[places]

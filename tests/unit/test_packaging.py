@@ -10,12 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from checkout import ROOT
+from internals import BackendUnavailable, native
 from setuptools import Distribution
 
 import fastsam
-from fastsam.backends import BackendUnavailable, native
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import signal
 import threading
 
 import pytest
-
-from fastsam.runtime.interrupts import DeferredInterrupts
+from internals import DeferredInterrupts
 
 
 @pytest.fixture

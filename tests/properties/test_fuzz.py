@@ -1,6 +1,6 @@
 """Random programs on every backend: whatever is done in whatever order, steps are the oracle's and memory is let alone.
 
-In the suite always the same ones; `make fuzz` draws new ones for as long as it is told.
+In the suite always the same ones, more of them with --thorough; `make fuzz` draws new ones for as long as it is told.
 """
 
 import os
@@ -11,16 +11,14 @@ import pytest
 from fuzz_machine import run
 from fuzz_programs import programs
 from hypothesis import HealthCheck, given, seed, settings
-
-from fastsam.backends import BACKENDS
+from internals import BACKENDS
 
 MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
 """For all backends together; 0: the suite's fixed programs."""
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-# 2,000 together; in Triton's interpreter each takes longer.
-COUNTS = {"reference": 480, "foreach": 480, "native": 1020, "triton": 20}
-FIXED = {name: settings(QUIET, max_examples=COUNTS[name], derandomize=True) for name in BACKENDS}
+# So many programs by default, and thoroughly; in Triton's interpreter each takes longer.
+COUNTS = {"reference": (30, 480), "foreach": (30, 480), "native": (80, 1020), "triton": (2, 20)}
 ROUND = settings(QUIET, max_examples=50)
 
 
@@ -39,11 +37,11 @@ def search(chosen, backend, operations):
 
 
 @pytest.mark.timeout(60 * MINUTES + 600)
-def test_programs(backend, device, operations):
-    if device.type != "cpu":
-        pytest.skip("programs are for the CPU")
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_programs(backend, device, operations, request):
     if MINUTES == 0:
-        search(FIXED[backend], backend, operations)()
+        count = COUNTS[backend][request.config.option.thorough]
+        search(settings(QUIET, max_examples=count, derandomize=True), backend, operations)()
         return
     end, count = time.monotonic() + 60 * MINUTES / len(BACKENDS), 0
     while time.monotonic() < end:

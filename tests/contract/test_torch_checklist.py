@@ -1,7 +1,4 @@
-"""What torch checks of each of its own optimizers (its test_optim.py) and no other file here does, for every base.
-
-Each option of each class, and each option that a class refuses, are those of torch's common_optimizers.py.
-"""
+"""What torch checks of each of its own optimizers (its test_optim.py) and no other file here does, for every base."""
 
 import copy
 import gc
@@ -12,120 +9,14 @@ import weakref
 import pytest
 import torch
 import triton_interpreter
-from checks import assert_same_bits, values
+from checks import as_real, assert_same_bits, values
+from internals import FUSED_CLASSES
 from problem import Matrices, Problem, assert_same_state, state_of
 from torch import nn
+from torch_options import OPTIONS, TWO_RATES, WRONG
 
 from fastsam import FastSAM
-from fastsam.bases import FUSED
-from fastsam.tables.memory import as_real
 
-# All of torch's, as test_the_options_are_all_of_torchs finds out, and some more.
-OPTIONS = {
-    "Adafactor": [
-        {},
-        {"lr": 0.01, "weight_decay": 0.1},
-        {"weight_decay": 0.1, "maximize": True},
-        {"beta2_decay": -1.0},
-        {"d": 1.5},
-    ],
-    "Adagrad": [
-        {},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "maximize": True},
-        {"lr": 0.1},
-        {"initial_accumulator_value": 0.1, "weight_decay": 0.1},
-        {"lr": 0.1, "lr_decay": 0.5, "weight_decay": 0.1},
-        {"lr": torch.tensor(0.001)},
-    ],
-    "Adam": [
-        {},
-        {"lr": 0.01},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "maximize": True},
-        {"weight_decay": 0.1, "amsgrad": True},
-        {"lr": torch.tensor(0.001)},
-        {"lr": torch.tensor([0.001])},
-        {"lr": torch.tensor(0.001), "betas": (torch.tensor(0.9), torch.tensor(0.99))},
-        {"decoupled_weight_decay": True, "weight_decay": 0.1},
-        {"capturable": True},
-    ],
-    "Adamax": [
-        {},
-        {"lr": 0.1},
-        {"weight_decay": 0.1},
-        {"maximize": True},
-        {"weight_decay": 0.1, "maximize": True},
-    ],
-    "AdamW": [
-        {},
-        {"lr": 0.01},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "maximize": True},
-        {"weight_decay": 0.1, "amsgrad": True},
-        {"weight_decay": 0.1, "maximize": True, "amsgrad": True},
-        {"lr": torch.tensor([0.001])},
-    ],
-    "ASGD": [
-        {},
-        {"lambd": 0.1},
-        {"lr": 0.02},
-        {"t0": 100},
-        {"maximize": True},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "maximize": True},
-    ],
-    "Muon": [
-        {},
-        {"lr": 0.01},
-        {"lr": torch.tensor(0.001)},
-        {"weight_decay": 0.2},
-        {"momentum": 0.8},
-        {"ns_steps": 6},
-        {"ns_coefficients": (3.4, -4.7, 2.0)},
-    ],
-    "NAdam": [
-        {},
-        {"lr": 0.001},
-        {"momentum_decay": 6e-3},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "momentum_decay": 6e-3},
-        {"weight_decay": 0.1, "momentum_decay": 6e-3, "decoupled_weight_decay": True},
-        {"weight_decay": 0.1, "maximize": True},
-    ],
-    "RAdam": [
-        {},
-        {"lr": 0.002},
-        {"eps": 1e-6},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "decoupled_weight_decay": True},
-        {"weight_decay": 0.1, "maximize": True},
-    ],
-    "RMSprop": [
-        {},
-        {"lr": 0.001},
-        {"weight_decay": 0.1},
-        {"maximize": True},
-        {"weight_decay": 0.1, "maximize": True},
-        {"weight_decay": 0.1, "centered": True},
-        {"weight_decay": 0.1, "centered": True, "momentum": 0.1},
-        {"weight_decay": 0.1, "maximize": True, "centered": True, "momentum": 0.1},
-    ],
-    "Rprop": [{}, {"lr": 2e-4}, {"etas": (0.5, 1.5)}, {"step_sizes": (2e-6, 100)}, {"maximize": True}],
-    "SGD": [
-        {},
-        {"lr": 0.01},
-        {"lr": torch.tensor(0.001)},
-        {"lr": torch.tensor([0.001])},
-        {"weight_decay": 0.5},
-        {"momentum": 0.9},
-        {"weight_decay": 0.1, "maximize": True},
-        {"momentum": 0.9, "dampening": 0.5},
-        {"momentum": 0.9, "weight_decay": 0.1},
-        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-    ],
-}
-OPTIONS = {name: several for name, several in OPTIONS.items() if hasattr(torch.optim, name)}
 CASES = [(getattr(torch.optim, name), options) for name, several in OPTIONS.items() for options in several]
 
 
@@ -136,7 +27,7 @@ def _name(value):
 
 
 every_case = pytest.mark.parametrize(("base", "options"), CASES, ids=_name)
-every_base = pytest.mark.parametrize("base", [getattr(torch.optim, name) for name in OPTIONS], ids=_name)
+every_class = pytest.mark.parametrize("base", [getattr(torch.optim, name) for name in OPTIONS], ids=_name)
 
 
 def problem_for(base, device):
@@ -145,7 +36,7 @@ def problem_for(base, device):
 
 def make_base(base, params, options):
     """The base alone; of the fused ones torch's for-loop, whose bits they are."""
-    return base(params, **copy.deepcopy(options), **({"foreach": False} if base in FUSED else {}))
+    return base(params, **copy.deepcopy(options), **({"foreach": False} if base in FUSED_CLASSES else {}))
 
 
 # Prints the options that torch tests each of its classes with. In a process of its own: torch's test utilities change
@@ -183,14 +74,14 @@ def test_every_option_means_what_it_means_to_the_base(backend, device, base, opt
         mine.step(optimizer)
         theirs.plain_step(alone)
     assert not torch.equal(mine.weights()[0], start[0])
-    if base in FUSED:
+    if base in FUSED_CLASSES:
         torch.testing.assert_close(mine.weights(), theirs.weights(), rtol=1e-5, atol=1e-6)
     else:
         assert_same_bits(mine.weights(), theirs.weights())
         assert_same_state(state_of(optimizer), state_of(alone))
 
 
-@every_base
+@every_class
 def test_the_loss_falls_with_a_scheduler_and_groups(backend, device, base):
     """torch's test_forloop_goes_right_direction and test_param_group_with_lrscheduler_goes_right_direction."""
     problem = problem_for(base, device)
@@ -208,54 +99,6 @@ def test_the_loss_falls_with_a_scheduler_and_groups(backend, device, base):
         schedulers[0].step()
         schedulers[1].step(loss)
     assert problem.loss().item() < 0.9 * before
-
-
-TWO_RATES = {"lr": torch.tensor([0.001, 0.001])}
-NOT_BOTH = {"betas": (0.9, torch.tensor(0.99))}
-WRONG = {
-    "Adafactor": [
-        ({"eps": (-1e-30, 1e-3)}, "epsilon1 should be >= 0"),
-        ({"d": 0.0}, "Clipping threshold d should be >= 1"),
-        ({"beta2_decay": 0.8}, "beta2_decay should be <= 0"),
-    ],
-    "Adagrad": [({"lr_decay": -0.5}, "Invalid lr_decay value: -0.5")],
-    "Adam": [
-        ({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0"),
-        ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
-        ({"lr": torch.tensor(0.001), "foreach": True}, "lr as a Tensor is not supported for capturable=False"),
-        (NOT_BOTH, "betas must be either both floats or both Tensors"),
-        ({"betas": NOT_BOTH["betas"][::-1]}, "betas must be either both floats or both Tensors"),
-        (
-            {"betas": (torch.tensor(0.9), torch.tensor(0.99)), "foreach": True},
-            r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
-        ),
-        ({"fused": True, "foreach": True}, "`fused` and `foreach` cannot be `True` together"),
-    ],
-    "Adamax": [({"betas": (0.0, 1.0)}, "Invalid beta parameter at index 1: 1.0")],
-    "AdamW": [
-        ({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0"),
-        ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
-        ({"eps": -1}, "Invalid epsilon"),
-        (NOT_BOTH, "betas must be either both floats or both Tensors"),
-    ],
-    "ASGD": [({"weight_decay": -0.5}, "Invalid weight_decay value: -0.5")],
-    "Muon": [({"adjust_lr_fn": "arbitrary"}, "Adjust learning rate function arbitrary is not supported")],
-    "NAdam": [
-        ({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0"),
-        ({"momentum_decay": -0.2}, "Invalid momentum_decay value: -0.2"),
-    ],
-    "RAdam": [
-        ({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0"),
-        ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
-    ],
-    "RMSprop": [({"momentum": -1.0}, "Invalid momentum value: -1.0")],
-    "Rprop": [({"etas": (1.0, 0.5)}, "Invalid eta values: 1.0, 0.5")],
-    "SGD": [
-        ({"momentum": -0.5}, "Invalid momentum value: -0.5"),
-        ({"nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
-        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
-    ],
-}
 
 
 ALL_WRONG = [
@@ -284,7 +127,7 @@ def test_names_for_all_parameters_or_for_none():
             FastSAM(mixed)
 
 
-@every_base
+@every_class
 def test_zero_gradients_move_nothing(backend, device, base):
     """Without weight decay, as in torch's test_step_is_noop_for_zero_grads."""
     param = nn.Parameter(torch.randn(5, 1, device=device))
@@ -301,7 +144,7 @@ def test_zero_gradients_move_nothing(backend, device, base):
     assert not optimizer.perturbed
 
 
-@every_base
+@every_class
 def test_counts_may_be_numbers(backend, device, base):
     """Checkpoints of torch before 1.12 have ``step`` as a number: torch's test_load_nontensor_step."""
     mine, theirs = (problem_for(base, device) for _ in range(2))
@@ -321,7 +164,7 @@ def test_counts_may_be_numbers(backend, device, base):
     torch.testing.assert_close(mine.weights(), theirs.weights(), rtol=1e-5, atol=1e-6)
 
 
-@every_base
+@every_class
 def test_groups_of_older_checkpoints_lack_newer_options(backend, device, base):
     """torch's test_can_load_older_state_dict: what classes have learnt since gets its default."""
     mine, theirs = (problem_for(base, device) for _ in range(2))
@@ -343,7 +186,7 @@ def test_groups_of_older_checkpoints_lack_newer_options(backend, device, base):
     torch.testing.assert_close(mine.weights(), theirs.weights(), rtol=1e-5, atol=1e-6)
 
 
-@every_base
+@every_class
 def test_what_is_saved_is_saved_alike_twice(backend, device, base):
     problem = problem_for(base, device)
     optimizer = FastSAM(problem.params, base, backend=backend)
@@ -356,7 +199,7 @@ def test_what_is_saved_is_saved_alike_twice(backend, device, base):
     assert_same_state(one["state"], state_of(optimizer))
 
 
-@every_base
+@every_class
 def test_a_deepcopy_has_every_public_attribute(backend, device, base):
     problem = problem_for(base, device)
     optimizer = FastSAM(problem.params, base, backend=backend)
@@ -390,14 +233,20 @@ def test_complex_parameters_are_pairs_of_reals(backend, device, base, options):
             getattr(one, phase)()
             getattr(two, phase)()
             trained, expected = [as_real(z.detach()) for z in complex_params], [p.detach() for p in real_params]
-            if base in FUSED:
+            if base in FUSED_CLASSES:
                 assert_same_bits(trained, expected, phase)
             else:  # torch's complex arithmetic rounds its own way
                 torch.testing.assert_close(trained, expected)
+    if base in FUSED_CLASSES:
+        for z, pair in zip(complex_params, real_params, strict=True):
+            assert one.state[z].keys() == two.state[pair].keys()
+            for name, value in two.state[pair].items():
+                assert one.state[z][name].is_complex() == (z.is_complex() and value.dim() > 0)
+                assert_same_bits(as_real(one.state[z][name]), value, name)
 
 
 @pytest.mark.parametrize("name", REAL_ONLY)
-def test_a_base_that_refuses_complex_numbers_leaves_no_climb(backend, device, name):
+def test_a_base_that_refuses_complex_numbers_leaves_the_weights(backend, device, name):
     param = nn.Parameter(values((5, 4), torch.complex64, device))
     optimizer = FastSAM([param], getattr(torch.optim, name), rho=0.5, backend=backend)
     start = param.detach().clone()
@@ -411,7 +260,7 @@ def test_a_base_that_refuses_complex_numbers_leaves_no_climb(backend, device, na
     assert_same_bits(param.detach(), start)
 
 
-@every_base
+@every_class
 def test_no_parameter_needs_a_gradient(backend, device, base):
     """torch's test_step_is_noop_when_params_have_no_grad."""
     params = [torch.randn(2, 3, device=device) for _ in range(2)]
@@ -453,7 +302,7 @@ def test_parameters_with_gaps_go_in_the_right_direction(backend, device, base, o
     assert after > before if options.get("maximize") else after < before
 
 
-@every_base
+@every_class
 def test_a_group_of_its_own_weight_decay_and_one_of_no_rate(backend, device, base):
     """torch's test_param_groups_weight_decay and test_param_groups_lr."""
     problem = problem_for(base, device)

@@ -1,16 +1,16 @@
 """What examples/ shows does what it says. (examples/resumable_training.py: test_crash.py.)"""
 
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT
 from torch import nn
 from torch.nn import functional as F
 
 from fastsam import FastSAM, methods
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def example(name):
@@ -23,15 +23,6 @@ def example(name):
 
 
 @pytest.fixture
-def one_thread():
-    """In layers this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def train(backend, device, one_thread):
     """The training of examples/mixed_precision.py."""
     function = example("mixed_precision")["train"]
@@ -39,6 +30,7 @@ def train(backend, device, one_thread):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_mixed_precision_learns(train, dtype):
     model, accuracy, scaler = train(dtype, epochs=3)
@@ -48,8 +40,9 @@ def test_mixed_precision_learns(train, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_scale_that_is_too_large_comes_down_by_itself(train):
-    """Both passes overflow until it fits: no climb, no update, half the scale; then training begins."""
+    """Both passes overflow until it fits: no perturbation, no update, half the scale; then training begins."""
     model, accuracy, scaler = train(torch.float16, epochs=3, init_scale=2.0**40)
     assert 1 < scaler.get_scale() < 2.0**30
     assert all(p.isfinite().all() for p in model.parameters())
@@ -76,15 +69,16 @@ def test_adversarial_training_perturbs_inputs_and_weights(backend, device, one_t
     seen = []
     model.register_forward_hook(lambda module, given, _: seen.append((given[0], (weight - before).norm().item())))
     names["train_step"](model, optimizer, images, labels)
-    attacks, (proxy, at_weights), (clean, climbed), (adversarial, climbed_too) = seen[:-3], *seen[-3:]
+    attacks, (proxy, at_weights), (clean, perturbed), (adversarial, perturbed_too) = seen[:-3], *seen[-3:]
     assert len(attacks) == 5
     assert at_weights == 0
     assert adversarial is proxy
     assert clean is images
-    assert climbed == climbed_too == pytest.approx(gamma * before.norm().item(), rel=1e-4)
+    assert perturbed == perturbed_too == pytest.approx(gamma * before.norm().item(), rel=1e-4)
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_adversarial_training_learns(backend, device, one_thread):
     train = example("adversarial_training")["train"]
     _, clean, attacked = train(epochs=4, backend=backend, device=device.type)

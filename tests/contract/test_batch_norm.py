@@ -5,19 +5,12 @@ import copy
 import pytest
 import torch
 from checks import assert_same_bits, values
-from problem import BASES
+from registry import BASES, every_base
 from torch import nn
 
 from fastsam import FastSAM
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """In layers this small a second thread only waits, which on a busy machine takes seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Reassigning(nn.BatchNorm1d):
@@ -201,7 +194,7 @@ def test_the_layers_are_not_changed(backend, device):
     assert seen == [(0.1, True, True)] * 2
 
 
-@pytest.mark.parametrize("base", BASES)
+@every_base
 @pytest.mark.parametrize("make", [MODELS["1d"], MODELS["new-tensors"]], ids=["1d", "new-tensors"])
 def test_a_second_pass_that_raises_leaves_them_as_after_the_first(backend, device, base, make):
     problem = Normed(make, device)
@@ -259,7 +252,7 @@ def test_with_an_ascent_closure_its_pass_is_the_first(backend, device):
     assert_same_statistics(problem.statistics(), expected)
 
 
-def test_a_climb_over_frozen_batch_norms_still_watches_them(backend, device):
+def test_a_perturbation_over_frozen_batch_norms_still_watches_them(backend, device):
     """The model need not be what is optimized."""
     problem = Normed(MODELS["1d"], device)
     optimizer = FastSAM(problem.model[3].parameters(), lr=0.1, model=problem.model, backend=backend)
@@ -291,14 +284,13 @@ def test_layers_that_share_a_buffer(backend, device):
     assert_same_statistics(problem.statistics(), expected)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy], ids=["deepcopy"])
-def test_a_copy_of_model_and_optimizer_watches_the_copy(backend, device, copied):
+def test_a_copy_of_model_and_optimizer_watches_the_copy(backend, device):
     problem = Normed(MODELS["1d"], device)
     optimizer = problem.optimizer(backend)
     optimizer.step(problem.backward)
     other = object.__new__(Normed)
     other.x, other.y = problem.x, problem.y
-    other.model, twin = copied((problem.model, optimizer))
+    other.model, twin = copy.deepcopy((problem.model, optimizer))
     untouched, expected = problem.statistics(), other.after_one_pass()
     twin.zero_grad()
     twin.step(other.backward)
