@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -200,10 +201,38 @@ def resolve(name: str, device_type: str, methods: bool = False) -> Backend:
 
 def backend_of(table: TensorTable, backend: Backend) -> Backend:
     """``backend``, or ``foreach`` where that cannot read the table's present gradients."""
-    if table.has_own_grads:
-        return backend
-    able = [resolve(name, table.device.type) for name in _READ_ANY_GRADS]
-    return backend if backend in able else able[-1]
+    if not table.has_own_grads:
+        able = [resolve(name, table.device.type) for name in _READ_ANY_GRADS]
+        backend = backend if backend in able else able[-1]
+    return backend if _observed is None else _observed(backend)
+
+
+Observer = Callable[[str, Callable[[], Any]], Any]
+"""Is given an operation's name and the call itself, without arguments; returns what that returns."""
+
+_observed: Callable[[Backend], Backend] | None = None
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Within the block, ``observer`` makes every call of a backend's operation: to time it, say. One at a time."""
+    global _observed
+    _observed = functools.cache(lambda backend: cast(Backend, _ObservedBackend(backend, observer)))
+    try:
+        yield
+    finally:
+        _observed = None
+
+
+class _ObservedBackend:
+    """A backend's operations, called by an observer."""
+
+    def __init__(self, backend: Backend, observer: Observer) -> None:
+        self._backend, self._observer = backend, observer
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation = getattr(self._backend, name)
+        return lambda *args, **options: self._observer(name, functools.partial(operation, *args, **options))
 
 
 def grad_norms(

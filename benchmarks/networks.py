@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class SmallCNN(nn.Sequential):
-    """Six convolutions with batch norm for small images: a step of it is launches and little else."""
+    """Six convolutions with batch norm for small images: on a GPU a step of it is launches and little else."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
         layers: list[nn.Module] = []
@@ -92,3 +95,61 @@ class VisionTransformer(nn.Module):
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1) + self.position
         return self.head(self.norm(self.blocks(tokens))[:, 0])
+
+
+class LanguageModel(nn.Module):
+    """Four blocks over 64 tokens, each of which has a target."""
+
+    def __init__(self, vocabulary: int = 1000, width: int = 256, length: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.zeros(length, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(tokens) + self.position)).transpose(1, 2)
+
+
+class Network(NamedTuple):
+    """What is trained, and on what.
+
+    Attributes:
+        build: makes the model.
+        base: one of ``BASES``.
+        batch: how many examples.
+        image: their height and width; None: 64 tokens.
+        convolutional: kept in channels-last memory on a GPU.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    base: str
+    batch: int
+    image: int | None = 32
+    convolutional: bool = True
+
+    def examples(self, device_type: str) -> tuple[Tensor, Tensor]:
+        """Random inputs and targets."""
+        if self.image is None:
+            return tuple(torch.randint(1000, (self.batch, 64), device=device_type) for _ in range(2))
+        images = torch.randn(self.batch, 3, self.image, self.image, device=device_type)
+        return self.on(images), torch.randint(10, (self.batch,), device=device_type)
+
+    def on(self, value: nn.Module | Tensor) -> nn.Module | Tensor:
+        """A model or images in the memory format that its device likes."""
+        is_on_gpu = (value if isinstance(value, Tensor) else next(value.parameters())).is_cuda
+        return value.to(memory_format=torch.channels_last) if self.convolutional and is_on_gpu else value
+
+
+WRN = Network("WRN-28-10", WideResNet, "SGD", batch=128)
+CNN = Network("CNN", SmallCNN, "SGD", batch=64)
+TRANSFORMER = Network("transformer", LanguageModel, "AdamW", batch=8, image=None, convolutional=False)
+VIT = Network("ViT-B/16", VisionTransformer, "AdamW", batch=64, image=224, convolutional=False)
+
+TINY = (
+    Network("tiny WRN", lambda: WideResNet(10, 1), "SGD", batch=2),
+    Network("tiny CNN", lambda: SmallCNN((4, 8)), "SGD", batch=2),
+    Network("tiny ViT", lambda: VisionTransformer(32, 16, 8, 2, 2, 10), "AdamW", batch=2, convolutional=False),
+)
