@@ -74,7 +74,8 @@ def _writer(path: Path | None) -> Any:
 
 
 def _say(config: pytest.Config, line: str) -> None:
-    config.pluginmanager.getplugin("terminalreporter").write_line(line)
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        config.pluginmanager.getplugin("terminalreporter").write_line(line)
 
 
 def _cases(config: pytest.Config) -> list[tuple[str, Any]]:

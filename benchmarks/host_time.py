@@ -5,115 +5,84 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks import implementations, operations
 from benchmarks.device import Device, Step, reason_of
-from benchmarks.implementations import BASES, FUSED_BASE, RHO
+from benchmarks.implementations import FUSED_BASE, Implementation
 from benchmarks.measure import Gradients, Timing
 from benchmarks.operations import BACKENDS, KERNELS
 from benchmarks.records import CHANGING_LR, NEW_GRADIENTS, STATIC, HostTime
-from fastsam import FastSAM
+from benchmarks.shapes import Shapes, shapes_of, sizes
 
 BASE = "SGD"
-WARM_UP = 10
-MOST_REPEATS = 2000
+WARM_UP, MOST_REPEATS = 10, 2000
 
 
-def host_time(device: Device, model: str, shapes: Sequence[tuple[int, ...]], seconds: float) -> HostTime:
-    """Every backend's optimizer part and one fused step of the base alone; on the CPU with launches that do nothing.
+def host_time(device: Device, model: str, seconds: float) -> HostTime:
+    """Every backend's optimizer part, and one fused step of the base alone.
 
     Args:
-        device: what to measure on.
-        model: the model's name.
-        shapes: its parameters; with stubbed launches their sizes do not matter and are 8 elements.
-        seconds: for each implementation and each of the three kinds of step.
+        device: what to measure on; on the CPU the kernels' backends run their path for CUDA, launches stubbed out.
+        model: whose parameters; where nothing is launched they have 8 elements each.
+        seconds: for each implementation and each kind of step.
     """
     stubbed = not device.asynchronous
-    times, skipped = {}, {}
-    for name in (*(KERNELS if stubbed else BACKENDS), FUSED_BASE):
+    shapes = [(8,)] * len(shapes_of(model)) if stubbed else shapes_of(model)
+    times, skipped, launches, peaks = {}, {}, {}, {}
+    for name in (FUSED_BASE, *(KERNELS if stubbed else BACKENDS)):
         try:
-            with _launching(name) if stubbed else contextlib.nullcontext():
-                times[name] = _of_implementation(device, name, [(8,)] * len(shapes) if stubbed else shapes, seconds)
+            with _stubbed(name) if stubbed else contextlib.nullcontext():
+                times[name] = _kinds_of_step(device, name, shapes, seconds)
+            if not stubbed:
+                launches[name] = device.launches(_warmed_up(*_build(device, name, shapes)))
+                peaks[name] = _peak(device, name, shapes)
         except Exception as error:
             skipped[name] = reason_of(error)
-    launches: dict[str, dict[str, int]] = {}
-    extra_copies: dict[str, float] = {}
-    if not stubbed:
-        for name in times:
-            launches[name] = _launches(device, name, shapes)
-        base = _peak(device, FUSED_BASE, shapes)
-        size = sum(4 * torch.Size(shape).numel() for shape in shapes)
-        extra_copies = {name: (_peak(device, name, shapes) - base) / size for name in times if name != FUSED_BASE}
+    size = 4 * int(sizes(model)["parameters"])
+    extra = {name: (peak - peaks[FUSED_BASE]) / size for name, peak in peaks.items() if name != FUSED_BASE}
     return HostTime(
-        model=model,
+        **sizes(model),
         base=BASE,
-        parameters=sum(torch.Size(shape).numel() for shape in shapes),
-        tensors=len(shapes),
-        rounds=0,
         times=times,
         skipped=skipped,
         stubbed=stubbed,
         launches=launches,
-        extra_copies=extra_copies,
+        extra_copies=extra,
     )
 
 
-def _launching(name: str) -> contextlib.AbstractContextManager[None]:
+def _stubbed(name: str) -> contextlib.AbstractContextManager[None]:
     return implementations.stubbed_fused_base() if name == FUSED_BASE else operations.stubbed_launches(name)
 
 
-def _of_implementation(
-    device: Device, name: str, shapes: Sequence[tuple[int, ...]], seconds: float
-) -> dict[str, Timing]:
-    params, optimizer, step = _prepare(device, name, shapes)
+def _kinds_of_step(device: Device, name: str, shapes: Shapes, seconds: float) -> dict[str, Timing]:
+    params, implementation = _build(device, name, shapes)
     gradients = Gradients(shapes, device=device.type)
-    groups = optimizer.param_groups
 
     def change_lr() -> None:
         gradients.hand_to(params)
-        for group in groups:
-            group["lr"] *= 0.999
+        implementation.optimizer.param_groups[0]["lr"] *= 0.999
 
-    return {
-        STATIC: _repeated(device, step, lambda: None, seconds),
-        NEW_GRADIENTS: _repeated(device, step, lambda: gradients.hand_to(params), seconds),
-        CHANGING_LR: _repeated(device, step, change_lr, seconds),
-    }
+    kinds = {STATIC: lambda: None, NEW_GRADIENTS: lambda: gradients.hand_to(params), CHANGING_LR: change_lr}
+    return {kind: _repeated(device, implementation.step, prepare, seconds) for kind, prepare in kinds.items()}
 
 
-def _prepare(
-    device: Device, name: str, shapes: Sequence[tuple[int, ...]]
-) -> tuple[list[Tensor], torch.optim.Optimizer, Step]:
+def _build(device: Device, name: str, shapes: Shapes) -> tuple[list[Tensor], Implementation]:
     params = [torch.randn(shape, device=device.type).mul_(0.02).requires_grad_() for shape in shapes]
     Gradients(shapes, device=device.type).hand_to(params)
-    base_class, options = BASES[BASE]
-    if name == FUSED_BASE:
-        base = base_class(params, fused=True, **options)
-        return params, base, base.step
-    # "auto" is stubbed as well as the backend's own name; the name says which one is meant.
-    optimizer = FastSAM(params, base_class, rho=RHO, backend=name, **options)
-
-    def step() -> None:
-        optimizer.first_step(zero_grad=False)
-        optimizer.second_step()
-
-    return params, optimizer, step
+    return params, implementations.build(name, params, BASE)
 
 
-def _repeated(device: Device, step: Step, prepare: Callable[[], None], seconds: float) -> Timing:
-    for _ in range(WARM_UP):
-        prepare()
-        step()
+def _repeated(device: Device, step: Step, prepare: Step, seconds: float) -> Timing:
     taken: list[float] = []
     gc.collect()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
-        while len(taken) < 2 or (time.perf_counter() < end and len(taken) < MOST_REPEATS):
+        while len(taken) < WARM_UP + 2 or (time.perf_counter() < end and len(taken) < MOST_REPEATS):
             prepare()
             device.synchronize()
             start = time.perf_counter()
@@ -122,18 +91,17 @@ def _repeated(device: Device, step: Step, prepare: Callable[[], None], seconds: 
     finally:
         gc.enable()
     device.synchronize()
-    return Timing.of(taken)
+    return Timing.of(taken[WARM_UP:])
 
 
-def _launches(device: Device, name: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
-    _, _, step = _prepare(device, name, shapes)
+def _warmed_up(params: list[Tensor], implementation: Implementation) -> Step:
     for _ in range(3):
-        step()
-    return device.launches(step)
+        implementation.step()
+    return implementation.step
 
 
-def _peak(device: Device, name: str, shapes: Sequence[tuple[int, ...]]) -> int:
+def _peak(device: Device, name: str, shapes: Shapes) -> int:
     """Over the first steps, which allocate the state."""
     device.release_memory()
-    _, _, step = _prepare(device, name, shapes)
-    return device.peak_bytes(lambda: [step() for _ in range(3)])
+    _, implementation = _build(device, name, shapes)
+    return device.peak_bytes(lambda: [implementation.step() for _ in range(3)])

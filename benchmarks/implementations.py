@@ -56,10 +56,10 @@ RHO = 0.05
 
 
 class Implementation(NamedTuple):
-    """What a round visits; ``optimizer`` is FastSAM's, where it is one of its backends."""
+    """What a round visits: a step, and whose it is."""
 
     step: Callable[[], Any]
-    optimizer: FastSAM | None = None
+    optimizer: Any
 
 
 def names(device_type: str, *, compiled: bool = False) -> tuple[list[str], dict[str, str]]:
@@ -91,37 +91,37 @@ def build(name: str, params: list[Tensor], base: str, **compile_options: Any) ->
         compile_options: ``COMPILED``'s.
     """
     base_class, options = BASES[base]
+    if name == FUSED_BASE:
+        alone = base_class(params, fused=True, **options)
+        return Implementation(alone.step, alone)
+    if name == HEAVYBALL:
+        return _heavyball(params, base)
+    optimizer: Any
     if name in BACKENDS:
         optimizer = FastSAM(params, base_class, rho=RHO, backend=name, **options)
-        return Implementation(_both_phases(optimizer, zero_grad=False), optimizer)
-    if name == FUSED_BASE:
-        return Implementation(base_class(params, fused=True, **options).step)
-    if name == HEAVYBALL:
-        return Implementation(_heavyball(params, base))
-    if name in (PEER, PEER_IN_LISTS):
+    elif name in (PEER, PEER_IN_LISTS):
         from pytorch_optimizer import SAM
 
         lists = {"foreach": True} if name == PEER_IN_LISTS else {}
-        return Implementation(_both_phases(SAM(params, base_class, rho=RHO, **lists, **options)))
-    if name in (LISTS, LISTS_ON_HOST):
-        on_host = name == LISTS_ON_HOST
-        return Implementation(_both_phases(ListSAM(params, base_class, rho=RHO, scale_on_host=on_host, **options)))
-    if name == COMPILED:
-        return Implementation(_both_phases(CompiledSAM(params, base_class, rho=RHO, **compile_options, **options)))
-    if name == LOOP:
-        return Implementation(_both_phases(LoopSAM(params, base_class, rho=RHO, **options)))
-    raise ValueError(f"there is no implementation {name!r}")
+        optimizer = SAM(params, base_class, rho=RHO, **lists, **options)
+    elif name in (LISTS, LISTS_ON_HOST):
+        optimizer = ListSAM(params, base_class, rho=RHO, scale_on_host=name == LISTS_ON_HOST, **options)
+    elif name == COMPILED:
+        optimizer = CompiledSAM(params, base_class, rho=RHO, **compile_options, **options)
+    elif name == LOOP:
+        optimizer = LoopSAM(params, base_class, rho=RHO, **options)
+    else:
+        raise ValueError(f"there is no implementation {name!r}")
+    keep_gradients = {"zero_grad": False} if name in BACKENDS else {}
 
-
-def _both_phases(optimizer: Any, **first_step_options: Any) -> Callable[[], None]:
     def step() -> None:
-        optimizer.first_step(**first_step_options)
+        optimizer.first_step(**keep_gradients)
         optimizer.second_step()
 
-    return step
+    return Implementation(step, optimizer)
 
 
-def _heavyball(params: list[Tensor], base: str) -> Callable[[], None]:
+def _heavyball(params: list[Tensor], base: str) -> Implementation:
     import heavyball
 
     wrapped = {"SGD": heavyball.SGD, "AdamW": heavyball.AdamW}[base](params, lr=BASES[base][1]["lr"])
@@ -137,7 +137,7 @@ def _heavyball(params: list[Tensor], base: str) -> Callable[[], None]:
 
         optimizer.step(closure)
 
-    return step
+    return Implementation(step, optimizer)
 
 
 @contextmanager

@@ -61,55 +61,30 @@ class WideResNet(nn.Module):
         return self.fc(out.mean((2, 3)))
 
 
-class TransformerBlock(nn.Module):
-    """Attention and an MLP, each behind a layer norm and beside a shortcut."""
+class Transformer(nn.Module):
+    """Encoder blocks over ``length`` embedded tokens, a head after them.
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.heads = heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        queries, keys, values = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(queries, keys, values)
-        x = x + self.proj(attended.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
-class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al., 2021); by default ViT-B/16 at 224 x 224, 86,567,656 parameters."""
+    With a ``patch`` they are patches of images, averaged before the head (Dosovitskiy et al., 2021, without the class
+    token); with a ``vocabulary`` they are words.
+    """
 
     def __init__(
-        self, image: int = 224, patch: int = 16, width: int = 768, depth: int = 12, heads: int = 12, classes: int = 1000
+        self, length: int, width: int, depth: int, heads: int, outputs: int, *, patch: int = 0, vocabulary: int = 0
     ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, patch)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, width) * 0.02)
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+        self.embedding = nn.Conv2d(3, width, patch, patch) if patch else nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.zeros(length, width))
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patches(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1) + self.position
-        return self.head(self.norm(self.blocks(tokens))[:, 0])
-
-
-class LanguageModel(nn.Module):
-    """Four blocks over 64 tokens, each of which has a target."""
-
-    def __init__(self, vocabulary: int = 1000, width: int = 256, length: int = 64) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.position = nn.Parameter(torch.zeros(length, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(width, vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.encoder(self.embedding(tokens) + self.position)).transpose(1, 2)
+        tokens = self.embedding(x)
+        if tokens.dim() == 4:
+            return self.head(self.encoder(tokens.flatten(2).transpose(1, 2) + self.position).mean(1))
+        return self.head(self.encoder(tokens + self.position)).transpose(1, 2)
 
 
 class Network(NamedTuple):
@@ -145,11 +120,19 @@ class Network(NamedTuple):
 
 WRN = Network("WRN-28-10", WideResNet, "SGD", batch=128)
 CNN = Network("CNN", SmallCNN, "SGD", batch=64)
-TRANSFORMER = Network("transformer", LanguageModel, "AdamW", batch=8, image=None, convolutional=False)
-VIT = Network("ViT-B/16", VisionTransformer, "AdamW", batch=64, image=224, convolutional=False)
-
-TINY = (
+TRANSFORMER = Network(
+    "transformer",
+    lambda: Transformer(64, 256, 4, 4, 1000, vocabulary=1000),
+    "AdamW",
+    8,
+    image=None,
+    convolutional=False,
+)
+VIT = Network(
+    "ViT-B/16", lambda: Transformer(196, 768, 12, 12, 1000, patch=16), "AdamW", 64, image=224, convolutional=False
+)
+TINY_NETWORKS = (
     Network("tiny WRN", lambda: WideResNet(10, 1), "SGD", batch=2),
     Network("tiny CNN", lambda: SmallCNN((4, 8)), "SGD", batch=2),
-    Network("tiny ViT", lambda: VisionTransformer(32, 16, 8, 2, 2, 10), "AdamW", batch=2, convolutional=False),
+    Network("tiny ViT", lambda: Transformer(4, 8, 2, 2, 10, patch=16), "AdamW", batch=2, convolutional=False),
 )

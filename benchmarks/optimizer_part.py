@@ -14,13 +14,12 @@ from benchmarks import implementations, methods, operations
 from benchmarks.device import Device, OutOfTime, Step, Unavailable, at_most, reason_of
 from benchmarks.implementations import FUSED_BASE, NEED_A_COMPILER, Implementation
 from benchmarks.measure import (
+    FEWEST_ROUNDS,
     HOST,
     STEP,
     Copy,
     Gradients,
-    Rounds,
     Seconds,
-    Timing,
     Timings,
     Visit,
     by_every_clock,
@@ -30,6 +29,8 @@ from benchmarks.methods import METHODS, MethodSteps
 from benchmarks.operations import KERNELS, OperationClock
 from benchmarks.plan import Part
 from benchmarks.records import AROUND, MethodCosts, OptimizerPart
+from benchmarks.shapes import shapes_of, sizes
+from fastsam import FastSAM
 
 # Beside the weights and two sets of gradients: state (two moments), a backup, and as much again for temporaries.
 COPIES = 5
@@ -51,9 +52,9 @@ class PartRun:
         fewest: rounds, however long they take.
     """
 
-    def __init__(self, device: Device, part: Part, *, compiler: str = "inductor", fewest: int = 5) -> None:
+    def __init__(self, device: Device, part: Part, *, compiler: str = "inductor", fewest: int = FEWEST_ROUNDS) -> None:
         self._device, self._part, self._compiler, self._fewest = device, part, compiler, fewest
-        self._shapes = part.shapes
+        self._shapes = shapes_of(part.model)
         self._options: dict[str, Any] = {"device": device.type, "dtype": getattr(torch, part.dtype)}
         self.parameters = sum(map(math.prod, self._shapes))
 
@@ -92,11 +93,9 @@ class PartRun:
         sam = operations.sam_bytes(self._part.base)
         floor = {name: operations.UPDATE_BYTES[self._part.base] if name == FUSED_BASE else sam for name in times}
         return OptimizerPart(
-            model=self._part.model,
+            **sizes(self._part.model),
             base=self._part.base,
             dtype=self._part.dtype,
-            parameters=self.parameters,
-            tensors=len(self._shapes),
             rounds=min(counts),
             times=times,
             skipped=skipped,
@@ -162,7 +161,6 @@ def one_visit(device: Device, implementation: Implementation, params: list[Tenso
 
     def restoring() -> dict[str, float]:
         """``restore_``, which no step over a fused base calls."""
-        assert optimizer is not None
         optimizer.first_step(zero_grad=False)
         with clock.running():
             optimizer.restore()
@@ -170,7 +168,7 @@ def one_visit(device: Device, implementation: Implementation, params: list[Tenso
         return clock.seconds()
 
     def visit() -> Seconds:
-        if optimizer is None:
+        if not isinstance(optimizer, FastSAM):
             return by_every_clock(device, prepare, step)
         if device.asynchronous:
             seconds = by_every_clock(device, prepare, step)
@@ -188,9 +186,10 @@ def one_visit(device: Device, implementation: Implementation, params: list[Tenso
 
 
 def method_costs(
-    device: Device, model: str, shapes: Sequence[tuple[int, ...]], base: str, seconds: float, drive: Drive | None = None
+    device: Device, model: str, base: str, seconds: float, drive: Drive | None = None, fewest: int = FEWEST_ROUNDS
 ) -> MethodCosts:
     """Rounds over all methods, by the fastest backend."""
+    shapes = shapes_of(model)
     torch.manual_seed(0)
     weights = [torch.randn(shape, device=device.type).mul_(0.02) for shape in shapes]
     gradients = Gradients(shapes, device=device.type)
@@ -211,13 +210,11 @@ def method_costs(
             visits[name] = lambda steps=steps: {STEP: steps(clock)}
         except Exception as error:
             skipped[name] = reason_of(error)
-    rounds: Rounds = interleaved(visits, seconds, drive)
-    copied: Timing = rounds.times.pop(Copy.NAME)[STEP]
+    rounds = interleaved(visits, seconds, drive, fewest)
+    copied = rounds.times.pop(Copy.NAME)[STEP]
     return MethodCosts(
-        model=model,
+        **sizes(model),
         base=base,
-        parameters=sum(map(math.prod, shapes)),
-        tensors=len(shapes),
         rounds=rounds.count,
         times=rounds.times,
         skipped=skipped,

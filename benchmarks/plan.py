@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.networks import CNN, TINY, TRANSFORMER, VIT, WRN, Network
-from benchmarks.shapes import MODELS, Shapes
+from benchmarks.networks import CNN, TINY_NETWORKS, TRANSFORMER, VIT, WRN, Network
+from benchmarks.shapes import TINY
 
-TINY_MODEL = "tiny"
-TINY_SHAPES: Shapes = {"weight": (7, 40), "bias": (7,)}
 CHUNK_SIZES = (4096, 8192, 16384, 32768, 65536)
 
 # By test: a case that it measures.
@@ -30,7 +28,7 @@ class Part(NamedTuple):
     """For ``test_optimizer_part``: one model's parameters over one base.
 
     Attributes:
-        compiled: with those that need a compiler, too, which may take ``COMPILE_SECONDS``.
+        compiled: with those that need a compiler, too, which takes its time.
         chunk_size: if given, only FastSAM's kernels are measured, with tables cut into chunks of so many elements.
         pace: what the seconds of a case are multiplied by.
         fewer: leaves out all but FastSAM's kernels and the fused base.
@@ -49,10 +47,6 @@ class Part(NamedTuple):
         dtype = "" if self.dtype == "float32" else self.dtype
         more = [self.base, dtype, "compiled" if self.compiled else "", str(self.chunk_size or "")]
         return "-".join([plain(self.model), *filter(None, more)])
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return list(shapes_of(self.model).values())
 
 
 class MethodCosts(NamedTuple):
@@ -77,7 +71,7 @@ class HostTime(NamedTuple):
 
     @property
     def model(self) -> str:
-        return {161: "ResNet-50", 2000: "2,000 x 256"}.get(self.tensors, TINY_MODEL)
+        return {161: "ResNet-50", 2000: "2,000 x 256"}.get(self.tensors, TINY)
 
 
 class Training(NamedTuple):
@@ -148,17 +142,13 @@ def _dry() -> Plan:
     for backend in ("native", "foreach"):
         yield "test_operations", Backend(backend)
     for base in ("SGD", "AdamW"):
-        yield "test_optimizer_part", Part(TINY_MODEL, base)
-    yield "test_optimizer_part", Part(TINY_MODEL, chunk_size=CHUNK_SIZES[0])
-    yield "test_optimizer_part", Part(TINY_MODEL, dtype="bfloat16", compiled=True)
+        yield "test_optimizer_part", Part(TINY, base)
+    yield "test_optimizer_part", Part(TINY, chunk_size=CHUNK_SIZES[0])
+    yield "test_optimizer_part", Part(TINY, dtype="bfloat16", compiled=True)
     yield "test_host_time", HostTime(2)
-    yield "test_method_costs", MethodCosts(TINY_MODEL)
-    for network in TINY:
+    yield "test_method_costs", MethodCosts(TINY)
+    for network in TINY_NETWORKS:
         yield "test_training_step", Training(network)
-
-
-def shapes_of(model: str) -> Shapes:
-    return TINY_SHAPES if model == TINY_MODEL else MODELS[model]()
 
 
 def plain(name: str) -> str:

@@ -38,7 +38,7 @@ class Record:
     base: str
     parameters: int
     tensors: int
-    rounds: int
+    rounds: int = 0
     times: Timings
     skipped: dict[str, str] = field(default_factory=dict)
 

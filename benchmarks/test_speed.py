@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks import host_time as of_host
 from benchmarks import operations, plan
 from benchmarks.device import reason_of
+from benchmarks.host_time import host_time
 from benchmarks.implementations import COMPILED, FUSED_BASE
 from benchmarks.measure import Visit, driven_by, interleaved
 from benchmarks.optimizer_part import PartRun, method_costs
@@ -36,14 +36,13 @@ def test_optimizer_part(case: plan.Part, session: Session, benchmark: Any) -> No
 
 
 def test_method_costs(case: plan.MethodCosts, session: Session, benchmark: Any) -> None:
-    shapes = list(plan.shapes_of(case.model).values())
-    record = method_costs(session.device, case.model, shapes, case.base, session.seconds, driven_by(benchmark))
+    drive = driven_by(benchmark)
+    record = method_costs(session.device, case.model, case.base, session.seconds, drive, session.fewest)
     session.add(record, needed=set(record.skipped))
 
 
 def test_host_time(case: plan.HostTime, session: Session) -> None:
-    shapes = list(plan.shapes_of(case.model).values())
-    record = of_host.host_time(session.device, case.model, shapes, session.seconds / 12)
+    record = host_time(session.device, case.model, session.seconds / 12)
     session.add(record, needed=session.required if session.device.asynchronous else {"native"})
 
 
