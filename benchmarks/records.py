@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -205,9 +205,9 @@ _KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (OptimizerPart, M
 def record_from_json(data: Mapping[str, Any]) -> Record:
     """The record that ``as_json()`` gave."""
     kind = _KINDS[data["kind"]]
-    fields = {name: data[name] for name in kind.__dataclass_fields__}
+    values = {one.name: data[one.name] for one in fields(kind)}
     times = {name: {part: Timing(**t) for part, t in parts.items()} for name, parts in data["times"].items()}
-    return kind(**{**fields, "times": times})
+    return kind(**{**values, "times": times})
 
 
 @dataclass

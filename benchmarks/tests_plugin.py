@@ -20,11 +20,12 @@ class AtOnce:
     """On the process that reports, whatever process has run the test."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self._reporter = config.pluginmanager.getplugin("terminalreporter")
+        self._plugins = config.pluginmanager
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self._reporter.write_line(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext}")
+            reporter = self._plugins.getplugin("terminalreporter")
+            reporter.write_line(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
