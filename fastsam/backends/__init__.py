@@ -217,7 +217,12 @@ _observed: Callable[[Backend], Backend] | None = None
 def observe(observer: Observer) -> Iterator[None]:
     """Within the block, ``observer`` makes every call of a backend's operation: to time it, say. One at a time."""
     global _observed
-    _observed = functools.cache(lambda backend: cast(Backend, _ObservedBackend(backend, observer)))
+    known: dict[Backend, Backend] = {}  # tables of one backend go together: it must stay one object
+
+    def observed(backend: Backend) -> Backend:
+        return known.setdefault(backend, cast(Backend, _ObservedBackend(backend, observer)))
+
+    _observed = observed
     try:
         yield
     finally:
