@@ -170,6 +170,7 @@ def number(milliseconds: float) -> str:
 
 def write_json(results: Results, folder: Path) -> Path:
     """Writes everything into a file named after the device, the time and the commit."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file_name(results.environment)}.json"
     judged = [verdict._asdict() for verdict in verdicts(results)]
     path.write_text(json.dumps({**results.as_json(), "verdicts": judged}, indent=1) + "\n")
