@@ -6,6 +6,7 @@
 #   make test SAMPLE=300              and so many of the tests that only make test-all runs, others every day
 #   make kernels QUICK=1              two dtypes, one GPU of each vendor, one Triton
 #   make gpu-report OUT=report        with .venv's Python if there is one; PYTHON=python3: with that one, as it is
+#   make gpu-report STAGE=measure     one of its two stages, measure and tests
 
 PYTHON ?= python3
 THREADS ?= 2
@@ -47,7 +48,7 @@ test: $(EXTENSION)  ## The tests: every pair of backend, base, method, dtype, ..
 test-all: $(EXTENSION)  ## All tests: every combination
 	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --thorough $(ARGS)
 
-bench: $(EXTENSION)  ## The benchmarks, on THREADS=2 threads
+bench: $(EXTENSION)  ## The benchmarks, on the GPU or on THREADS=2 threads; ARGS="--device cpu"
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
 
 # On a machine with a GPU that has all it needs, nothing is set up and nothing is fetched. A dry run is for any machine.
@@ -57,11 +58,11 @@ REPORTING_PYTHON = $(if $(IS_PYTHON_GIVEN),$(PYTHON),$$(test -x $(BIN)/python &&
 
 DRY_RUN_NEEDS := $(if $(DRY),$(if $(IS_PYTHON_GIVEN),,$(EXTENSION)))
 
-gpu-report: $(DRY_RUN_NEEDS)  ## Build, test and measure on an NVIDIA GPU, into OUT=folder; DRY=1: tiny, on the CPU
-	$(REPORTING_PYTHON) -m benchmarks.gpu_report --out $(OUT) $(if $(DRY),--dry) $(ARGS)
+gpu-report: $(DRY_RUN_NEEDS)  ## On an NVIDIA GPU, into OUT=folder; STAGE=measure or tests: one of both; DRY=1: tiny, on the CPU
+	$(REPORTING_PYTHON) -m benchmarks.gpu_report --out $(OUT) $(if $(STAGE),--stage $(STAGE)) $(if $(DRY),--dry) $(ARGS)
 
-docs-tables: $(PACKAGE)  ## The README's GPU table from benchmarks/results/; FROM=report.json: a new one; CHECK=1: only look
-	$(BIN)/python -m benchmarks.gpu_report.docs $(if $(CHECK),--check) $(if $(FROM),--from $(FROM)) $(ARGS)
+docs-tables: $(PACKAGE)  ## The README's GPU table from benchmarks/results/; FROM=results.json: new ones; CHECK=1: only look
+	$(BIN)/python -m benchmarks.docs $(if $(CHECK),--check) $(if $(FROM),--from $(FROM)) $(ARGS)
 
 SANITIZED := build/sanitize/.extension
 

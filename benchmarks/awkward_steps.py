@@ -1,6 +1,6 @@
 """A few steps of FastSAM over awkward tensors, for a checker that makes every access slow.
 
-python -m benchmarks.gpu_report.short_run DEVICE BACKEND...
+python -m benchmarks.awkward_steps DEVICE BACKEND...
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEPS = 2
 
 
 def steps(device: str, backend: str, base: str, dtype: torch.dtype, adaptive: bool) -> None:
-    """Some updates, one climb that is given up, and a check that weights and state are finite."""
+    """Some updates, one perturbation that is given up, and a check that weights and state are finite."""
     base_class, options = BASES[base]
     params = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in SHAPES]
     optimizer = FastSAM(params, base_class, rho=RHO, adaptive=adaptive, backend=backend, **options)

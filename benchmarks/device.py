@@ -1,16 +1,17 @@
-"""The device that is measured: its clock, its memory, its launches. The CPU stands in for it in a dry run."""
+"""The device that is measured: its clock, its cache, its memory, its launches, its graphs."""
 
 from __future__ import annotations
 
 import gc
+import signal
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import torch
-from torch import Tensor
-
-from benchmarks.implementations import HostClock
 
 Step = Callable[[], Any]
 
@@ -19,57 +20,60 @@ LONGEST_HEAD_START = 0.02
 
 
 class Unavailable(RuntimeError):
-    """What a device cannot do; the message says why."""
+    """What cannot be measured here; the message says why."""
 
 
-def reason_of(error: BaseException) -> str:
-    """Why something was not measured, in one line."""
-    first_line = str(error).strip().partition("\n")[0]
-    return first_line if isinstance(error, Unavailable) else f"{type(error).__name__}: {first_line}"
+class Device:
+    """The CPU: an operation is over when its call returns."""
 
-
-class Device(Protocol):
-    """What the measurements ask of a device. ``mark`` and ``seconds`` are a clock as ``TimedBackend`` takes it."""
-
-    type: str
-    copy_elements: int
-    """Of the float32 tensors by whose copy bandwidth is measured: far more than any cache holds."""
+    type = "cpu"
+    asynchronous = False
+    # Large enough that no cache holds them: 256 MiB read and as much written.
+    copy_elements = 2**26
 
     def mark(self) -> Any:
         """A point in the device's time: when everything that was asked of it so far is done."""
+        return time.perf_counter()
 
     def seconds(self, start: Any, end: Any) -> float:
         """Between two marks, after :meth:`synchronize`."""
+        return end - start
 
     def synchronize(self) -> None:
         """Waits until the device is idle."""
 
     def flush_cache(self) -> None:
-        """Leaves nothing of the tensors to be measured in the device's cache."""
+        """Leaves nothing of the tensors to be measured in the device's cache; on the CPU the other visits do that."""
 
     def head_start(self, seconds: float) -> None:
         """Keeps the device busy, so that what follows is queued before it runs."""
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> float:
         """How much memory can still be allocated."""
+        return float("inf")
 
     def release_memory(self) -> None:
         """Gives back what nobody holds any more, cycles of objects too."""
+        gc.collect()
 
     def peak_bytes(self, step: Step) -> int:
         """The most memory that is allocated at any time during the step."""
+        raise Unavailable("PyTorch counts no memory on the CPU")
 
     def launches(self, step: Step) -> dict[str, int]:
         """What the step has the device do: how often each kernel or copy."""
+        raise Unavailable("the CPU has no launches")
 
     def capture(self, step: Step) -> Step:
         """The step as a CUDA graph, which replays it."""
+        raise Unavailable("the CPU has no CUDA graphs")
 
 
-class CudaDevice:
+class CudaDevice(Device):
     """The current CUDA device, and its current stream."""
 
     type = "cuda"
+    asynchronous = True
 
     def __init__(self) -> None:
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -96,7 +100,7 @@ class CudaDevice:
     def head_start(self, seconds: float) -> None:
         torch.cuda._sleep(int(min(seconds, LONGEST_HEAD_START) * self._cycles_per_second))
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> float:
         return torch.cuda.mem_get_info()[0]
 
     def release_memory(self) -> None:
@@ -112,10 +116,13 @@ class CudaDevice:
         return torch.cuda.max_memory_allocated()
 
     def launches(self, step: Step) -> dict[str, int]:
-        cuda = torch.profiler.ProfilerActivity.CUDA
-        events = _profiled(self, step, [torch.profiler.ProfilerActivity.CPU, cuda])
-        mine = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-        return dict(Counter(event.name for event in mine if not event.is_user_annotation))
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+            torch.cuda.synchronize()
+        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return dict(Counter(event.name for event in events if not event.is_user_annotation))
 
     def capture(self, step: Step) -> Step:
         stream = torch.cuda.Stream()
@@ -128,7 +135,7 @@ class CudaDevice:
         with torch.cuda.graph(graph):
             step()
 
-        def replay(kept: Step = step) -> None:  # what a graph reads and writes lives as long as the step
+        def replay(captured: Step = step) -> None:  # what a graph reads and writes lives as long as the step
             graph.replay()
 
         return replay
@@ -144,64 +151,35 @@ class CudaDevice:
         return cycles / self.seconds(start, end)
 
 
-class CpuDevice:
-    """Everything there is, in the host's time; what it lacks is left out with the reason."""
-
-    type = "cpu"
-    copy_elements = 2**16
-
-    def mark(self) -> float:
-        return HostClock.mark()
-
-    def seconds(self, start: float, end: float) -> float:
-        return HostClock.seconds(start, end)
-
-    def synchronize(self) -> None:
-        pass
-
-    def flush_cache(self) -> None:
-        pass
-
-    def head_start(self, seconds: float) -> None:
-        pass
-
-    def free_bytes(self) -> int:
-        return 2**30
-
-    def release_memory(self) -> None:
-        gc.collect()
-
-    def peak_bytes(self, step: Step) -> int:
-        raise Unavailable("PyTorch counts no memory on the CPU")
-
-    def launches(self, step: Step) -> dict[str, int]:
-        events = _profiled(self, step, [torch.profiler.ProfilerActivity.CPU])
-        return dict(Counter(event.name for event in events if event.name.startswith(("aten::", "fastsam::"))))
-
-    def capture(self, step: Step) -> Step:
-        raise Unavailable("the CPU has no CUDA graphs")
+def default_type() -> str:
+    """``cuda`` if there is a CUDA device, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def here(dry: bool) -> Device:
-    """The device to measure.
+def reason_of(error: BaseException) -> str:
+    """Why something was not measured, in one line."""
+    first_line = str(error).strip().partition("\n")[0]
+    return first_line if isinstance(error, Unavailable) else f"{type(error).__name__}: {first_line}"
 
-    Raises:
-        Unavailable: there is no CUDA device, and it is no dry run.
+
+class OutOfTime(BaseException):
+    """Raised anywhere in :func:`at_most`. No ``Exception``: nobody on the way takes it for a failure and carries on."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """A block that ends with :class:`OutOfTime` after so many seconds; in the main thread, and not in itself.
+
+    Python code is interrupted at once, a call into C when it returns.
     """
-    if dry:
-        return CpuDevice()
-    if not torch.cuda.is_available():
-        raise Unavailable(f"torch {torch.__version__} sees no CUDA device; DRY=1 tries everything out on the CPU")
-    return CudaDevice()
 
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise OutOfTime
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _profiled(device: Device, step: Step, activities: list[Any]) -> Any:
-    device.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        device.synchronize()
-    return profile.events()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
