@@ -19,6 +19,7 @@ from fastsam.engine import Engine, Plan
 from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, with_defaults
 from fastsam.micro_batches import GradientSums
 from fastsam.runtime.batch_norm import RunningStatistics
+from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.replay_rng import GeneratorStates
 from fastsam.schedules import RhoSchedule, is_schedule
@@ -139,8 +140,7 @@ class FastSAM(BaseWrapper):
 
     # ---- steps ----
 
-    # Dynamo cannot trace what works on addresses: a compiled training step calls these as they are.
-    @torch.compiler.disable
+    @untraced
     def step(
         self,
         closure: Closure | None = None,
@@ -234,7 +234,7 @@ class FastSAM(BaseWrapper):
                 self._descend()
         return losses
 
-    @torch.compiler.disable
+    @untraced
     def first_step(self, zero_grad: bool = True) -> bool:
         """Perturbs: call it after the first backward; then compute the loss and its gradients again.
 
@@ -266,7 +266,7 @@ class FastSAM(BaseWrapper):
             self._clear_grads()
         return self.method.needs_first_pass
 
-    @torch.compiler.disable
+    @untraced
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and lets the base apply the present gradients; calls :meth:`step`.
 
@@ -282,7 +282,7 @@ class FastSAM(BaseWrapper):
         if zero_grad:
             self._clear_grads()
 
-    @torch.compiler.disable
+    @untraced
     def restore(self) -> None:
         """Gives the ascent up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
         self._engine.is_single = False

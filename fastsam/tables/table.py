@@ -94,6 +94,8 @@ class TensorTable:
         self.gradients = Gradients()
         self.slots = StateSlots()
         self._backup_key: tuple[Any, ...] | None = None
+        # Rows whose tensors live until the end of the step.
+        self._of_this_step: set[Row] = set()
         self._attachments: dict[Any, Any] = {}
         self._chunks: dict[int, Tensor] = {}
 
@@ -216,6 +218,7 @@ class TensorTable:
                 firsts[i] = self.gradients.adopt(self, i)
         self.first_grad_dtype = self.grad_dtype
         self.set_row(Row.FIRST_GRAD, firsts)
+        self._of_this_step.add(Row.FIRST_GRAD)
 
     def fill_missing_grads(self) -> None:
         """Gives zeros to perturbed parameters without a gradient: a further ascent still counts their perturbation."""
@@ -230,15 +233,16 @@ class TensorTable:
     def set_directions(self, tensors: Tensors) -> None:
         """Makes ``tensors``, which are laid out like ``values``, the directions of this step."""
         self.set_row(Row.DIRECTION, tensors)
+        self._of_this_step.add(Row.DIRECTION)
 
     def end_step(self) -> None:
         """Lets go of what lives for one step: first-pass gradients and directions."""
         self.is_perturbed = False
         self.first_grad_dtype = self.dtype
-        for row in (Row.FIRST_GRAD, Row.DIRECTION):
-            if any(tensor is not None for tensor in self.rows[row]):
-                nothing: Tensors = [None] * len(self.params)
-                self.set_row(row, nothing)
+        for row in self._of_this_step:
+            nothing: Tensors = [None] * len(self.params)
+            self.set_row(row, nothing)
+        self._of_this_step.clear()
 
     # ---- the ascent ----
 
@@ -248,11 +252,12 @@ class TensorTable:
         key = (among, tuple(perturb))
         if key != self._backup_key:
             self.perturbed = [i for i in among if perturb[self.groups[i]]]
+            self.place_backups()
             self._backup_key = key
-        self.place_backups()
 
     def place_backups(self) -> None:
         """Fills the row of backups: masters, where there are any, else memory of the table's own."""
+        self._backup_key = None
         if self.has_masters:
             known: Tensors = self.masters
         else:
@@ -263,9 +268,7 @@ class TensorTable:
                 for i, view in zip(missing, views, strict=True):
                     known[i] = view
         moving = set(self.perturbed)
-        backups = [tensor if i in moving else None for i, tensor in enumerate(known)]
-        if len(backups) != len(self.backups) or any(a is not b for a, b in zip(backups, self.backups, strict=True)):
-            self.set_row(Row.BACKUP, backups)
+        self.set_row(Row.BACKUP, [tensor if i in moving else None for i, tensor in enumerate(known)])
 
     def restore_elsewhere(self) -> None:
         """Copies the backups to where the parameters are now, for a model that was moved while perturbed."""
