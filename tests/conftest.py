@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsam.backends import BACKENDS, Backend, BackendUnavailable, load
+from fastsam.backends import BACKENDS, Backend, BackendUnavailable, Request, load
 
 # The test modules import checks.py and oracle.py from this folder, which --import-mode=importlib leaves out.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("checks", "oracle")
+pytest.register_assert_rewrite("checks", "oracle", "scene")
 importlib.import_module("triton_interpreter").set_up()
 
 # Backends that must be able to run: "native", on some device that is here; "native:cuda", on that one.
@@ -40,11 +40,12 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
 def device(request):
-    """A ``torch.device``; tests on one that is not here are skipped."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    """A ``torch.device`` that is here."""
     return torch.device(request.param)
 
 
@@ -71,7 +72,7 @@ def backend(request, runnable):
 @pytest.fixture
 def operations(backend, device) -> Backend:
     """The backend's module: the five operations."""
-    return load(backend, device.type)
+    return load(backend, Request(device.type))
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def seed():
 
 def _unavailable(name, device_type):
     try:
-        load(name, device_type)
+        load(name, Request(device_type))
     except BackendUnavailable as reason:
         return str(reason)
     return ""
