@@ -58,6 +58,7 @@ class Work:
         ]
 
     def update_(self) -> None:
+        """Runs the base update."""
         group, steps = self._group, [self._table.steps[i] for i in self._indices]
         tensors = self._weights, self._grads, self._state
         if isinstance(group, SGDOptions):

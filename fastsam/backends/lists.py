@@ -148,10 +148,10 @@ class Norms:
         for i in indices:
             starts.append(count)
             count += table.values[i].numel()
+        places = list(zip(take(table.values, indices), starts, strict=True))
         views, more = (
-            [row.as_strided(v.shape, v.stride(), row.storage_offset() + start) for v, start in zip(values, starts)]
+            [row.as_strided(value.shape, value.stride(), row.storage_offset() + start) for value, start in places]
             for row in self._scratch
-            for values in [take(table.values, indices)]
         )
         return _Batch(indices, views, more, count)
 
