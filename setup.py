@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setuptools
@@ -126,7 +127,21 @@ def find_nvcc() -> tuple[str, str]:
     release = re.search(r"release (\d+)\.(\d+)", found)
     if release is None or tuple(map(int, release.groups())) < OLDEST_NVCC:
         return "", f"{nvcc} is older than {'.'.join(map(str, OLDEST_NVCC))}"
+    # Each nvcc takes C++ compilers up to some version.
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text("#include <vector>\n__global__ void probe(std::vector<int>*) {}\n")
+        command = [*with_compiler(nvcc), CPP_STANDARD, "-c", str(source), "-o", f"{folder}/probe.o"]
+        probe = subprocess.run(command, capture_output=True, text=True, check=False)
+    if probe.returncode != 0:
+        reason = first_line((probe.stderr or probe.stdout).strip()) or f"exit status {probe.returncode}"
+        return "", f"{nvcc} does not compile with {os.environ['CXX']} ({reason})"
     return nvcc, ""
+
+
+def with_compiler(nvcc: str) -> list[str]:
+    """Returns nvcc, told which C++ compiler to use."""
+    return [nvcc, f"-ccbin={shlex.split(os.environ['CXX'])[-1]}"]
 
 
 def target_flags(nvcc: str) -> list[str]:
@@ -150,19 +165,23 @@ def compile_cuda(folder: Path, library: Path) -> None:
     nvcc, _ = find_nvcc()
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    nvcc_with_compiler = [nvcc, f"-ccbin={shlex.split(os.environ['CXX'])[-1]}"]
-    command = [*nvcc_with_compiler, "-std=c++20", "-O3", "--threads=2", *target_flags(nvcc)]
+    command = [*with_compiler(nvcc), CPP_STANDARD, "-O3", "--threads=2", *target_flags(nvcc)]
     command += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-isystem={path}" for path in include_paths()]
-    objects = []
-    for source in sorted(path for path in (CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cpp")):
-        objects.append(str(folder / f"{source.stem}.o"))
-        subprocess.run([*command, "-c", str(source), "-o", objects[-1]], check=True)
+
+    def compile_one(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        subprocess.run([*command, "-c", str(source), "-o", target], check=True)
+        return target
+
+    sources = [path for path in sorted((CSRC / "cuda").iterdir()) if path.suffix in (".cu", ".cpp")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
     # libtorch brings libtorch_cuda where there is one. The runtime's symbols stay inside: torch has a runtime, too,
     # maybe another one.
     link = ["-shared", "-cudart=static", "-Xlinker=--no-as-needed", "-Xlinker=--exclude-libs,ALL"]
     link += [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"]
-    subprocess.run([*nvcc_with_compiler, *link, *objects, "-o", str(library)], check=True)
+    subprocess.run([*with_compiler(nvcc), *link, *objects, "-o", str(library)], check=True)
 
 
 def cuda_build() -> dict:
@@ -211,11 +230,13 @@ def choose_build(choice: str) -> dict:
         return pure_build(obstacle)
     if obstacle:
         raise SystemExit(f"FASTSAM_BUILD={choice}: {obstacle}")
-    _, cuda_obstacle = find_nvcc()
+    _, cuda_obstacle = find_nvcc() if choice in ("auto", "cuda") else ("", "")
     if choice == "cuda" and cuda_obstacle:
         raise SystemExit(f"FASTSAM_BUILD=cuda: {cuda_obstacle}")
-    with_cuda = choice == "cuda" or (choice == "auto" and torch_has_cuda() and not cuda_obstacle)
-    return cuda_build() if with_cuda else cpu_build(sanitize=choice == "sanitize")
+    wants_cuda = choice == "cuda" or (choice == "auto" and torch_has_cuda())
+    if wants_cuda and cuda_obstacle:
+        print(f"fastsam: without the compiled CUDA backend, because {cuda_obstacle}", file=sys.stderr)
+    return cuda_build() if wants_cuda and not cuda_obstacle else cpu_build(sanitize=choice == "sanitize")
 
 
 if __name__ == "__main__":

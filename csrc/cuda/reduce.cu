@@ -30,8 +30,8 @@ struct SquareFunctor : FunctorTraits {
   __device__ void operator()(const Element<scalar_t, Tensors> (&elements)[kWidth]) {
     using T = opmath_t<scalar_t>;
     if constexpr (kIsNarrow<scalar_t> && !kAdaptive) {
-      // Arithmetic in double is slow on many GPUs. A 16-bit number's square is exact in float, and what its sums lose is
-      // summed by itself. Out of range, and if there is no number, the sum is outside of what is checked.
+      // Arithmetic in double is slow on many GPUs. A 16-bit number's square is exact in float, and what its sums lose
+      // is summed by itself. Out of range, and if there is no number, the sum is outside of what is checked.
       float squares = 0, lost = 0;
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
@@ -152,8 +152,8 @@ __device__ __forceinline__ void add_products(const Arguments& args, const Device
   const scalar_t* w = needs_w ? element_pointer<scalar_t>(args.table, kParam, chunk) : nullptr;
   AscentCoefficients given{};
   if (map != Map::kIdentity) given = form.coefficients[chunk.tensor];
-  ProductFunctor<scalar_t, map, kMasters> products{
-      {}, given.scale, given.term, y.is_present(), from_backup, x.wide != nullptr, y.wide != nullptr, sums};
+  ProductFunctor<scalar_t, map, kMasters> products{{},          given.scale,       given.term,        y.is_present(),
+                                                   from_backup, x.wide != nullptr, y.wide != nullptr, sums};
   if constexpr (kMasters) {
     walk<scalar_t>(products, {{x.narrow, w, y.narrow}, {}, {x.wide, y.wide}, {}}, chunk.length);
   } else {

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.resources
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 from checkout import ROOT
-from internals import BackendUnavailable, native
+from internals import native
 from setuptools import Distribution
 
 import fastsam
+from fastsam.backends import Request
 
 
 @pytest.fixture
@@ -75,14 +77,17 @@ def test_cpu_without_a_compiler_fails(setup_script, monkeypatch):
 
 @pytest.fixture
 def nvcc(monkeypatch, tmp_path):
-    """Puts an nvcc of some version in the place of the machine's; for an empty version, none."""
+    """Puts an nvcc of some version in the place of the machine's; for an empty version, none.
 
-    def install(version, codes="sm_75 sm_80 sm_90 sm_100"):
+    ``refuses``: what it says to any source.
+    """
+
+    def install(version, codes="sm_75 sm_80 sm_90 sm_100", refuses=""):
         monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
         if version:
-            (tmp_path / "nvcc").write_text(
-                f'#!/bin/sh\ncase $1 in --version) echo "release {version}, V{version}.1";; *) echo {codes};; esac\n'
-            )
+            cases = f'--version) echo "release {version}, V{version}.1";; --list-gpu-code) echo {codes};;'
+            other = f'*) echo "{refuses}" >&2; exit 1;;' if refuses else ""
+            (tmp_path / "nvcc").write_text(f"#!/bin/sh\ncase $1 in {cases} {other} esac\n")
             (tmp_path / "nvcc").chmod(0o755)
 
     return install
@@ -110,14 +115,30 @@ def test_sanitize_is_the_cpus_build_with_sanitizers(setup_script):
     assert "-fsanitize=address,undefined" in sanitized.extra_link_args
 
 
-@pytest.mark.parametrize(("torch_has_cuda", "version"), [(True, "12.8"), (True, ""), (False, "12.8")])
+@pytest.mark.parametrize(
+    ("torch_has_cuda", "version", "refuses", "said"),
+    [
+        (True, "12.8", "", ""),
+        (True, "", "", "without the compiled CUDA backend, because .*nvcc does not work"),
+        (True, "12.8", "unsupported GNU version!", r"CUDA backend.*\+\+ \(unsupported GNU version!"),
+        (False, "12.8", "", ""),
+    ],
+    ids=["both", "no-nvcc", "refused-compiler", "torch-for-the-cpu"],
+)
 def test_auto_compiles_for_cuda_where_torch_and_compiler_are_for_it(
-    setup_script, nvcc, monkeypatch, torch_has_cuda, version
+    setup_script, nvcc, monkeypatch, capsys, torch_has_cuda, version, refuses, said
 ):
-    nvcc(version)
+    nvcc(version, refuses=refuses)
     monkeypatch.setattr(setup_script, "torch_has_cuda", lambda: torch_has_cuda)
     names = [extension.name for extension in setup_script.choose_build("auto")["ext_modules"]]
-    assert ("fastsam._C_cuda" in names) == (torch_has_cuda and version != "")
+    assert ("fastsam._C_cuda" in names) == (torch_has_cuda and not said)
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_cuda_with_a_compiler_that_nvcc_refuses_fails(setup_script, nvcc):
+    nvcc("12.8", refuses="unsupported GNU version!")
+    with pytest.raises(SystemExit, match=r"FASTSAM_BUILD=cuda: .*unsupported GNU version!"):
+        setup_script.choose_build("cuda")
 
 
 @pytest.mark.parametrize(
@@ -200,5 +221,4 @@ def test_the_cuda_library_has_its_own_runtime(cuda_library):
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
 def test_without_cuda_the_native_backend_says_so():
-    with pytest.raises(BackendUnavailable, match="was built without CUDA"):
-        native.check("cuda")
+    assert "was built without CUDA" in native.unsupported_reason(Request("cuda"))
