@@ -46,6 +46,7 @@ from benchmarks.records import (
     Results,
     TrainingStep,
 )
+from benchmarks.session import Session
 from benchmarks.shapes import TINY, sizes
 from benchmarks.targets import Verdict, verdicts
 from benchmarks.training import FASTSAM, HALF_BATCH, IN_A_GRAPH, of_method
@@ -576,6 +577,16 @@ def test_the_report_has_everything() -> None:
     assert "GPT-2 small: there was no time left" in text
     operations_rows = [line for line in cells if line[:4] == ["Llama", "1B,", "SGD", "native"]]
     assert operations_rows[0][4:] == ["1.00", "10%", "4.00", "10%", "2.00", "10%", "5.00", "10%"]
+
+
+def test_what_must_run_and_did_not_fails_the_case() -> None:
+    said: list[str] = []
+    session = Session(Device(), results(), said.append, dry=False, seconds=0.0)
+    session.add(part(), needed={"native", FUSED_BASE})
+    with pytest.raises(pytest.fail.Exception, match="Llama 1B, SGD: compiled lists: because"):
+        session.add(part(), needed={COMPILED})
+    assert len(session.results.records) == 2, "what was measured stays"
+    assert any(line.startswith("native") for line in said)
 
 
 def test_plot_is_a_png(tmp_path: Path) -> None:
