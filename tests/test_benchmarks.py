@@ -617,13 +617,13 @@ def test_without_the_flag_everything_is_skipped_with_the_reason() -> None:
 
 def test_findings_are_written_as_they_come_and_what_comes_too_late_is_named(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
-    options = ["--benchmark", "--dry", "-k", "tiny-AdamW", "--lines", str(lines), "--results", str(tmp_path)]
-    text = benchmarks(*options, FASTSAM_COMMIT="abc", TRITON_INTERPRET="1")
-    assert [record.name for record in Results.read(lines).records] == ["tiny, AdamW"]
+    options = ["--benchmark", "--dry", "-k", "tinyCNN", "--lines", str(lines), "--results", str(tmp_path)]
+    text = benchmarks(*options, FASTSAM_COMMIT="abc")
+    assert [record.name for record in Results.read(lines).records] == ["tiny CNN, SGD, batch 2"]
     assert len(list(tmp_path.glob("*_abc.json"))) == 1
-    assert text.index("tiny, AdamW:") < text.index("FastSAM's benchmarks")
+    assert text.index("tiny CNN, SGD, batch 2:") < text.index("FastSAM's benchmarks")
     benchmarks(*options, "--until", str(time.time()))
-    assert Results.read(lines).not_measured == ["test_optimizer_part[tiny-AdamW]: there was no time left"]
+    assert Results.read(lines).not_measured == ["test_training_step[tinyCNN]: there was no time left"]
 
 
 # ---- what the README says ----
