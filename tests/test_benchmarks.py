@@ -617,7 +617,18 @@ def test_without_the_flag_everything_is_skipped_with_the_reason() -> None:
 
 def test_findings_are_written_as_they_come_and_what_comes_too_late_is_named(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
-    options = ["--benchmark", "--dry", "-k", "tinyCNN", "--lines", str(lines), "--results", str(tmp_path)]
+    options = [
+        "--benchmark",
+        "--dry",
+        "--threads",
+        "1",
+        "-k",
+        "tinyCNN",
+        "--lines",
+        str(lines),
+        "--results",
+        str(tmp_path),
+    ]
     text = benchmarks(*options, FASTSAM_COMMIT="abc")
     assert [record.name for record in Results.read(lines).records] == ["tiny CNN, SGD, batch 2"]
     assert len(list(tmp_path.glob("*_abc.json"))) == 1
