@@ -24,7 +24,7 @@ LIBRARY = WORK / "lib"
 CHECKERS = ("memcheck", "racecheck", "initcheck")
 
 # What has not run on this kind of device before comes first.
-FIRST_TESTS = ("test_triton_kernels.py", "test_backends.py", "test_oracle.py", "test_parity.py")
+FIRST_TESTS = ("test_triton_kernels.py", "test_backends.py", "properties/test_oracle.py", "contract/test_parity.py")
 # A dry run takes a few tests of every backend.
 DRY_TESTS = "test_groups_climb_each_their_way or test_restore_touches_only_who_climbed"
 OPTIONAL_MODULES = ("hypothesis", "sklearn", "matplotlib", "tqdm")
@@ -78,7 +78,7 @@ def _tests(dry: bool) -> Stage:
 
 
 def _files() -> list[str]:
-    found = {path.name for path in TESTS.glob("test_*.py")} - _needing_what_is_absent()
+    found = {str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py")} - _needing_what_is_absent()
     ordered = [*(name for name in FIRST_TESTS if name in found), *sorted(found.difference(FIRST_TESTS))]
     return [str(TESTS / name) for name in ordered]
 
@@ -89,7 +89,7 @@ def _needing_what_is_absent() -> set[str]:
     if not absent:
         return set()
     imports = re.compile(rf"^(from|import) ({'|'.join(absent)})\b", re.MULTILINE)
-    return {path.name for path in TESTS.glob("test_*.py") if imports.search(path.read_text())}
+    return {str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py") if imports.search(path.read_text())}
 
 
 def _checks(dry: bool) -> list[Stage]:
