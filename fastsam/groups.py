@@ -45,7 +45,7 @@ def with_defaults(group: Any, own: Mapping[str, Any], base: type[Optimizer]) -> 
             f"params must be an iterable of tensors, (name, tensor) pairs or dicts, got {type(params).__name__}"
         )
     if isinstance(params, set):
-        raise TypeError("params must be ordered, so that every run has the same order, got a set; use a list")
+        raise TypeError("params must be in an order that is the same in every run, got a set; use a list")
     params = [params] if isinstance(params, Tensor) else list(params)
     _refuse_other_bases(group, base)
     whole = {**own, **group, "params": params}

@@ -53,7 +53,7 @@ def check_precision(group: Mapping[str, Any], base: type, *, fused: bool) -> Non
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"rounding_seed must be an int or None, got {seed!r}")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"rounding_seed must be in [0, 2**32), got {seed}")
+        raise ValueError(f"rounding_seed must be in 0 ... 2**32 - 1, got {seed}")
     if not isinstance(masters, bool):
         raise TypeError(f"master_weights must be True or False, got {masters!r}")
     if fused:
