@@ -65,7 +65,7 @@ FASTSAM_HOST_DEVICE T times(T factor, T value) {
 
 // base^exponent for a base >= 0 that a float can be, to 1e-12 of it: what the loops over pow() cannot have, vectors.
 // 2^(exponent * log2(base)), with base = m * 2^k and m in [sqrt(1/2), sqrt(2)); 0 counts as 2^-1023.
-FASTSAM_HOST_DEVICE double vector_power(double base, double exponent) {
+FASTSAM_HOST_DEVICE_CALL double vector_power(double base, double exponent) {
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kBias = uint64_t{1024} << 52, kTwoTo52 = 0x4330000000000000;
   constexpr double kLn2 = 0.6931471805599453, kRounding = 0x1.8p52;
   const auto bits = c10::bit_cast<uint64_t>(base);
