@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import assert_same_bits, values
-from test_rounding import GOLDEN, LOW
+from golden import GOLDEN, LOW
 
 from fastsam import FastSAM
 from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions, device_table, load

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastsam import FastSAM
-from fastsam.tables.state import StateNames
 from fastsam.precision import Precision
-from fastsam.tables import BACKUP, CHUNK_OVERHEAD, GRAD, MASTER, PARAM, STATE, Member, TensorTable
+from fastsam.spec import Row, StateNames
+from fastsam.tables import Member, TensorTable, Wanted
+from fastsam.tables.table import CHUNK_OVERHEAD
 
 
 def make_table(params, groups=None, precision=Precision()):  # noqa: B008
@@ -55,12 +56,12 @@ def test_addresses_and_sizes():
     params.append(torch.zeros(3, dtype=torch.complex64))
     table = make_table(params, groups=[0, 0, 1, 1, 1, 0])
     assert table.tensors.tolist() == [[12, 1, 0, 5, 3, 6], [0, 0, 1, 1, 1, 0]]
-    addresses = table.addresses[PARAM].tolist()
+    addresses = table.addresses[Row.PARAM].tolist()
     for i in (0, 1, 3, 5):
         assert addresses[i] == params[i].data_ptr()
     assert addresses[4] not in (0, params[4].data_ptr()), "a parameter with gaps is reached through scratch"
     assert addresses[2] != 0, "empty is not absent"
-    assert not table.addresses[GRAD:].any()
+    assert not table.addresses[Row.GRAD :].any()
 
 
 def test_rows_follow_gradients_backups_and_state():
@@ -69,19 +70,20 @@ def test_rows_follow_gradients_backups_and_state():
     params[0].grad, params[2].grad = torch.ones(3), torch.ones(5)
     assert table.read_grads()
     assert table.present == [0, 2]
-    assert table.addresses[GRAD].tolist() == [params[0].grad.data_ptr(), 0, params[2].grad.data_ptr()]
-    table.begin_climb([True, False])
-    assert table.climbing == [0]
-    assert [address != 0 for address in table.addresses[BACKUP].tolist()] == [True, False, False]
-    names = [StateNames(("momentum_buffer",), None), StateNames()]
-    state = {}
-    prepared = table.prepare_state(state, names)
-    assert state == {}, "nothing is changed yet"
+    assert table.addresses[Row.GRAD].tolist() == [params[0].grad.data_ptr(), 0, params[2].grad.data_ptr()]
+    table.choose_perturbed([True, False], table.present)
+    assert table.perturbed == [0]
+    assert [address != 0 for address in table.addresses[Row.BACKUP].tolist()] == [True, False, False]
+    wanted = Wanted([StateNames(("momentum_buffer",), None), StateNames()], moments=table.present)
     state = {p: {} for p in params}
-    table.publish_state(state, prepared)
+    assert table.slots.bind(table, state, wanted)
+    assert not any(state.values()), "nothing is published yet"
+    table.slots.publish(table, state, wanted)
+    table.slots.note(table, state, wanted)
     assert [list(state[p]) for p in params] == [["momentum_buffer"], [], []]
-    assert table.addresses[STATE].tolist() == [state[params[0]]["momentum_buffer"].data_ptr(), 0, 0]
-    assert not table.addresses[STATE + 1 :].any()
+    assert table.addresses[Row.STATE].tolist() == [state[params[0]]["momentum_buffer"].data_ptr(), 0, 0]
+    assert not table.addresses[Row.STATE_1 :].any()
+    assert not table.slots.bind(table, state, wanted), "the steady state"
     assert table.written == [0, 2]
 
 
@@ -539,14 +541,14 @@ def test_neighbours_in_one_buffer(backend, device, dtype, base, options):
     assert all(not torch.equal(p.detach(), w) for p, w in zip(params, originals, strict=True))
 
 
-def test_a_climb_with_gaps_in_memory(backend, device):
+def test_an_ascent_with_gaps_in_memory(backend, device):
     canaries = Canaries()
     param = canaries.around(values((5, 6), torch.float64, device), strides=(17, 2)).requires_grad_()
     w, g = param.detach().clone(), values((5, 6), torch.float64, device, 1)
     optimizer = FastSAM([param], rho=0.5, lr=0.1, adaptive=True, backend=backend)
     param.grad = g.clone()
     optimizer.first_step()
-    assert_within(param.detach(), oracle.climbed(w, g, oracle.norm([w], [g], [True]), 0.5, True), w)
+    assert_within(param.detach(), oracle.perturbed(w, g, oracle.norm([w], [g], [True]), 0.5, True), w)
     second = values((5, 6), torch.float64, device, 2)
     param.grad = second.clone()
     optimizer.second_step()
@@ -565,9 +567,9 @@ def test_nothing_is_rebuilt_or_moved(backend, base, options):
     grads = [[values(p.shape, p.dtype, seed=i + 10 * s) for i, p in enumerate(params)] for s in range(2)]
 
     def addresses():
-        tables = list(optimizer._tables)
+        tables = list(optimizer._engine.tables)
         state = [t for entries in optimizer.state.values() for t in entries.values()]
-        backups = [b for table in tables for b in table.backups]
+        backups = [b for table in tables for b in table.backups if b is not None]
         memory = [t.data_ptr() for t in (*params, *state, *backups)]
         rows = [table.addresses.data_ptr() for table in tables]
         return list(map(id, tables)), memory, rows
@@ -630,7 +632,7 @@ def test_state_is_born_late(backend, base, options):
 
 
 def test_pytorch_sees_the_writes(backend, device):
-    """Version counters move with every climb, restore and update: autograd then refuses a graph over old values."""
+    """Version counters move with every ascent, restore and update: autograd then refuses a graph over old values."""
     canaries = Canaries()
     with_gaps = canaries.around(values((3, 4), torch.float32, device), strides=(9, 2))
     params = [values((30,), torch.float32, device).requires_grad_(), with_gaps.requires_grad_()]
@@ -676,7 +678,7 @@ def test_tables_are_cut_by_precision():
     for p in (p for group in groups for p in group["params"]):
         p.grad = torch.ones_like(p)
     optimizer.first_step()
-    tables = {(t.dtype, t.stochastic, t.has_masters): t.positions for t in optimizer._tables}
+    tables = {(t.dtype, t.stochastic, t.has_masters): t.positions for t in optimizer._engine.tables}
     assert tables == {
         (torch.bfloat16, False, False): [0, 1],
         (torch.bfloat16, True, False): [2, 6],
@@ -693,16 +695,19 @@ def test_masters_are_backups_and_get_into_the_state_with_the_update():
         p.grad = torch.ones_like(p)
     state, names = {}, [StateNames(("momentum_buffer",))] * 2
     table.read_grads()
-    table.begin_climb([True, False], state, names)
+    table.choose_perturbed([True, False], table.present)
+    table.slots.bind(table, state, Wanted(names, masters=table.perturbed))
     assert state == {}
     assert table.masters[1] is None
     assert_same_bits(table.masters[0], params[0].detach().float())
     assert table.masters[0].stride() == params[0].stride()
-    assert table.addresses[BACKUP].tolist() == table.addresses[MASTER].tolist() == [table.masters[0].data_ptr(), 0]
+    assert table.addresses[Row.BACKUP].tolist() == table.addresses[Row.MASTER].tolist() == [table.masters[0].data_ptr(), 0]
     state |= {p: {} for p in params}
-    table.publish_state(state, table.prepare_state(state, names))
+    wanted = Wanted(names, masters=table.perturbed, moments=table.present)
+    table.slots.bind(table, state, wanted)
+    table.slots.publish(table, state, wanted)
     for p, master, buffer in zip(params, table.masters, table.state[0], strict=True):
         assert state[p]["fastsam_master"].data_ptr() == master.data_ptr()
         assert buffer.dtype == torch.float32
-    assert table.addresses[MASTER].tolist() == [m.data_ptr() for m in table.masters]
-    assert table.addresses[BACKUP].tolist() == [table.masters[0].data_ptr(), 0], "the other has not climbed"
+    assert table.addresses[Row.MASTER].tolist() == [m.data_ptr() for m in table.masters]
+    assert table.addresses[Row.BACKUP].tolist() == [table.masters[0].data_ptr(), 0], "the other was not perturbed"

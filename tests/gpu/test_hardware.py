@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from checks import DTYPE_IDS, DTYPES, assert_same_bits, assert_within, values
-from test_backends import Scene, assert_whole_step
+from scene import Scene, assert_whole_step
 
 from fastsam import FastSAM
 from fastsam.backends import load

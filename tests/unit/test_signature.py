@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsam import fingerprint
+from fastsam.tables import signature as fingerprint
 from fastsam.tables.signature import describe
 
 
