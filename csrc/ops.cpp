@@ -161,11 +161,10 @@ void restore_and_update_cpu(Tensor addresses, Tensor tensors, Tensor chunks, int
   std::optional<cpu::Descent> descent;
   if (coefficients.has_value()) {
     if (y != kNone) check_row(y);
-    // Without a fused update, that is where the decoupled part is left for its caller.
-    const bool needs_first_grad = decoupled && algorithm == Update::kNone;
-    check_present(table, kFirstGrad, "first gradient", [&](int64_t i) {
-      return needs_first_grad && (y == kNone || table.has(y, i)) && (!keeps || table.has(kMethodState, i));
-    });
+    // Without a fused update, the decoupled part is left there for the caller.
+    const bool leaves_part = decoupled && algorithm == Update::kNone && !keeps;
+    check_present(table, kFirstGrad, "first gradient",
+                  [&](int64_t i) { return leaves_part && (y == kNone || table.has(y, i)); });
     descent = {read_coefficients<DescentCoefficients>(*coefficients, table), y, keeps, decoupled};
   }
   const double inv_scale = 1.0 / read_scalar(grad_scale, 1.0, "grad_scale");

@@ -120,7 +120,9 @@ def perturb_kernel(
     OPMATH: tl.constexpr,
     FIELDS: tl.constexpr,
     X: tl.constexpr,
+    X_DTYPE: tl.constexpr,
     Y: tl.constexpr,
+    Y_DTYPE: tl.constexpr,
     MAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -139,7 +141,9 @@ def perturb_kernel(
         OPMATH: of the arithmetic.
         FIELDS: options per group.
         X: the row of x.
+        X_DTYPE: of x: ``DTYPE`` or ``KEPT``.
         Y: the row of y, NONE, or PERTURBATION: the backup is only read.
+        Y_DTYPE: of y, in the same way.
         MAP: of x.
         BLOCK: elements that are walked at a time.
     """
@@ -147,16 +151,16 @@ def perturb_kernel(
     tensor, start, length, group = read_chunk(chunks_ptr, tl.num_programs(0) - 1 - tl.program_id(0))
     param = element_address(addresses_ptr, PARAM, tensor, tensor_count, start, DTYPE)
     backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, KEPT)
-    x = element_address(addresses_ptr, X, tensor, tensor_count, start, DTYPE)
-    # What has no x stays; what has no y has a B of 0.
+    x = element_address(addresses_ptr, X, tensor, tensor_count, start, X_DTYPE)
+    # What has no x stays; what has no y has a B of 0. Memory of their dtype is read in their place.
     is_moved = x != 0
-    x = tl.where(is_moved, x, param)
+    x = tl.where(is_moved, x, param if X_DTYPE == DTYPE else backup)
     has_y = Y == PERTURBATION
     y = tl.zeros_like(x)
     if Y >= 0:
-        y = element_address(addresses_ptr, Y, tensor, tensor_count, start, DTYPE)
+        y = element_address(addresses_ptr, Y, tensor, tensor_count, start, Y_DTYPE)
         has_y = y != 0
-        y = tl.where(has_y, y, x)
+        y = tl.where(has_y, y, param if Y_DTYPE == DTYPE else backup)
     if backup != 0:
         stream = ()
         if positions_ptr is not None:
@@ -164,7 +168,7 @@ def perturb_kernel(
             step = read_step(addresses_ptr, tensor, tensor_count)
             stream = random_stream(seed, tl.load(positions_ptr + tensor), step, start)
         addresses = param, backup, x, y
-        dtypes: tl.constexpr = (DTYPE, KEPT, DTYPE, DTYPE)
+        dtypes: tl.constexpr = (DTYPE, KEPT, X_DTYPE, Y_DTYPE)
         if norm_ptr is not None:
             rho, maximize = read_option(options_ptr, group * FIELDS), read_number(options_ptr, group * FIELDS + 2)
             a = _scale_by_norm(tl.load(norm_ptr), rho, maximize).to(OPMATH)

@@ -6,7 +6,7 @@ Programs write partial sums; the last program to finish adds them up, so that ea
 import triton
 import triton.language as tl
 
-from .maths import mapped
+from .maths import ADAPTIVE, mapped
 from .perturb import COLUMNS, NONE, PERTURBATION, SCALE, TERM
 from .rounding import widened
 from .walk import (
@@ -141,7 +141,7 @@ def _product_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexp
     Y: tl.constexpr = CONSTANTS[1]
     MAP: tl.constexpr = CONSTANTS[2]
     x = widened(_loaded(x_ptr, at, mask), tl.float64)
-    param = _loaded(param_ptr, at, mask)
+    param = _loaded(param_ptr, at, mask) if MAP == ADAPTIVE or Y == PERTURBATION else x
     squares = sums[0] + mapped(x, widened(param, tl.float64), scale, term, MAP) * x
     if Y == NONE:
         return squares, sums[1], sums[2]
@@ -179,7 +179,9 @@ def dots_kernel(
     KEPT: tl.constexpr,
     OPMATH: tl.constexpr,
     X: tl.constexpr,
+    X_DTYPE: tl.constexpr,
     Y: tl.constexpr,
+    Y_DTYPE: tl.constexpr,
     MAP: tl.constexpr,
     ASCENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -199,7 +201,9 @@ def dots_kernel(
         KEPT: float32 where there are masters, else ``DTYPE``: what backups are in.
         OPMATH: of the arithmetic.
         X: the row of x.
+        X_DTYPE: of x: ``DTYPE`` or ``KEPT``.
         Y: the row of y, NONE or PERTURBATION.
+        Y_DTYPE: of y, in the same way.
         MAP: of x.
         ASCENT: of what is perturbed and has x, with y or not; else of what has x and y.
         BLOCK: elements that are walked at a time.
@@ -208,10 +212,10 @@ def dots_kernel(
     tensor, start, length, _ = read_chunk(chunks_ptr, chunk)
     param = element_address(addresses_ptr, PARAM, tensor, tensor_count, start, DTYPE)
     backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, KEPT)
-    x = element_address(addresses_ptr, X, tensor, tensor_count, start, DTYPE)
+    x = element_address(addresses_ptr, X, tensor, tensor_count, start, X_DTYPE)
     y = x
     if Y >= 0:
-        y = element_address(addresses_ptr, Y, tensor, tensor_count, start, DTYPE)
+        y = element_address(addresses_ptr, Y, tensor, tensor_count, start, Y_DTYPE)
     takes_part = (x != 0) & (backup != 0) if ASCENT else (x != 0) & (y != 0)
     has_y = (y != 0) & takes_part
     scale = tl.full((), 0.0, tl.float64)
@@ -222,14 +226,14 @@ def dots_kernel(
     # Only the tensors that the form reads must be aligned.
     addresses = (
         x,
-        tl.where(has_y, y, x),
-        param if MAP != 0 or Y == PERTURBATION else x,
+        tl.where(has_y, y, param if Y_DTYPE == DTYPE else backup) if Y >= 0 else tl.zeros_like(x),
+        param if MAP == ADAPTIVE or Y == PERTURBATION else tl.zeros_like(x),
         backup if Y == PERTURBATION else tl.zeros_like(x),
     )
     square, product, other = walk(
         _product_element,
         addresses,
-        (DTYPE, DTYPE, DTYPE, KEPT),
+        (X_DTYPE, Y_DTYPE, DTYPE, KEPT),
         (scale, term),
         (OPMATH, Y, MAP),
         tl.where(takes_part, length, 0),

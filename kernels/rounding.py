@@ -52,7 +52,7 @@ def rounded(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def stored(value, DTYPE: tl.constexpr, stream, DRAW: tl.constexpr, at):
-    """``value`` as it is stored, rounded with the numbers of ``DRAW``, for the elements ``at`` of the stream's chunk."""
+    """``value`` as it is stored: rounded by the numbers of ``DRAW`` for the elements ``at`` of the stream's chunk."""
     if len(stream) == 0:
         return rounded(value, DTYPE)
     else:
@@ -91,7 +91,7 @@ def _mixed(bits):
 
 @triton.jit
 def is_rounding(param, master):
-    """Where a parameter is what its float32 master rounds to, bit for bit; elsewhere the parameter was written since."""
+    """Where a parameter is what its float32 master rounds to, bit for bit; elsewhere it was written since."""
     return rounded(master, param.dtype).to(tl.int16, bitcast=True) == param.to(tl.int16, bitcast=True)
 
 

@@ -232,7 +232,7 @@ def _update_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr
         param, state = _adam(param, grad, state, options, SLOTS == 3)
     if DECOUPLED:
         param -= times(coefficients[5], x) + times(coefficients[6], y)
-    if KEEPS:
+    if KEEPS:  # noqa: SIM102 (compile time, then run time)
         if takes_part:
             _update_method_state(first_ptr, method_state_ptr, at, x, coefficients, stream, mask)
     _store_state(pointers[6:], at, state, stream, mask, SLOTS)
@@ -318,6 +318,7 @@ def restore_and_update_kernel(
     UPDATE: tl.constexpr,
     MOMENTS: tl.constexpr,
     Y: tl.constexpr,
+    Y_DTYPE: tl.constexpr,
     KEEPS: tl.constexpr,
     DECOUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -344,6 +345,7 @@ def restore_and_update_kernel(
         UPDATE: which base update.
         MOMENTS: the most state slots that it has.
         Y: the row of y, or NONE.
+        Y_DTYPE: of y: ``DTYPE`` or ``KEPT``.
         KEEPS: whether the method keeps state.
         DECOUPLED: whether ``w`` also moves past the base update.
         BLOCK: elements that are walked at a time.
@@ -355,7 +357,7 @@ def restore_and_update_kernel(
     absent = tl.zeros_like(param)
     y, first, method_state, takes_part = absent, absent, absent, grad != 0
     if Y != NONE:
-        y = element_address(addresses_ptr, Y, tensor, tensor_count, start, DTYPE)
+        y = element_address(addresses_ptr, Y, tensor, tensor_count, start, Y_DTYPE)
         takes_part &= y != 0
     if KEEPS:
         first = element_address(addresses_ptr, FIRST_GRAD, tensor, tensor_count, start, DTYPE)
@@ -369,10 +371,10 @@ def restore_and_update_kernel(
     if UPDATE == NO_UPDATE:
         if backup != 0:
             walk(_restore_element, (param, backup), (DTYPE, KEPT), (), (), length, 0, BLOCK)
-        if coefficients_ptr is not None:
+        if coefficients_ptr is not None:  # noqa: SIM102
             if takes_part:
                 addresses = grad, y, first, method_state
-                dtypes: tl.constexpr = (DTYPE, DTYPE, DTYPE, KEPT)
+                dtypes: tl.constexpr = (DTYPE, Y_DTYPE, DTYPE, KEPT)
                 walk(_prepare_element, addresses, dtypes, coefficients, (Y, KEEPS, DECOUPLED), length, 0, BLOCK)
     else:
         is_committed = tl.load(found_inf_ptr) == 0
@@ -393,10 +395,12 @@ def restore_and_update_kernel(
             if KEEPS:
                 method_state = tl.where(takes_part, method_state, 0)
                 first = tl.where(takes_part, first, 0)
-            y = tl.where(takes_part, y, grad) if Y != NONE else absent
+            if Y != NONE:
+                # Memory of its dtype, where there is none.
+                y = tl.where(takes_part, y, grad if Y_DTYPE == DTYPE else source)
             moments = _moment_addresses(addresses_ptr, tensor, tensor_count, start, KEPT, MOMENTS)
             addresses = (param, source, grad, y, first, method_state) + moments  # noqa: RUF005 (Triton has no unpacking)
-            dtypes: tl.constexpr = (DTYPE, KEPT, DTYPE, DTYPE, DTYPE, KEPT, KEPT, KEPT, KEPT)
+            dtypes: tl.constexpr = (DTYPE, KEPT, DTYPE, Y_DTYPE, DTYPE, KEPT, KEPT, KEPT, KEPT)
             arguments = options, (backup != 0).to(tl.int32), stream, coefficients, takes_part
             # Without its last moment: plain SGD, or Adam without amsgrad.
             if moments[MOMENTS - 1] != 0:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from checks import assert_same_bits
 
+from fastsam.spec import NONE, PERTURBATION, ROWS, Map, Row, Update
+
 # The fixtures of conftest.py, for this backend alone.
 pytestmark = [
     pytest.mark.parametrize("device", ["cpu"], indirect=True),
@@ -11,12 +13,70 @@ pytestmark = [
     pytest.mark.usefixtures("backend"),
 ]
 
-OPERATORS = ("grad_norm_", "perturb_", "restore_", "restore_and_sgd_", "restore_and_adam_")
-UPDATES = OPERATORS[3:]
 CHUNK = 64
+MODES = ("nearest", "stochastic", "masters", "stochastic masters")
+
+# The arguments behind the table, of every use of an operator.
+OPERATORS = {
+    "norm": "grad_norm_",
+    "dots": "dots_",
+    "dots of a descent": "dots_",
+    "perturb": "perturb_",
+    "perturb by a form": "perturb_",
+    "restore": "restore_",
+    "sgd": "restore_and_update_",
+    "adam": "restore_and_update_",
+    "sgd by a form": "restore_and_update_",
+    "no update": "restore_and_update_",
+}
+REDUCTIONS = ("norm", "dots", "dots of a descent")
+FORMS = ("dots", "dots of a descent", "perturb by a form", "sgd by a form", "no update")
+PERTURBS = ("perturb", "perturb by a form")
+ONE_OF_EACH = ("norm", "dots", "perturb", "restore", "sgd")
+UPDATES = ("sgd", "adam", "sgd by a form", "no update")
+FUSED = UPDATES[:3]
+OPTIONS_OF = ("norm", *PERTURBS, *FUSED)
 
 
-PARAM, GRAD, BACKUP, STATE, MASTER = 0, 1, 2, 3, 6
+def doubles(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def specific_arguments(use):
+    """What the operator takes besides the table, all of it correct."""
+    ascent = doubles((0.1, 0.0, 0.0, 7.0), (0.2, 1.0, 0.0, 2.0**32 - 1))
+    sgd = doubles((0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 7.0)).repeat(2, 1)
+    adam = doubles((0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, 1.0, 0.0, 7.0)).repeat(2, 1)
+    ascent_by = doubles((0.5, 0.25, 1.0, 0.5)).repeat(2, 1)
+    descent = doubles((0.5, 0.25, 0.5, 0.25, 0.5, 0.125, 0.25)).repeat(2, 1)
+    if use == "norm":
+        outputs = {"partials": torch.full((3,), 7.0).double(), "norm": torch.tensor(7.0).double()}
+        return {"options": ascent, **outputs, "finished": None, "first": True, "last": True}
+    if use in REDUCTIONS:
+        is_ascent = use == "dots"
+        form = {"coefficients": ascent_by, "x": Row.GRAD, "y": Row.FIRST_GRAD, "map": Map.IDENTITY, "ascent": is_ascent}
+        outputs = {"partials": torch.full((3, 3), 7.0).double(), "result": torch.full((2, 3), 7.0).double()}
+        return {**form, **outputs, "finished": None}
+    if use == "perturb":
+        norm = torch.tensor(2.0, dtype=torch.float64)
+        return {"options": ascent, "norm": norm, "coefficients": None, "x": Row.GRAD, "y": NONE, "map": Map.IDENTITY}
+    if use == "perturb by a form":
+        form = {"x": Row.GRAD, "y": Row.METHOD_STATE, "map": Map.ADAPTIVE}
+        return {"options": ascent, "norm": None, "coefficients": ascent_by, **form}
+    if use == "restore":
+        return {}
+    by_form = use in FORMS
+    return {
+        "update": {"adam": Update.ADAM, "no update": Update.NONE}.get(use, Update.SGD),
+        "options": {"adam": adam, "no update": sgd[:0]}.get(use, sgd),
+        "grad_scale": torch.tensor(2.0),
+        "found_inf": torch.tensor(0.0),
+        "finished": None,
+        "coefficients": descent if by_form else None,
+        "y": Row.FIRST_GRAD if by_form else NONE,
+        "keeps": by_form,
+        "decoupled": by_form,
+    }
 
 
 class Call:
@@ -25,20 +85,18 @@ class Call:
     ``mode``: "nearest" in float32; "stochastic", "masters" or "stochastic masters" in bfloat16.
     """
 
-    def __init__(self, name, mode="nearest"):
-        self.name = name
+    def __init__(self, use, mode="nearest"):
+        self.name = OPERATORS[use]
         generator = torch.Generator().manual_seed(1)
         sizes = (100, 40)
         low, masters = torch.float32 if mode == "nearest" else torch.bfloat16, "masters" in mode
-        kept = torch.float32 if masters else low
-        dtypes = [low, low, kept, kept, kept, kept, torch.float32, low, low]
+        state = torch.float32 if masters else low
+        dtypes = [low if row in (Row.PARAM, Row.GRAD, Row.FIRST_GRAD, Row.DIRECTION) else state for row in Row]
+        dtypes[Row.MASTER] = dtypes[Row.STEP] = torch.float32
         self.memory = [[torch.rand(s, generator=generator).add_(1).to(dtype) for s in sizes] for dtype in dtypes]
+        self.memory[Row.STEP] = [torch.zeros(()), torch.ones(())]
         if masters:
-            self.memory[BACKUP] = self.memory[MASTER]
-        climb = [[0.1, 0.0, 0.0, 7.0], [0.2, 1.0, 0.0, 2.0**32 - 1]]
-        sgd = [[0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 7.0]] * 2
-        adam = [[0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, 1.0, 0.0, 7.0]] * 2
-        numbers = {"restore_and_sgd_": sgd, "restore_and_adam_": adam}.get(name, climb)
+            self.memory[Row.BACKUP] = self.memory[Row.MASTER]
         self.arguments = {
             "addresses": torch.tensor([[t.data_ptr() for t in row] for row in self.memory]),
             "tensors": torch.tensor([sizes, (0, 1)]),
@@ -48,43 +106,25 @@ class Call:
             "device_addresses": None,
             "positions": torch.tensor([5, -(2**40)]) if "stochastic" in mode else None,
             "masters": masters,
+            **specific_arguments(use),
         }
-        if name != "restore_":
-            self.arguments["options"] = torch.tensor(numbers, dtype=torch.float64)
-        if name == "grad_norm_":
-            self.arguments |= {
-                "partials": torch.full((3,), 7.0, dtype=torch.float64),
-                "norm": torch.tensor(7.0, dtype=torch.float64),
-                "finished": None,
-                "first": True,
-                "last": True,
-            }
-        if name == "perturb_":
-            self.arguments["norm"] = torch.tensor(2.0, dtype=torch.float64)
-            self.arguments["steps"] = torch.zeros(2) if "stochastic" in mode else None
-        if name in UPDATES:
-            self.arguments |= {"steps": torch.zeros(2), "grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
-            self.arguments["finished"] = None
 
     def run(self):
         getattr(torch.ops.fastsam, self.name)(*self.arguments.values())
 
     def everything(self):
         """Copies of all that the operator could write to."""
-        written = [self.arguments.get(name) for name in ("partials", "norm", "steps")]
+        written = [self.arguments.get(name) for name in ("partials", "norm", "result")]
         written = [t for t in written if t is not None and t.device.type == "cpu"]
         tensors = [t for row in self.memory for t in row] + written
         return [t.clone() for t in tensors]
 
 
-MODES = ("nearest", "stochastic", "masters", "stochastic masters")
-
-
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_a_correct_table_is_accepted(operator, mode):
+@pytest.mark.parametrize("use", OPERATORS)
+def test_a_correct_table_is_accepted(use, mode):
     """Else the refusals below would prove nothing."""
-    call = Call(operator, mode)
+    call = Call(use, mode)
     before = call.everything()
     call.run()
     after = call.everything()
@@ -112,8 +152,8 @@ def not_contiguous(tensor):
 TABLE = {
     "addresses of another dtype": replaced("addresses", torch.Tensor.int),
     "addresses not contiguous": replaced("addresses", lambda t: t.t().contiguous().t()),
-    "addresses of fewer roles": replaced("addresses", lambda t: t[:6]),
-    "addresses of more roles": replaced("addresses", lambda t: torch.cat([t, t[:1]])),
+    "addresses of fewer rows": replaced("addresses", lambda t: t[: ROWS - 1]),
+    "addresses of more rows": replaced("addresses", lambda t: torch.cat([t, t[:1]])),
     "addresses of fewer tensors": replaced("addresses", lambda t: t[:, :1].contiguous()),
     "addresses in one dimension": replaced("addresses", torch.Tensor.flatten),
     "tensors of another dtype": replaced("tensors", torch.Tensor.int),
@@ -167,24 +207,59 @@ PARTIALS = {
     "partials of another dtype": replaced("partials", torch.Tensor.float),
     "partials not contiguous": replaced("partials", not_contiguous),
 }
-STEPS = {
-    "steps of another dtype": replaced("steps", torch.Tensor.double),
-    "too few steps": replaced("steps", lambda t: t[:1]),
-    "too many steps": replaced("steps", lambda t: torch.cat([t, t])),
-    "steps not contiguous": replaced("steps", not_contiguous),
-    "steps elsewhere": replaced("steps", lambda t: t.to("meta")),
+RESULT = {
+    "too few results": replaced("result", lambda t: t[:1]),
+    "results of another dtype": replaced("result", torch.Tensor.float),
+    "results not contiguous": replaced("result", not_contiguous),
+    "results elsewhere": replaced("result", lambda t: t.to("meta")),
+}
+COEFFICIENTS = {
+    "coefficients of another dtype": replaced("coefficients", torch.Tensor.float),
+    "coefficients not contiguous": replaced("coefficients", not_contiguous),
+    "coefficients of fewer tensors": replaced("coefficients", lambda t: t[:1]),
+    "coefficients with a column less": replaced("coefficients", lambda t: t[:, :-1].contiguous()),
+    "coefficients with a column more": replaced("coefficients", lambda t: torch.cat([t, t[:, :1]], 1)),
+    "coefficients in one dimension": replaced("coefficients", torch.Tensor.flatten),
+    "coefficients elsewhere": replaced("coefficients", lambda t: t.to("meta")),
+}
+Y = {
+    "a y that is a step": replaced("y", lambda _: Row.STEP),
+    "a y behind the rows": replaced("y", lambda _: ROWS),
+    "a y before the rows": replaced("y", lambda _: PERTURBATION - 1),
+}
+X_AND_MAP = {
+    "an x that is a step": replaced("x", lambda _: Row.STEP),
+    "an x behind the rows": replaced("x", lambda _: ROWS),
+    "no x": replaced("x", lambda _: NONE),
+    "an unknown map": replaced("map", lambda _: len(Map)),
+    "a negative map": replaced("map", lambda _: -1),
+}
+NO_PERTURBATION = {"a y that is the perturbation": replaced("y", lambda _: PERTURBATION)}
+NORM_AND_FORM = {
+    "neither norm nor coefficients": replaced("norm", lambda _: None),
+    "norm and coefficients": replaced("coefficients", lambda _: doubles((0.5, 0.25, 1.0, 0.5)).repeat(2, 1)),
+    "a norm of another x": replaced("x", lambda _: Row.DIRECTION),
+    "a norm with a y": replaced("y", lambda _: Row.PARAM),
+    "a norm with a map": replaced("map", lambda _: Map.POWER),
+}
+SCALARS = {
     "grad_scale of another dtype": replaced("grad_scale", torch.Tensor.double),
     "grad_scale of two elements": replaced("grad_scale", lambda t: torch.stack([t, t])),
     "found_inf of another dtype": replaced("found_inf", torch.Tensor.int),
     "found_inf of two elements": replaced("found_inf", lambda t: torch.stack([t, t])),
     "found_inf elsewhere": replaced("found_inf", lambda t: t.to("meta")),
-    "no first moment": at("addresses", (STATE, 1), 0),
+    "an unknown update": replaced("update", lambda _: len(Update)),
+    "a negative update": replaced("update", lambda _: -1),
+}
+STATE = {
+    "no first moment": at("addresses", (Row.STATE, 1), 0),
+    "a step between two floats": at("addresses", (Row.STEP, 0), 1),
 }
 MOMENTS = {
-    "no second moment": at("addresses", (STATE + 1, 0), 0),
-    "no largest second moment": at("addresses", (STATE + 2, 1), 0),
+    "no second moment": at("addresses", (Row.STATE_1, 0), 0),
+    "no largest second moment": at("addresses", (Row.STATE_2, 1), 0),
+    "no step": at("addresses", (Row.STEP, 1), 0),
 }
-
 STOCHASTIC = {
     "positions of another dtype": replaced("positions", torch.Tensor.int),
     "too few positions": replaced("positions", lambda t: t[:1]),
@@ -194,42 +269,56 @@ STOCHASTIC = {
     "nothing to round in float32": replaced("dtype", lambda _: torch.float32),
     "nothing to round in float64": replaced("dtype", lambda _: torch.float64),
 }
-STOCHASTIC_CLIMB = {
-    "no steps": replaced("steps", lambda _: None),
-    **{name: change for name, change in STEPS.items() if "steps" in name},
-}
 MASTERS = {
-    "a backup that is not the master": at("addresses", (BACKUP, 1), 1 << 40),
-    "a backup of what has no master": at("addresses", (MASTER, 0), 0),
+    "a backup that is not the master": at("addresses", (Row.BACKUP, 1), 1 << 40),
+    "a backup of what has no master": at("addresses", (Row.MASTER, 0), 0),
     "no masters in float32": replaced("dtype", lambda _: torch.float32),
 }
 
 
 def without_master(arguments):
-    arguments["addresses"][[BACKUP, MASTER], 1] = 0
+    arguments["addresses"][[Row.BACKUP, Row.MASTER], 1] = 0
 
 
-CASES = [(operator, name, TABLE[name]) for operator in OPERATORS for name in TABLE]
-CASES += [(operator, name, OPTIONS[name]) for operator in OPERATORS if operator != "restore_" for name in OPTIONS]
-CASES += [(operator, name, NORM[name]) for operator in OPERATORS[:2] for name in NORM]
-CASES += [("grad_norm_", name, PARTIALS[name]) for name in PARTIALS]
-CASES += [(operator, name, STEPS[name]) for operator in UPDATES for name in STEPS]
-CASES += [("restore_and_adam_", name, MOMENTS[name]) for name in MOMENTS]
+def without_first_grad(arguments):
+    arguments["addresses"][Row.FIRST_GRAD, 1] = 0
+    arguments |= {"y": Row.METHOD_STATE, "keeps": False}
 
 
-CASES = [(operator, "nearest", name, spoil) for operator, name, spoil in CASES]
-for mode in ("stochastic", "stochastic masters"):
-    CASES += [(operator, mode, name, STOCHASTIC[name]) for operator in OPERATORS for name in STOCHASTIC]
-    CASES += [("perturb_", mode, name, STOCHASTIC_CLIMB[name]) for name in STOCHASTIC_CLIMB]
-CASES += [(operator, "masters", name, MASTERS[name]) for operator in OPERATORS for name in MASTERS]
-CASES += [(operator, "masters", "no master", without_master) for operator in UPDATES]
+def cases(uses, spoils, mode="nearest"):
+    return [(use, mode, name, spoil) for use in uses for name, spoil in spoils.items()]
+
+
+CASES = [
+    *cases(ONE_OF_EACH, TABLE),
+    *cases(OPTIONS_OF, OPTIONS),
+    *cases(("norm", "perturb"), NORM),
+    *cases(REDUCTIONS, PARTIALS),
+    *cases(REDUCTIONS[1:], RESULT),
+    *cases([use for use in FORMS if use != "dots of a descent"], COEFFICIENTS),
+    *cases(FORMS, Y),
+    *cases(("dots", "perturb by a form"), X_AND_MAP),
+    *cases(("dots of a descent", "sgd by a form", "no update"), NO_PERTURBATION),
+    *cases(["dots of a descent"], {"a map of a descent": replaced("map", lambda _: Map.POWER)}),
+    *cases(["perturb"], NORM_AND_FORM),
+    *cases(UPDATES, SCALARS),
+    *cases(FUSED, STATE),
+    *cases(["adam"], MOMENTS),
+    *cases(["no update"], {"nowhere to leave the decoupled part": without_first_grad}),
+    *cases((*PERTURBS, *FUSED), {"no step": MOMENTS["no step"]}, "stochastic"),
+    *cases(PERTURBS, {"no step": MOMENTS["no step"]}, "stochastic masters"),
+    *cases(ONE_OF_EACH, MASTERS, "masters"),
+    *cases(FUSED, {"no master": without_master}, "masters"),
+]
+for stochastic in ("stochastic", "stochastic masters"):
+    CASES += cases(ONE_OF_EACH, STOCHASTIC, stochastic)
 
 
 @pytest.mark.parametrize(
-    ("operator", "mode", "spoil"), [(o, m, spoil) for o, m, _, spoil in CASES], ids=["-".join(c[:3]) for c in CASES]
+    ("use", "mode", "spoil"), [(u, m, spoil) for u, m, _, spoil in CASES], ids=["-".join(c[:3]) for c in CASES]
 )
-def test_a_table_that_is_none_is_refused(operator, mode, spoil):
-    call = Call(operator, mode)
+def test_a_table_that_is_none_is_refused(use, mode, spoil):
+    call = Call(use, mode)
     spoil(call.arguments)
     before = call.everything()
     with pytest.raises((RuntimeError, NotImplementedError), match=r"fastsam"):
@@ -244,28 +333,51 @@ def test_messages_say_what_is_wrong():
         "chunks of size 0": "chunk_size must be positive",
         "addresses of another dtype": "addresses has the wrong dtype",
     }.items():
-        call = Call("restore_")
+        call = Call("restore")
         TABLE[name](call.arguments)
         with pytest.raises(RuntimeError, match=part):
             call.run()
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("operator", UPDATES)
-def test_what_is_not_needed_may_be_absent(operator, mode):
-    """A tensor without a gradient needs no state and, unless it climbed, no master; an empty one needs no address."""
-    call = Call(operator, mode)
-    call.arguments["addresses"][GRAD:, 1] = 0
+@pytest.mark.parametrize("use", UPDATES)
+def test_what_is_not_needed_may_be_absent(use, mode):
+    """A tensor without a gradient needs no state and, unless it is perturbed, no master; an empty one no address."""
+    call = Call(use, mode)
+    call.arguments["addresses"][Row.GRAD :, 1] = 0
     call.run()
-    call = Call(operator, mode)
+    call = Call(use, mode)
     call.arguments["tensors"][0, 1] = 0
     call.arguments["chunks"] = call.arguments["chunks"][:2]
-    call.arguments["addresses"][STATE:, 1] = 0
+    call.arguments["addresses"][Row.STATE :, 1] = 0
     call.run()
 
 
-def test_what_does_not_climb_needs_no_master():
-    call = Call("perturb_", "stochastic masters")
+@pytest.mark.parametrize("mode", ["nearest", "masters"])
+def test_sgd_needs_no_step(mode):
+    """Where nobody counts, it is not the first step: dampening has its share."""
+    call = Call("sgd", mode)
+    call.arguments["options"][:, 2] = 0.5
+    counted = Call("sgd", mode)
+    counted.arguments["options"][:, 2] = 0.5
+    counted.memory[Row.STEP][0].fill_(3)
+    call.arguments["addresses"][Row.STEP] = 0
+    call.run()
+    counted.run()
+    for row in set(Row) - {Row.STEP}:
+        assert_same_bits(call.memory[row], counted.memory[row])
+
+
+def test_an_empty_tensor_counts_its_steps():
+    call = Call("sgd")
+    call.arguments["tensors"][0, 1] = 0
+    call.arguments["chunks"] = call.arguments["chunks"][:2]
+    call.run()
+    assert call.memory[Row.STEP] == [1, 2]
+
+
+def test_what_is_not_perturbed_needs_no_master():
+    call = Call("perturb", "stochastic masters")
     before = call.everything()
     without_master(call.arguments)
     call.run()
@@ -274,7 +386,7 @@ def test_what_does_not_climb_needs_no_master():
 
 
 def test_a_table_without_chunks():
-    call = Call("grad_norm_")
+    call = Call("norm")
     call.arguments["chunks"] = torch.zeros(0, 3, dtype=torch.int64)
     call.arguments["partials"] = torch.zeros(0, dtype=torch.float64)
     call.run()

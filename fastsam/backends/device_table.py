@@ -5,21 +5,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from fastsam.tables import GRAD, ROWS, TAKEN, TensorTable
+from fastsam.spec import ROWS, TENSOR_OPTIONS, Row
+from fastsam.tables import TensorTable
 
-# Uploads that may be captured into CUDA graphs (three in a step) before a step outside a capture makes room for more.
-CAPTURED_UPLOADS = 12
+# Rows that may change from one captured step to the next: what they hold lives for one step.
+STEP_ROWS = (Row.GRAD, Row.FIRST_GRAD, Row.DIRECTION)
 
-# The most options that a group has: Adam's.
-_MAX_FIELDS = 9
-
-# The options that kernels read from a tensor on the device where there is one.
-TENSOR_OPTIONS = frozenset({"rho", "lr", "beta1", "beta2"})
+# Elements of a chunk, at most: the best of 4,096 to 65,536 on an H200. Larger ones leave more of it idle at the end.
+GPU_CHUNK_SIZE = 8192
 
 Options = Sequence[Any]
 """One NamedTuple per parameter group."""
@@ -27,10 +26,6 @@ Options = Sequence[Any]
 
 class DeviceTable:
     """The device's copies of one table, and the memory that operations on it need. Nothing here waits for the device.
-
-    Every upload goes through pinned memory of its own, which PyTorch's host allocator hands out again only when the
-    copy is done. A copy that is captured into a CUDA graph happens at each replay: it has a source and a target of its
-    own. What a graph reads is not written again and lives as long as the table.
 
     Args:
         table: the table.
@@ -40,10 +35,9 @@ class DeviceTable:
     Attributes:
         chunks: int64 ``(count, 4)``: tensor, first element, length, parameter group. There is a row, of length 0, even
             if no tensor has an element.
+        bounds: int64 ``(n + 1,)``: the first chunk of each tensor.
         positions: int64 ``(n,)``, the table's; None where nothing is rounded stochastically.
-        no_scale: float32, 1: the gradients' scale without a scaler.
-        no_overflow: float32, 0.
-        uploads: how many copies were sent up, for tests.
+        tensor_counters: int32 ``(n,)``, 0, for programs to count themselves by, to be used within :meth:`counting`.
     """
 
     def __init__(self, table: TensorTable, chunk_size: int, rows: Iterable[int] = range(ROWS)) -> None:
@@ -52,29 +46,30 @@ class DeviceTable:
         if is_capturing(self._device):
             refuse_capture("fastsam has not seen these parameters before")
         self._read_rows = tuple(rows)
-        cut = [
-            (i, start, min(chunk_size, value.numel() - start), table.groups[i])
-            for i, value in enumerate(table.values)
-            for start in range(0, value.numel(), chunk_size)
-        ]
-        self.chunks = torch.empty((max(len(cut), 1), 4), dtype=torch.int64, device=self._device)
-        self._finished = torch.zeros((), dtype=torch.int32, device=self._device)
+        self._uploads = Uploads(self._device)
+        count = len(table.params)
+        chunks, bounds = _cut(table, chunk_size)
+        positions = torch.tensor(table.positions if table.stochastic else [], dtype=torch.int64, device="cpu")
+        sent = self._uploads.send(torch.cat([chunks.flatten(), bounds, positions]))
+        self.chunks = sent[: chunks.numel()].view_as(chunks)
+        self.bounds = sent[chunks.numel() : chunks.numel() + count + 1]
+        self.positions = sent[-count:] if table.stochastic else None
+        self._counters = torch.zeros(1 + count, dtype=torch.int32, device=self._device)
+        self._finished, self.tensor_counters = self._counters[0], self._counters[1:]
         self._was_cut_off = False
-        self.no_scale = torch.ones((), dtype=torch.float32, device=self._device)
-        self.no_overflow = torch.zeros((), dtype=torch.float32, device=self._device)
-        self.uploads = 0
-        self._send(torch.tensor(cut or [(0, 0, 0, table.groups[0])], dtype=torch.int64), self.chunks)
-        self.positions: Tensor | None = None
-        if table.stochastic:
-            self.positions = torch.empty(len(table.positions), dtype=torch.int64, device=self._device)
-            self._send(torch.tensor(table.positions, dtype=torch.int64), self.positions)
         self._rows = torch.zeros(table.addresses.shape, dtype=torch.int64, device=self._device)
         self._versions = [-1] * ROWS
+        # What each address was when it was last not 0: a graph may read these.
+        self._known = torch.zeros_like(table.addresses)
+        self._plain: dict[str, tuple[list[Any], bytes]] = {}
         self._options: dict[str, tuple[bytes, Tensor]] = {}
         self._tensor_options: dict[tuple[str, int, str], Tensor] = {}
         self._converted: dict[tuple[str, int, str], Tensor] = {}
-        self._spare: list[Tensor] = []
-        self._captured: list[tuple[Any, ...]] = []
+
+    @property
+    def uploads(self) -> int:
+        """How many copies were sent up, for tests."""
+        return self._uploads.count
 
     @contextmanager
     def counting(self) -> Iterator[Tensor]:
@@ -84,7 +79,7 @@ class DeviceTable:
         """
         was_cut_off, self._was_cut_off = self._was_cut_off, True
         if was_cut_off:
-            self._finished.zero_()
+            self._counters.zero_()
         yield self._finished
         # What is captured has not happened yet.
         self._was_cut_off = was_cut_off and is_capturing(self._device)
@@ -93,59 +88,55 @@ class DeviceTable:
         """The addresses, int64 ``(ROWS, n)``, and the options, two words for each of ``(groups, fields)``.
 
         Raises:
-            RuntimeError: under capture, if anything but the gradients has changed since the last step outside.
+            RuntimeError: under capture, if parameters or state are at addresses that no step outside has seen.
         """
         words = self._pack(options)
         name = type(options[0]).__name__ if options else ""
         if is_capturing(self._device):
             return self._read_in_graph(table, name, words)
-        self._make_room_for_graphs(table)
+        self._uploads.make_room_for_graphs(table.addresses.numel())
         self._send_rows(table)
         return self._rows, self._send_options(name, words) if options else self._rows
+
+    # ---- addresses ----
 
     def _changed_rows(self, table: TensorTable) -> list[int]:
         return [row for row in self._read_rows if table.versions[row] != self._versions[row]]
 
     def _send_rows(self, table: TensorTable) -> None:
-        if changed := self._changed_rows(table):
-            if self._is_captured(self._rows):
-                self._rows = self._rows.clone()
-            sent = slice(changed[0], changed[-1] + 1)
-            self._send(table.addresses[sent], self._rows[sent])
-            self._versions = list(table.versions)
-
-    def _send_options(self, name: str, words: bytes) -> Tensor:
-        sent, copy = self._options.get(name, (b"", self._rows))
-        if sent != words:
-            numbers = torch.frombuffer(bytearray(words), dtype=torch.int64)
-            if len(sent) != len(words) or self._is_captured(copy):
-                copy = torch.empty(numbers.shape, dtype=torch.int64, device=self._device)
-            # Until the copy is sent, it may hold anything.
-            self._options.pop(name, None)
-            self._send(numbers, copy)
-            self._options[name] = words, copy
-        return copy
-
-    def _send(self, source: Tensor, target: Tensor) -> None:
-        if self._device.type != "cpu":
-            source = self._staging(source.shape).copy_(source)
-        target.copy_(source, non_blocking=True)
-        self.uploads += 1
-
-    def _staging(self, shape: Sequence[int]) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, pin_memory=self._device.type != "cpu")
+        changed = self._changed_rows(table)
+        if not changed:
+            return
+        if self._uploads.is_kept(self._rows):
+            self._rows = self._rows.clone()
+        sent = slice(changed[0], changed[-1] + 1)
+        self._uploads.write(table.addresses[sent], self._rows[sent])
+        if any(row not in STEP_ROWS for row in changed):
+            torch.where(table.addresses != 0, table.addresses, self._known, out=self._known)
+        self._versions = list(table.versions)
 
     # ---- options ----
 
     def _pack(self, options: Options) -> bytes:
         """A number and an address for each option. Tensors on the table's device are read there, when a kernel runs."""
+        if not options:
+            return b""
+        name, values = type(options[0]).__name__, [value for group in options for value in group]
+        known, words = self._plain.get(name, ([], b""))
+        # Numbers do not change: the same objects are the same numbers.
+        if len(known) == len(values) and all(map(is_, known, values)):
+            return words
         fields = [
             field
-            for group, values in enumerate(options)
-            for name, value in zip(values._fields, values, strict=True)
-            for field in self._entry(value, (type(values).__name__, group, name))
+            for group, entries in enumerate(options)
+            for key, value in zip(entries._fields, entries, strict=True)
+            for field in self._entry(value, (name, group, key))
         ]
-        return struct.pack("=" + "dq" * (len(fields) // 2), *fields)
+        words = struct.pack("=" + "dq" * (len(fields) // 2), *fields)
+        self._plain.pop(name, None)
+        if all(type(value) in (int, float, bool) for value in values):
+            self._plain[name] = values, words
+        return words
 
     def _entry(self, value: Any, key: tuple[str, int, str]) -> tuple[float, int]:
         on_the_host = value.device.type == "cpu" != self._device.type if isinstance(value, Tensor) else True
@@ -163,43 +154,119 @@ class DeviceTable:
             self._converted[key] = torch.empty((), dtype=torch.float64, device=self._device)
         return self._converted[key].copy_(value.reshape(()), non_blocking=True)
 
+    def _send_options(self, name: str, words: bytes) -> Tensor:
+        sent, copy = self._options.get(name, (b"", self._rows))
+        if sent == words:
+            return copy
+        numbers = _as_tensor(words)
+        # Until the copy is sent, it may hold anything.
+        self._options.pop(name, None)
+        if len(sent) != len(words) or self._uploads.is_kept(copy):
+            copy = self._uploads.send(numbers)
+        else:
+            self._uploads.write(numbers, copy)
+        self._options[name] = words, copy
+        return copy
+
     # ---- CUDA graphs ----
 
-    def _make_room_for_graphs(self, table: TensorTable) -> None:
-        if len(self._spare) < CAPTURED_UPLOADS:
-            size = table.addresses.numel() + 2 * _MAX_FIELDS * (max(table.groups) + 1)
-            self._spare += self._staging((CAPTURED_UPLOADS, size)).unbind()
-
-    def _is_captured(self, copy: Tensor) -> bool:
-        return any(copy is kept for entry in self._captured for kept in entry)
-
     def _read_in_graph(self, table: TensorTable, name: str, words: bytes) -> tuple[Tensor, Tensor]:
-        sent, copy = self._options.get(name, (b"", self._rows))
-        if self._changed_rows(table) or sent != words:
-            return self._send_in_graph(table, words)
-        # What is there is what the graph is to read, from now on for good.
-        self._keep_for_graphs(table, self._rows, copy)
-        return self._rows, copy
+        rows, (sent, options) = self._rows, self._options.get(name, (b"", self._rows))
+        if changed := self._changed_rows(table):
+            self._check_for_graph(table, changed)
+            rows = self._uploads.send_in_graph(table.addresses)
+        if words and sent != words:
+            options = self._uploads.send_in_graph(_as_tensor(words))
+        # What is read now is what the graph is to read, for good; with what the table may let go of.
+        state = [table.rows[row] for row in range(ROWS) if row not in STEP_ROWS]
+        self._uploads.keep(rows, options, state, tuple(self._tensor_options.values()))
+        return rows, options if words else rows
 
-    def _keep_for_graphs(self, table: TensorTable, *read: Tensor) -> None:
-        """With what a graph reads besides, and the table may let go of."""
-        self._captured.append((*read, table.state, table.masters, tuple(self._tensor_options.values())))
-
-    def _send_in_graph(self, table: TensorTable, words: bytes) -> tuple[Tensor, Tensor]:
-        if any(row not in (GRAD, TAKEN) for row in self._changed_rows(table)):
+    def _check_for_graph(self, table: TensorTable, changed: list[int]) -> None:
+        rows = [row for row in changed if row not in STEP_ROWS]
+        now = table.addresses[rows]
+        if not torch.equal(now, torch.where(now == 0, now, self._known[rows])):
             refuse_capture("parameters, backups or state are not where they were")
-        if not self._spare:
-            refuse_capture("too many steps were captured since")
-        addresses = table.addresses.flatten()
-        numbers = torch.frombuffer(bytearray(words), dtype=torch.int64) if words else addresses[:0]
-        count = addresses.numel()
-        staging = self._spare.pop()[: count + numbers.numel()]
-        staging[:count], staging[count:] = addresses, numbers
-        copy = torch.empty(staging.shape, dtype=torch.int64, device=self._device)
-        copy.copy_(staging, non_blocking=True)
-        self._keep_for_graphs(table, staging, copy)
-        self.uploads += 1
-        return copy[:count].view(ROWS, -1), copy[count:]
+
+
+class Uploads:
+    """Copies of host memory on one device, which may be captured into CUDA graphs.
+
+    Every upload goes through pinned memory of its own, which PyTorch's host allocator hands out again only when the
+    copy is done. A copy that is captured into a CUDA graph happens at each replay: it has a source and a target of its
+    own. What a graph reads is not written again and lives as long as this object.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = 0
+        self._device = device
+        # Memory for captured copies, made beforehand: a capture cannot pin any.
+        self._spare = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._in_graphs: dict[bytes, Tensor] = {}
+        self._kept: list[Any] = []
+        self._kept_tensors: set[int] = set()
+
+    def send(self, source: Tensor) -> Tensor:
+        """A new copy of ``source`` (int64)."""
+        return self.write(source, torch.empty(source.shape, dtype=torch.int64, device=self._device))
+
+    def write(self, source: Tensor, target: Tensor) -> Tensor:
+        """Makes ``target`` a copy of ``source``."""
+        if self._device.type != "cpu":
+            source = self._staging(source.numel()).view_as(source).copy_(source)
+        self.count += 1
+        return target.copy_(source, non_blocking=True)
+
+    def _staging(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=self._device.type != "cpu")
+
+    def make_room_for_graphs(self, words: int) -> None:
+        """For uploads of a step that may be captured next; to be called outside of a capture."""
+        if len(self._spare) < 2 * words:
+            self._spare = self._staging(8 * words)
+
+    def send_in_graph(self, source: Tensor) -> Tensor:
+        """A copy of ``source`` for the graph that is being captured; one for each content."""
+        key = source.numpy().tobytes()
+        if key not in self._in_graphs:
+            target = torch.zeros(source.shape, dtype=torch.int64, device=self._device)
+            count = source.numel()
+            if count <= len(self._spare):
+                staging, self._spare = self._spare[:count].view_as(source), self._spare[count:]
+                target.copy_(staging.copy_(source), non_blocking=True)
+                self.keep(staging)
+            else:
+                # As arguments of kernels: more of them than a copy, but nothing on the host has to be kept.
+                torch._foreach_add_(list(target.view(-1).unbind()), source.flatten().tolist())
+            self._in_graphs[key] = target
+            self.count += 1
+        return self._in_graphs[key]
+
+    def keep(self, *objects: Any) -> None:
+        """Keeps what graphs read from being written or let go of."""
+        self._kept.append(objects)
+        self._kept_tensors.update(map(id, objects))
+
+    def is_kept(self, tensor: Tensor) -> bool:
+        """Whether a graph reads ``tensor``."""
+        return id(tensor) in self._kept_tensors
+
+
+def _cut(table: TensorTable, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """The chunks, and the first chunk of each tensor."""
+    sizes, groups = table.tensors
+    counts = (sizes + (chunk_size - 1)) // chunk_size
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0)])
+    tensor = torch.repeat_interleave(counts)
+    if len(tensor) == 0:
+        return torch.tensor([[0, 0, 0, table.groups[0]]], dtype=torch.int64, device="cpu"), bounds
+    start = (torch.arange(len(tensor), device="cpu") - bounds[tensor]) * chunk_size
+    length = (sizes[tensor] - start).clamp(max=chunk_size)
+    return torch.stack([tensor, start, length, groups[tensor]], dim=1), bounds
+
+
+def _as_tensor(words: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(words), dtype=torch.int64)
 
 
 def is_capturing(device: torch.device) -> bool:

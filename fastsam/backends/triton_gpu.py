@@ -1,30 +1,37 @@
-"""Launches the Triton kernels of kernels/: each operation one launch per table, with no upload in the steady state.
-
-Programs take one chunk each. The kernels are compiled once per dtype and precision: counts, addresses and
-hyperparameters are data.
-"""
+"""The Triton backend: each operation one launch per table, with no upload in the steady state."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions
-from fastsam.backends.combination import Climb, Combination, Descent, Map
-from fastsam.backends.device_table import DeviceTable, fit_chunk_size, is_capturing, refuse_capture
-from fastsam.backends.scalars import opmath_dtype
-from fastsam.tables import GRAD, TensorTable
+from fastsam.backends import Request
+from fastsam.backends.device_table import DeviceTable, is_capturing, refuse_capture
+from fastsam.spec import (
+    PERTURBATION,
+    AdamOptions,
+    Ascent,
+    AscentForm,
+    AscentOptions,
+    Descent,
+    DescentForm,
+    Map,
+    SGDOptions,
+    Update,
+)
+from fastsam.tables import TensorTable
 
 OLDEST_TRITON = (3, 4)
+OLDEST_CAPABILITY = (8, 0)
 _INSTALL = "pip install 'triton>=3.4' (a build of PyTorch for GPUs brings its own)"
 
 
 def find_obstacle() -> str:
-    """Why the kernels cannot be used here, or an empty text."""
+    """Why the kernels cannot be imported here, or an empty text."""
     try:
         import triton
     except ImportError as error:
@@ -34,252 +41,161 @@ def find_obstacle() -> str:
     return ""
 
 
-_obstacle, _interpreted = find_obstacle(), False
+_obstacle = find_obstacle()
 if not _obstacle:
-    import triton.language as tl
+    from fastsam.backends import triton_kernels as kernels
 
-    from fastsam.kernels.address import INTERPRETED
-    from fastsam.kernels.combination import dots_kernel, perturb_by_kernel, sum_partials_kernel
-    from fastsam.kernels.norm import grad_norm_kernel
-    from fastsam.kernels.perturb import perturb_kernel
-    from fastsam.kernels.update import restore_and_adam_kernel, restore_and_sgd_kernel, restore_kernel
-
-    _interpreted = INTERPRETED.value
-    _LANGUAGE_DTYPES = {
-        torch.float32: tl.float32,
-        torch.float64: tl.float64,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-    }
-
-WARPS = 4
-# The most that Adam needs. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills. With a second
-# gradient it needs more in float64.
-REGISTERS, MOST_REGISTERS = 128, 192
-# What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
-# interpreter's time goes with the number of blocks, but most tensors of tests are small.
-BLOCK_BYTES = 32768 if _interpreted else 4096
-
-_NVIDIA = torch.version.hip is None
-
-# The most elements that a program gets; a small table is cut finer.
-CHUNK_SIZE = 65536
-SMALLEST_CHUNK = CHUNK_SIZE if _interpreted else 4096
+    CHUNK_SIZE = kernels.CHUNK_SIZE
 
 
-def compile_options(dtype: torch.dtype, *, combined: bool = False, nvidia: bool = _NVIDIA) -> dict[str, Any]:
-    """What Triton is told beside the kernels' arguments."""
-    # Fusion is said, not left to a default that changes from one Triton to the next: the same bits under all of them.
-    options = {"num_warps": WARPS, "enable_fp_fusion": True}
-    if nvidia:
-        options["maxnreg"] = MOST_REGISTERS if combined and dtype == torch.float64 else REGISTERS
-    return options
-
-
-def check(device_type: str) -> None:
+def unsupported_reason(request: Request) -> str:
     if _obstacle:
-        raise BackendUnavailable(_obstacle)
-    if device_type == "cpu" and not _interpreted:
-        raise BackendUnavailable(
-            "Triton's kernels run on GPUs; on the CPU only in its interpreter, for tests: set TRITON_INTERPRET=1 "
-            "before fastsam is imported"
+        return _obstacle
+    if not request.own_grad_dtype:
+        return "the Triton kernels read gradients of their parameters' dtype only"
+    if request.device_type == "cpu":
+        return (
+            ""
+            if kernels.interpreted
+            else (
+                "Triton's kernels run on GPUs; on the CPU only in its interpreter, for tests: set TRITON_INTERPRET=1 "
+                "before fastsam is imported"
+            )
         )
-    if device_type == "cuda" and _interpreted:
-        raise BackendUnavailable("Triton's interpreter (TRITON_INTERPRET=1) cannot read the memory of a GPU; unset it")
-    if device_type not in ("cpu", "cuda"):
-        raise BackendUnavailable(f"the Triton kernels are for CUDA and ROCm devices, not for {device_type!r}")
+    if request.device_type != "cuda":
+        return f"the Triton kernels are for CUDA and ROCm devices, not for {request.device_type!r}"
+    if kernels.interpreted:
+        return "Triton's interpreter (TRITON_INTERPRET=1) cannot read the memory of a GPU; unset it"
+    return find_gpu_obstacle()
 
 
-def chunk_size(elements: int) -> int:
-    """How many elements a program gets at most, of a table of so many: a power of two."""
-    return fit_chunk_size(elements, SMALLEST_CHUNK, CHUNK_SIZE)
+@functools.cache
+def find_gpu_obstacle() -> str:
+    """Why Triton cannot compile for the GPUs of this machine, or an empty text."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()  # builds Triton's own extension, with a C compiler
+    except Exception as error:
+        return f"Triton cannot compile here ({type(error).__name__}: {error}); it needs a C compiler at run time"
+    if torch.version.hip is None:
+        for index in range(torch.cuda.device_count()):
+            if (capability := torch.cuda.get_device_capability(index)) < OLDEST_CAPABILITY:
+                return (
+                    f"Triton needs compute capability 8.0, and {torch.cuda.get_device_name(index)} "
+                    f"has {'.'.join(map(str, capability))}; use backend='foreach'"
+                )
+    return ""
 
 
-def block_size(dtype: torch.dtype, *, plain: bool = True, nvidia: bool = _NVIDIA) -> int:
-    """How many elements a program walks at a time.
-
-    ``plain``: to nearest, without masters, and the gradient is no combination of a narrow dtype's tensors.
-    """
-    size = BLOCK_BYTES // dtype.itemsize
-    # Masters, random numbers and second tensors take registers. AMD has enough, and twice as many threads.
-    return min(size // 2 if nvidia and not plain else size, CHUNK_SIZE // 2)
+# ---- the five operations ----
 
 
-def check_methods(device_type: str) -> None:
-    """Runs every method where it runs at all."""
-
-
-def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) -> Tensor:
-    copies = [_device_table(table) for table in tables]
-    counts = [len(copy.chunks) for copy in copies]
-    partials, norm = _reduction_memory(tables[0], sum(counts))
-    with copies[0].counting() as finished:
-        for position, (table, copy) in enumerate(zip(tables, copies, strict=True)):
-            addresses, packed = copy.read(table, options)
-            first = sum(counts[:position])
-            arguments = packed, partials, finished, norm, len(table.params), first, sum(counts)
-            dtype = _LANGUAGE_DTYPES[table.dtype]
-            constants = {"DTYPE": dtype, "FIELDS": len(options[0]), "BLOCK": block_size(table.dtype)}
-            _launch(grad_norm_kernel, table, (addresses, copy.chunks, *arguments), constants)
+def grad_norm(tables: Sequence[TensorTable], options: Sequence[AscentOptions]) -> Tensor:
+    views = [table.attached(_View) for table in tables]
+    counts = [min(len(view.copy.chunks), kernels.NORM_PROGRAMS) for view in views]
+    total = sum(counts)
+    partials, norm = views[0].norm_memory(total)
+    with views[0].copy.counting() as finished:
+        first = 0
+        for table, view, programs in zip(tables, views, counts, strict=True):
+            addresses, packed = view.copy.read(table, options)
+            chunks = view.copy.chunks
+            arguments = packed, partials, norm, finished, len(table.params), len(chunks), first, total
+            kernels.norm(view.kind).launch(table.device, programs, addresses, chunks, *arguments)
+            first += programs
     return norm
 
 
-def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
-    copy = _device_table(table)
-    addresses, packed = copy.read(table, options)
-    # Without random numbers, no step count is read.
-    steps = table.steps if table.stochastic else None
-    arguments = addresses, copy.chunks, packed, norm, copy.positions, steps, len(table.params)
-    constants = _precision(table, stochastic=table.stochastic) | _arithmetic(table, options)
-    _launch(perturb_kernel, table, arguments, constants)
-
-
-def dots(table: TensorTable, combination: Combination) -> Tensor:
-    form, weights = combination
-    copy = _device_table(table)
-    addresses, _ = copy.read(table)
-    climbing = isinstance(form, Climb)
-    x, mapping = (form.x, form.map) if isinstance(form, Climb) else (GRAD, Map.IDENTITY)
-    bounds, partials = _products_memory(table, copy)
-    constants = _combination_constants(table) | {"X": x, "Y": form.y, "MAP": int(mapping), "CLIMBING": climbing}
-    _launch(dots_kernel, table, (addresses, copy.chunks, weights, partials, len(table.params)), constants)
-    result = torch.empty((len(table.params), 3), dtype=torch.float64, device=table.device)
-    with _on(table.device):
-        sum_partials_kernel[(len(table.params),)](bounds, partials, result, **compile_options(table.dtype))
+def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tensor) -> Tensor:
+    view = table.attached(_View)
+    addresses, _ = view.copy.read(table)
+    # Whatever else a descent's form names, its dots are of x and y alone.
+    form = form if isinstance(form, AscentForm) else DescentForm(form.y)
+    read = coefficients if isinstance(form, AscentForm) and form.map != Map.IDENTITY else None
+    count = len(table.params)
+    # A tensor without elements has no program that would write its zeros.
+    result = torch.zeros((count, 3), dtype=torch.float64, device=table.device)
+    with view.copy.counting():
+        arguments = view.copy.bounds, view.product_memory(), result, view.copy.tensor_counters, count
+        chunks = view.copy.chunks
+        kernels.dots(view.kind, form).launch(table.device, len(chunks), addresses, chunks, read, *arguments)
     return result
 
 
-def perturb_by_(table: TensorTable, combination: Combination) -> None:
-    form, weights = combination
-    assert isinstance(form, Climb)
-    copy = _device_table(table)
-    addresses, _ = copy.read(table)
-    constants = _combination_constants(table) | {"X": form.x, "Y": form.y, "MAP": int(form.map)}
-    _launch(perturb_by_kernel, table, (addresses, copy.chunks, weights, len(table.params)), constants)
-
-
-def _combination_constants(table: TensorTable) -> dict[str, Any]:
-    opmath = _LANGUAGE_DTYPES[opmath_dtype(table.dtype)]
-    return {"DTYPE": _LANGUAGE_DTYPES[table.dtype], "OPMATH": opmath, "BLOCK": _combined_block(table)}
-
-
-def _combined_block(table: TensorTable) -> int:
-    return block_size(table.dtype, plain=table.dtype.itemsize > 2)
+def perturb_(table: TensorTable, ascent: Ascent) -> None:
+    view = table.attached(_View)
+    if ascent.form.y != PERTURBATION:
+        # Loading a kernel needs memory, which may have run out when the weights have to be restored.
+        kernels.update(view.kind, Update.NONE, None).prepare(table.device)
+    kernel = kernels.perturb(view.kind, ascent.form if ascent.norm is None else None)
+    reads_options = "options_ptr" not in kernel.absent
+    addresses, packed = view.copy.read(table, ascent.options if reads_options else ())
+    chunks, options = view.copy.chunks, packed if reads_options else None
+    arguments = ascent.norm, ascent.coefficients, view.copy.positions, len(table.params)
+    kernel.launch(table.device, len(chunks), addresses, chunks, options, *arguments)
 
 
 def restore_(table: TensorTable) -> None:
-    copy = _device_table(table)
-    addresses, _ = copy.read(table)
-    arguments = addresses, copy.chunks, len(table.params)
-    _launch(restore_kernel, table, arguments, _precision(table, stochastic=False))
+    restore_and_update_(table, Update.NONE, ())
 
 
-def restore_and_sgd_(
+def restore_and_update_(
     table: TensorTable,
-    options: Sequence[SGDOptions],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    combination: Combination | None = None,
-) -> None:
-    _update(restore_and_sgd_kernel, table, options, grad_scale, found_inf, combination)
-
-
-def restore_and_adam_(
-    table: TensorTable,
-    options: Sequence[AdamOptions],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    combination: Combination | None = None,
-) -> None:
-    _update(restore_and_adam_kernel, table, options, grad_scale, found_inf, combination)
-
-
-def _update(
-    kernel: Any,
-    table: TensorTable,
+    update: Update,
     options: Sequence[SGDOptions] | Sequence[AdamOptions],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    combination: Combination | None,
+    descent: Descent | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
-    copy = _device_table(table)
-    addresses, packed = copy.read(table, options)
-    grad_scale = copy.no_scale if grad_scale is None else grad_scale
-    found_inf = copy.no_overflow if found_inf is None else found_inf
-    # Masters round to nearest.
-    stochastic = table.stochastic and not table.has_masters
-    positions = copy.positions if stochastic else None
-    constants = _precision(table, stochastic=stochastic) | _arithmetic(table, options)
-    weights = None
-    if combination is not None:
-        form, weights = combination
-        assert isinstance(form, Descent)
-        constants |= {"Y": form.y, "KEEPS": form.keeps, "BLOCK": _combined_block(table)}
-    with copy.counting() as finished:
-        arguments = packed, table.steps, grad_scale, found_inf, finished, positions, weights, len(table.params)
-        _launch(kernel, table, (addresses, copy.chunks, *arguments), constants, combined=weights is not None)
+    view = table.attached(_View)
+    form, coefficients = (None, None) if descent is None else descent
+    kernel = kernels.update(view.kind, update, form)
+    addresses, packed = view.copy.read(table, options)
+    chunks, positions = view.copy.chunks, None if "positions_ptr" in kernel.absent else view.copy.positions
+    if update == Update.NONE:
+        arguments: tuple[Any, ...] = None, None, None, coefficients, None, None, len(table.params)
+        kernel.launch(table.device, len(chunks), addresses, chunks, *arguments)
+        return
+    grad_scale = view.no_scale if grad_scale is None else grad_scale
+    found_inf = view.no_overflow if found_inf is None else found_inf
+    with view.copy.counting() as finished:
+        arguments = packed, grad_scale, found_inf, coefficients, positions, finished, len(table.params)
+        kernel.launch(table.device, len(chunks), addresses, chunks, *arguments)
 
 
-def _precision(table: TensorTable, *, stochastic: bool) -> dict[str, Any]:
-    """What a kernel is compiled for; ``stochastic``: it is given positions, and draws random numbers."""
-    kept = torch.float32 if table.has_masters else table.dtype
-    return {
-        "DTYPE": _LANGUAGE_DTYPES[table.dtype],
-        "KEPT": _LANGUAGE_DTYPES[kept],
-        "BLOCK": block_size(table.dtype, plain=not (stochastic or table.has_masters)),
-    }
+class _View:
+    """What the backend keeps beside a table.
 
+    Attributes:
+        kind: what kernels are compiled for.
+        copy: the device's copy of the table.
+        no_scale: float32, 1: the gradients' scale without a scaler.
+        no_overflow: float32, 0.
+    """
 
-def _arithmetic(table: TensorTable, options: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
-    return {"OPMATH": _LANGUAGE_DTYPES[opmath_dtype(table.dtype)], "FIELDS": len(options[0])}
+    def __init__(self, table: TensorTable) -> None:
+        self._device = table.device
+        self.kind = kernels.kind_of(table)
+        self.copy = DeviceTable(table, CHUNK_SIZE)
+        self.no_scale = torch.ones((), dtype=torch.float32, device=self._device)
+        self.no_overflow = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._norm: tuple[Tensor, Tensor] | None = None
+        self._products: Tensor | None = None
 
+    def norm_memory(self, count: int) -> tuple[Tensor, Tensor]:
+        """Float64: one partial for each of ``count`` programs, and the norm."""
+        if self._norm is None or len(self._norm[0]) != count:
+            self._norm = self._new(count), self._new()
+        return self._norm
 
-def _launch(
-    kernel: Any, table: TensorTable, arguments: tuple[Any, ...], constants: dict[str, Any], *, combined: bool = False
-) -> None:
-    """One program per chunk (``arguments[1]``); ``combined``: by a combination."""
-    with _on(table.device):
-        kernel[(len(arguments[1]),)](*arguments, **constants, **compile_options(table.dtype, combined=combined))
+    def product_memory(self) -> Tensor:
+        """Float64: three partials for each chunk."""
+        if self._products is None:
+            self._products = self._new(len(self.copy.chunks), 3)
+        return self._products
 
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its arguments are on."""
-    if _interpreted:
-        # What its interpreter does with tensors is no more PyTorch's business than what a kernel does.
-        return torch._C._DisableTorchDispatch()
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
-
-
-def _device_table(table: TensorTable) -> DeviceTable:
-    if "device table" not in table.cache:
-        size = chunk_size(sum(value.numel() for value in table.values))
-        table.cache["device table"] = DeviceTable(table, size)
-    copy: DeviceTable = table.cache["device table"]
-    return copy
-
-
-def _reduction_memory(table: TensorTable, count: int) -> tuple[Tensor, Tensor]:
-    """Float64: one partial for each of ``count`` chunks, and the norm."""
-    memory = table.cache.get("reduction memory")
-    if memory is None or len(memory[0]) != count:
-        if is_capturing(table.device):
-            refuse_capture("fastsam has not seen these parameters before")
-        partials = torch.empty(count, dtype=torch.float64, device=table.device)
-        memory = table.cache["reduction memory"] = partials, torch.empty((), dtype=torch.float64, device=table.device)
-    partials, norm = memory
-    return partials, norm
-
-
-def _products_memory(table: TensorTable, copy: DeviceTable) -> tuple[Tensor, Tensor]:
-    """The first chunk of each tensor and, at the end, of none, int64; and three float64 partials for each chunk."""
-    if "products memory" not in table.cache:
-        if is_capturing(table.device):
-            refuse_capture("fastsam has not measured these parameters before")
-        size = chunk_size(sum(value.numel() for value in table.values))
-        counts = torch.tensor([0, *(-(-value.numel() // size) for value in table.values)], dtype=torch.int64)
-        partials = torch.empty((len(copy.chunks), 3), dtype=torch.float64, device=table.device)
-        table.cache["products memory"] = counts.cumsum(0).to(table.device), partials
-    memory: tuple[Tensor, Tensor] = table.cache["products memory"]
-    return memory
+    def _new(self, *shape: int) -> Tensor:
+        if is_capturing(self._device):
+            refuse_capture("fastsam has not reduced over these parameters before")
+        return torch.empty(shape, dtype=torch.float64, device=self._device)
