@@ -41,7 +41,8 @@ def _sgd_state(group: Group) -> StateNames:
         return StateNames()
     # torch.optim.SGD counts no steps. A first step differs from one with a buffer of zeros only with dampening, so only
     # then a checkpoint must contain a count.
-    return StateNames(("momentum_buffer",), STEP_NAME if group["dampening"] != 0 else None)
+    # A buffer of -0.0 becomes the first gradient bit for bit, as torch's: -0.0 + g is g.
+    return StateNames(("momentum_buffer",), STEP_NAME if group["dampening"] != 0 else None, -0.0)
 
 
 def _saved_sgd_state(entries: dict[str, Any]) -> dict[str, Any]:

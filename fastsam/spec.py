@@ -193,6 +193,8 @@ class StateNames(NamedTuple):
     """One per state slot, of the parameter's shape and dtype (with master weights: float32)."""
     step: str | None = None
     """The 0-dim count of updates, where it is kept in the optimizer's state."""
+    initial: float = 0.0
+    """What fresh moments hold."""
 
 
 MASTER_NAME, STEP_NAME = "fastsam_master", "fastsam_step"

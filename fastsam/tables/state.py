@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 OptimizerState = Mapping[Tensor, dict[str, Any]]
 
-_ROWS = (*(Row(Row.STATE + slot) for slot in range(STATE_SLOTS)), Row.MASTER, Row.METHOD_STATE, Row.STEP)
+_MOMENTS = tuple(Row(Row.STATE + slot) for slot in range(STATE_SLOTS))
+_ROWS = (*_MOMENTS, Row.MASTER, Row.METHOD_STATE, Row.STEP)
 
 
 class Wanted(NamedTuple):
@@ -170,7 +171,8 @@ class StateSlots:
             return self._pending[i, row]
         if value is None and not needed:
             return None
-        made = torch.zeros_like(table.values[i], dtype=table.state_dtype)
+        initial = names[table.groups[i]].initial if row in _MOMENTS else 0.0
+        made = torch.full_like(table.values[i], initial, dtype=table.state_dtype)
         if value is not None:
             made.copy_(as_real(value))
         elif row == Row.MASTER:
@@ -192,7 +194,7 @@ def _complete(table: TensorTable, names: Sequence[StateNames]) -> tuple[StateNam
 
 def _slots(table: TensorTable, names: Sequence[StateNames], method_state: str | None, i: int) -> list[tuple[Row, str]]:
     """The rows of a parameter, and the names of their tensors in ``state``."""
-    moments, step = names[table.groups[i]] if names else StateNames()
+    moments, step, _ = names[table.groups[i]] if names else StateNames()
     slots = [(Row(Row.STATE + slot), name) for slot, name in enumerate(moments)]
     if table.has_masters:
         slots.append((Row.MASTER, MASTER_NAME))
@@ -204,7 +206,7 @@ def _slots(table: TensorTable, names: Sequence[StateNames], method_state: str | 
 
 
 def _names_of(table: TensorTable, names: Sequence[StateNames], method_state: str | None) -> tuple[str, ...]:
-    asked = {name for moments, step in names for name in (*moments, step) if name is not None}
+    asked = {name for mine in names for name in (*mine.moments, mine.step) if name is not None}
     asked |= {MASTER_NAME} if table.has_masters else set()
     return tuple(sorted(asked | ({method_state} if method_state is not None else set())))
 
