@@ -10,7 +10,6 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
-#include <torch/headeronly/util/bit_cast.h>
 
 #include "spec.h"
 
@@ -30,6 +29,13 @@ struct OpMath<double> {
 template <typename scalar_t>
 using opmath_t = typename OpMath<scalar_t>::type;
 
+// std::bit_cast for the host and for CUDA: PyTorch's own is for the host alone in some releases.
+template <typename To, typename From>
+FASTSAM_HOST_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, from);
+}
+
 // condition ? yes : no, of unsigned words. Without a branch, which would keep loops scalar: `?:` between floating-point
 // results is one.
 template <typename word_t>
@@ -39,7 +45,7 @@ FASTSAM_HOST_DEVICE word_t select(bool condition, word_t yes, word_t no) {
 }
 
 FASTSAM_HOST_DEVICE double select(bool condition, double yes, double no) {
-  return c10::bit_cast<double>(select(condition, c10::bit_cast<uint64_t>(yes), c10::bit_cast<uint64_t>(no)));
+  return bit_cast<double>(select(condition, bit_cast<uint64_t>(yes), bit_cast<uint64_t>(no)));
 }
 
 // ---- the ascent (Foret et al. 2021, eq. 2; adaptive: Kwon et al. 2021 with T = |w|; spec.py for all forms) ----
@@ -68,10 +74,10 @@ FASTSAM_HOST_DEVICE T times(T factor, T value) {
 FASTSAM_HOST_DEVICE_CALL double vector_power(double base, double exponent) {
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kBias = uint64_t{1024} << 52, kTwoTo52 = 0x4330000000000000;
   constexpr double kLn2 = 0.6931471805599453, kRounding = 0x1.8p52;
-  const auto bits = c10::bit_cast<uint64_t>(base);
+  const auto bits = bit_cast<uint64_t>(base);
   const uint64_t biased = (bits - kSqrtHalf + kBias) >> 52;
-  const double k = c10::bit_cast<double>(biased | kTwoTo52) - (0x1p52 + 1024);
-  const auto m = c10::bit_cast<double>(bits - (biased << 52) + kBias);
+  const double k = bit_cast<double>(biased | kTwoTo52) - (0x1p52 + 1024);
+  const auto m = bit_cast<double>(bits - (biased << 52) + kBias);
   // log(m) = 2 artanh(s)
   const double s = (m - 1) / (m + 1), z = s * s;
   double series = 0;
@@ -83,7 +89,7 @@ FASTSAM_HOST_DEVICE_CALL double vector_power(double base, double exponent) {
   double power = 1;
   for (int i = 12; i > 0; --i) power = power * f * (1.0 / i) + 1;
   // base - base: NaN for NaN and Inf
-  return c10::bit_cast<double>(c10::bit_cast<uint64_t>(power) + (c10::bit_cast<uint64_t>(sum) << 52)) + (base - base);
+  return bit_cast<double>(bit_cast<uint64_t>(power) + (bit_cast<uint64_t>(sum) << 52)) + (base - base);
 }
 
 template <typename scalar_t>
@@ -164,20 +170,27 @@ struct SgdStep {
     return weight_decay != 0 ? unscaled + weight_decay * param : unscaled;
   }
 
-  FASTSAM_HOST_DEVICE T update(T param, T grad) const { return param - lr * direction(param, grad); }
-
-  FASTSAM_HOST_DEVICE T update(T param, T grad, T& momentum_buffer) const {
+  // An update is in two parts, as Adam's: the state advances and may be stored, then the weights follow from what
+  // advance() returned. kSlots is the number of state tensors: 0, or 1 with momentum.
+  template <int kSlots>
+  FASTSAM_HOST_DEVICE T advance(T param, T grad, T& momentum_buffer, T&, T&) const {
     const T step = direction(param, grad);
+    if constexpr (kSlots == 0) return step;
     const T buffer = momentum * momentum_buffer + grad_weight * step;
     momentum_buffer = buffer;
-    return param - lr * (nesterov ? step + momentum * buffer : buffer);
+    return nesterov ? step + momentum * buffer : buffer;
   }
 
-  // The same for both: kSlots is the number of state tensors, 0 or 1.
-  template <int kSlots>
-  FASTSAM_HOST_DEVICE T updated(T param, T grad, T& momentum_buffer, T&, T&) const {
-    if constexpr (kSlots == 0) return update(param, grad);
-    return update(param, grad, momentum_buffer);
+  FASTSAM_HOST_DEVICE T apply(T param, T, T step) const { return param - lr * step; }
+
+  FASTSAM_HOST_DEVICE T update(T param, T grad) const {
+    T none = 0;
+    return apply(param, none, advance<0>(param, grad, none, none, none));
+  }
+
+  FASTSAM_HOST_DEVICE T update(T param, T grad, T& momentum_buffer) const {
+    T none = 0;
+    return apply(param, none, advance<1>(param, grad, momentum_buffer, none, none));
   }
 };
 
@@ -217,13 +230,17 @@ struct AdamStep {
     return param * decay_factor - step_size * exp_avg / denominator;
   }
 
-  // kSlots is the number of state tensors: 2, or 3 with amsgrad.
+  // See SgdStep. kSlots is the number of state tensors: 2, or 3 with amsgrad.
   template <int kSlots>
-  FASTSAM_HOST_DEVICE T updated(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
+  FASTSAM_HOST_DEVICE T advance(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
     moments(param, grad, exp_avg, exp_avg_sq);
-    if constexpr (kSlots == 2) return update(param, exp_avg, exp_avg_sq);
+    if constexpr (kSlots == 2) return exp_avg_sq;
     max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq);
-    return update(param, exp_avg, max_exp_avg_sq);
+    return max_exp_avg_sq;
+  }
+
+  FASTSAM_HOST_DEVICE T apply(T param, T exp_avg, T second_moment) const {
+    return update(param, exp_avg, second_moment);
   }
 };
 

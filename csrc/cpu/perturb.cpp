@@ -5,18 +5,20 @@
 namespace fastsam::cpu {
 namespace {
 
-// result may be param, element for element; so may `from` and y. from_t: float where `from` is a master.
+// result may be param, element for element; so may `from` and y. from_t: float where `from` is a master, void where it
+// is param.
 template <Map map, bool has_y, typename scalar_t, typename from_t, typename Rounding>
-FASTSAM_MULTIVERSION void ascend(scalar_t* result, const from_t* from, const scalar_t* param, const scalar_t* x,
-                                 [[maybe_unused]] const scalar_t* y, int64_t length,
+FASTSAM_MULTIVERSION void ascend(scalar_t* result, [[maybe_unused]] const from_t* from, const scalar_t* param,
+                                 const scalar_t* x, [[maybe_unused]] const scalar_t* y, int64_t length,
                                  const AscentStep<opmath_t<scalar_t>> step, Rounding rounding) {
   using T = opmath_t<scalar_t>;
   FASTSAM_INDEPENDENT
   for (int64_t i = 0; i < length; ++i) {
-    T second = 0;
+    const T w = static_cast<T>(param[i]);
+    T origin = w, second = 0;
+    if constexpr (!std::is_void_v<from_t>) origin = static_cast<T>(from[i]);
     if constexpr (has_y) second = static_cast<T>(y[i]);
-    const T moved = step.template perturbed<map, has_y, scalar_t>(static_cast<T>(from[i]), static_cast<T>(param[i]),
-                                                                  static_cast<T>(x[i]), second);
+    const T moved = step.template perturbed<map, has_y, scalar_t>(origin, w, static_cast<T>(x[i]), second);
     result[i] = rounding(moved, 0, i);
   }
 }
@@ -51,10 +53,7 @@ struct ChunkAscent {
 
   template <typename Rounding>
   void perturb(int64_t start, int64_t length, const Rounding& rounding) const {
-    if constexpr (kIsNarrow<scalar_t>) {
-      const bool is_plain = map == Map::kIdentity && !y && x.stored() != nullptr;
-      return is_plain ? perturb_stored(start, length, rounding) : perturb_loaded(start, length, rounding);
-    }
+    if (map == Map::kIdentity && !y && x.stored() != nullptr) return perturb_stored(start, length, rounding);
     perturb_loaded(start, length, rounding);
   }
 
@@ -67,7 +66,8 @@ struct ChunkAscent {
       const T* master = backup.load(nullptr, start, length);
       ascend<Map::kIdentity, false>(w, master, w, g, none, length, step, rounding);
     } else {
-      ascend<Map::kIdentity, false>(w, w, w, g, none, length, step, rounding);
+      const void* same = nullptr;
+      ascend<Map::kIdentity, false>(w, same, w, g, none, length, step, rounding);
     }
   }
 

@@ -159,13 +159,11 @@ __global__ void __launch_bounds__(kThreads, kHeavy)
     }
   });
   if constexpr (kMasters) {
-    walk<scalar_t>(
-        functor,
-        {{param, x.narrow, y.narrow}, {param}, {backup, x.wide, y.wide}, {again ? nullptr : backup}},
-        chunk.length);
-  } else {
     walk<scalar_t>(functor,
-                   {{param, x.narrow, again ? backup : y.narrow}, {param, again ? nullptr : backup}, {}, {}},
+                   {{param, x.narrow, y.narrow}, {param}, {backup, x.wide, y.wide}, {again ? nullptr : backup}},
+                   chunk.length);
+  } else {
+    walk<scalar_t>(functor, {{param, x.narrow, again ? backup : y.narrow}, {param, again ? nullptr : backup}, {}, {}},
                    chunk.length);
   }
 }
@@ -209,18 +207,17 @@ void launch_restore(const Call& call, const Launch& run) {
 }  // namespace
 
 void perturb_(const Call& call, const DeviceOption* options, const double* norm) {
-  dispatch_precision(
-      call.dtype, call.device.positions != nullptr, call.table.has_masters,
-      [&](auto type, auto stochastic, auto masters) {
-        using scalar_t = decltype(type);
-        load_restore<scalar_t>(call);
-        const auto kernel_for = [](auto capacity) {
-          return &perturb_kernel<scalar_t, decltype(stochastic)::value, decltype(masters)::value,
-                                 decltype(capacity)::value>;
-        };
-        launch_over_tensors(call, "perturb_", Order::kBackward, PerturbArguments{options, norm}, kernel_for,
-                            [&](const Launch& run) { launch_restore<scalar_t>(call, run); });
-      });
+  dispatch_precision(call.dtype, call.device.positions != nullptr, call.table.has_masters,
+                     [&](auto type, auto stochastic, auto masters) {
+                       using scalar_t = decltype(type);
+                       load_restore<scalar_t>(call);
+                       const auto kernel_for = [](auto capacity) {
+                         return &perturb_kernel<scalar_t, decltype(stochastic)::value, decltype(masters)::value,
+                                                decltype(capacity)::value>;
+                       };
+                       launch_over_tensors(call, "perturb_", Order::kBackward, PerturbArguments{options, norm},
+                                           kernel_for, [&](const Launch& run) { launch_restore<scalar_t>(call, run); });
+                     });
 }
 
 void perturb_(const Call& call, const DeviceOption* options, const Form& form) {

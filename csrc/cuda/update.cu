@@ -16,8 +16,8 @@ struct SgdBase {
   SgdStep<T> step;
   bool has_momentum;
 
-  __device__ __forceinline__ static SgdBase make(const SgdOptions& options, double steps_before,
-                                                 double inv_grad_scale, bool has_last_slot) {
+  __device__ __forceinline__ static SgdBase make(const SgdOptions& options, double steps_before, double inv_grad_scale,
+                                                 bool has_last_slot) {
     return {{options, inv_grad_scale, steps_before == 0}, has_last_slot};
   }
 
@@ -288,9 +288,9 @@ __device__ __forceinline__ void advance_steps(const Arguments& args) {
 }
 
 template <typename scalar_t, template <typename> typename Base, bool kHasMore>
-constexpr int kUpdateBlocks = kHasMore                                                           ? kHeavy
+constexpr int kUpdateBlocks = kHasMore                                                      ? kHeavy
                               : std::is_same_v<scalar_t, float> && Base<float>::kSlots == 1 ? kLight
-                                                                                                 : kMedium;
+                                                                                            : kMedium;
 
 template <typename scalar_t, template <typename> typename Base, bool kStochastic, bool kMasters, bool kDescent,
           int64_t kCapacity>
@@ -317,8 +317,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<scalar_t, Base, kStoch
     if constexpr (kDescent) {
       const auto descent = make_descent<T>(update.descent, chunk.tensor, place.descent.takes_part);
       if constexpr (kMasters) {
-        return DescentMasterFunctor<scalar_t, BaseOfT>{
-            {}, base, descent, climbed, place.descent.y.wide != nullptr};
+        return DescentMasterFunctor<scalar_t, BaseOfT>{{}, base, descent, climbed, place.descent.y.wide != nullptr};
       } else {
         return DescentFunctor<scalar_t, BaseOfT, Rounding>{{}, base, rounding, descent};
       }
@@ -414,8 +413,8 @@ void launch_update(const Call& call, const UpdateArguments& update) {
               call, "restore_and_update_", Order::kForward, update,
               [](auto capacity) {
                 constexpr bool kMasters = decltype(masters)::value;
-                return &restore_and_update_kernel<scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
-                                                  false, decltype(capacity)::value>;
+                return &restore_and_update_kernel < scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
+                       false, decltype(capacity)::value > ;
               },
               nothing_to_undo);
         } else {
@@ -423,8 +422,8 @@ void launch_update(const Call& call, const UpdateArguments& update) {
               call, "restore_and_update_", Order::kForward, update,
               [](auto capacity) {
                 constexpr bool kMasters = decltype(masters)::value;
-                return &restore_and_update_kernel<scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
-                                                  true, decltype(capacity)::value>;
+                return &restore_and_update_kernel < scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
+                       true, decltype(capacity)::value > ;
               },
               nothing_to_undo);
         }

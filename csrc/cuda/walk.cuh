@@ -181,7 +181,7 @@ struct alignas(sizeof(T) * kWidth < kVectorBytes ? sizeof(T) * kWidth : kVectorB
     uint32_t difference = 0;
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
-      difference |= c10::bit_cast<uint32_t>(elements[e]) ^ c10::bit_cast<uint32_t>(other.elements[e]);
+      difference |= bit_cast<uint32_t>(elements[e]) ^ bit_cast<uint32_t>(other.elements[e]);
     }
     return difference != 0;
   }
@@ -241,17 +241,16 @@ struct Tile {
 #define FASTSAM_CUDA_DEPTH 1
 #endif
 template <typename Tensors>
-constexpr int kUnrollFor = FASTSAM_CUDA_DEPTH*(Tensors::kReads + 2 * Tensors::kWideReads == 1   ? 4
-                                               : Tensors::kReads + 2 * Tensors::kWideReads <= 3 ? 2
-                                                                                                : 1);
+constexpr int kUnrollFor = FASTSAM_CUDA_DEPTH * (Tensors::kReads + 2 * Tensors::kWideReads == 1   ? 4
+                                                 : Tensors::kReads + 2 * Tensors::kWideReads <= 3 ? 2
+                                                                                                  : 1);
 constexpr int kSingles = 4;
 
 // Hands `count` packs to the functor: pack i begins at element i * kWidth, past a gap of `skipped` elements after the
 // first `head` ones.
 template <int kWidth, int kUnroll, typename scalar_t, typename Functor>
-__device__ __forceinline__ void walk_packs(Functor& functor,
-                                           const Operands<scalar_t, typename Functor::Tensors>& at, int count, int head,
-                                           int skipped) {
+__device__ __forceinline__ void walk_packs(Functor& functor, const Operands<scalar_t, typename Functor::Tensors>& at,
+                                           int count, int head, int skipped) {
   using Tensors = typename Functor::Tensors;
   constexpr bool kOptional = Functor::kOptional;
 #pragma unroll 1

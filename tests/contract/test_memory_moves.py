@@ -76,7 +76,7 @@ def test_weights_exchanged_between_steps(backend, device, base, exchange):
 
 @every_fused_base
 @pytest.mark.parametrize("exchange", [exchange_memory, exchange_tensors], ids=lambda f: f.__name__)
-def test_memory_exchanged_between_the_passes_is_refused(backend, device, base, exchange):
+def test_memory_exchanged_between_passes_is_refused(backend, device, base, exchange):
     problem = Averaged(device)
     optimizer = problem.optimizer(backend, base, rho=0.5)
     problem.step(optimizer)
@@ -97,7 +97,7 @@ def test_memory_exchanged_between_the_passes_is_refused(backend, device, base, e
 
 
 @every_fused_base
-def test_numbers_written_between_the_passes_give_way_to_the_weights(backend, device, base):
+def test_numbers_written_between_passes_are_discarded(backend, device, base):
     """In place they are a perturbation like any other: the update starts from the weights before it."""
     problem, plain = Averaged(device), Averaged(device)
     optimizer, alone = problem.optimizer(backend, base, rho=0.5), plain.base(base)
@@ -115,7 +115,7 @@ def test_numbers_written_between_the_passes_give_way_to_the_weights(backend, dev
 
 @every_fused_base
 @pytest.mark.parametrize("aliased", [False, True], ids=["copies", "its own"])
-def test_assigned_parameters_are_not_the_optimizers(backend, device, base, aliased):
+def test_assigned_parameters_are_not_optimizers(backend, device, base, aliased):
     """``load_state_dict(assign=True)`` gives a model new ones; nothing is written to them."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base, rho=0.5)
@@ -139,7 +139,7 @@ def test_assigned_parameters_are_not_the_optimizers(backend, device, base, alias
 
 
 @every_fused_base
-def test_assigned_before_the_optimizer_is_made(backend, device, base):
+def test_assigned_before_optimizer_is_made(backend, device, base):
     """Parameters over somebody else's memory (a checkpoint's, say) train there."""
     problem, other = Problem(device), Problem(device)
     checkpoint = {name: value.clone() for name, value in problem.model.state_dict().items()}
@@ -153,7 +153,7 @@ def test_assigned_before_the_optimizer_is_made(backend, device, base):
 
 
 @every_fused_base
-def test_a_module_that_swaps_its_tensors_when_it_is_cast(backend, device, base):
+def test_module_that_swaps_its_tensors_when_it_is_cast(backend, device, base):
     """``torch.__future__.set_swap_module_params_on_conversion``: the same Parameter objects, other tensors in them."""
     problem, plain = Problem(device), Problem(device)
     optimizer, alone = problem.optimizer(backend, base, rho=0.0), plain.base(base)

@@ -75,7 +75,7 @@ def expected_trajectory(name, run, device):
     "run", [pytest.param(run, marks=[pytest.mark.thorough] if "seed" in run else []) for run in RUNS]
 )
 @every_method
-def test_trajectory_is_the_papers(backend, device, name, case, run):
+def test_trajectory_is_papers(backend, device, name, case, run):
     groups, seed, adamw = RUNS[run]
     count = triton_interpreter.fewer(STEPS, 3, backend, device)
     actual = train(Network(device, seed), backend, groups, count, method=case.method, adamw=adamw)
@@ -129,7 +129,7 @@ def test_number_of_passes_and_two_phases(backend, device, name, case):
 
 
 @pytest.mark.parametrize("name", ["looksam"])
-def test_step_without_an_ascent_waits_for_its_update(backend, device, name, case):
+def test_step_without_ascent_waits_for_its_update(backend, device, name, case):
     network = Network(device, 7)
     params = network.params()
     optimizer = optimizer_for(params, backend, ALIKE, method=case.method)
@@ -151,7 +151,7 @@ def test_step_without_an_ascent_waits_for_its_update(backend, device, name, case
 
 
 @every_method
-def test_rho_zero_is_the_base(backend, device, name, case):
+def test_rho_zero_is_base(backend, device, name, case):
     network = Network(device, 8)
     params, base_params = network.params(), network.params()
     optimizer = optimizer_for(params, backend, PLAIN, method=case.method)
@@ -170,7 +170,7 @@ def test_rho_zero_is_the_base(backend, device, name, case):
 
 
 @pytest.mark.parametrize("name", [name for name, case in METHODS.items() if case.ascents])
-def test_nan_in_the_first_pass_does_not_spread(backend, device, name, case):
+def test_nan_in_first_pass_does_not_spread(backend, device, name, case):
     """No perturbation; the second pass runs at the weights, and neither they nor the method's buffers are lost."""
     network = Network(device, 9)
     params = network.params()
@@ -205,7 +205,7 @@ def test_nan_in_the_first_pass_does_not_spread(backend, device, name, case):
 
 
 @pytest.mark.parametrize("name", ["momentum"])
-def test_nan_in_the_momentum_does_not_perturb(backend, device, name, case):
+def test_nan_in_momentum_does_not_perturb(backend, device, name, case):
     network = Network(device, 9)
     params = network.params()
     optimizer = optimizer_for(params, backend, ALIKE, method=case.method)
@@ -218,7 +218,7 @@ def test_nan_in_the_momentum_does_not_perturb(backend, device, name, case):
 
 
 @every_method
-def test_exception_undoes_the_step(backend, device, name, case):
+def test_exception_undoes_step(backend, device, name, case):
     network = Network(device, 10)
     params, others = network.params(), network.params()
     optimizer = optimizer_for(params, backend, MIXED, method=case.method)
@@ -267,7 +267,7 @@ def test_checkpoint_and_copy_resume_bit_for_bit(backend, device, name, case):
 
 
 @every_method
-def test_overflow_in_the_second_pass_changes_nothing(backend, device, name, case):
+def test_overflow_in_second_pass_changes_nothing(backend, device, name, case):
     network = Network(device, 19)
     params = network.params(torch.float32)
     optimizer = optimizer_for(params, backend, ALIKE, method=case.method)
@@ -377,7 +377,7 @@ def test_interval(backend, device, name, case):
 
 
 @pytest.mark.parametrize("name", ["sam", "gsam", "sam-3-steps"])
-def test_ascent_over_the_whole_data_set(backend, device, name, case):
+def test_ascent_over_whole_data_set(backend, device, name, case):
     """n-SAM: every ascent by the full gradient; the descent and the update by the batch's."""
     network, passes = Network(device, 16), []
 
@@ -402,7 +402,7 @@ def test_ascent_over_the_whole_data_set(backend, device, name, case):
     assert_same_trajectory(actual, follow_oracle(network, case.oracle, ALIKE, steps=8, gradient=gradient), 1e-9)
 
 
-def test_rho_follows_a_function_of_the_step(backend, device):
+def test_rho_follows_function_of_step(backend, device):
     network = Network(device, 17)
     schedule = lambda step: 0.02 * (step + 1)  # noqa: E731
 
@@ -424,7 +424,7 @@ def test_rho_follows_a_function_of_the_step(backend, device):
         assert_same_trajectory([detached(params)], [expected[step]], 1e-9)
 
 
-def test_rho_follows_the_learning_rate(device):
+def test_rho_follows_learning_rate(device):
     """GSAM, algorithm 1."""
     network = Network(device, 18)
     params = network.params()
@@ -553,7 +553,7 @@ def test_davda54_has_no_method():
         OldSAM([torch.zeros(3, requires_grad=True)], torch.optim.SGD, method=methods.GSAM(), lr=0.1)
 
 
-def test_closures_that_cannot_be():
+def test_closures_that_are_refused():
     params = [torch.zeros(3, requires_grad=True)]
     optimizer = FastSAM(params, lr=0.1)
     with pytest.raises(ValueError, match="closures is empty"):

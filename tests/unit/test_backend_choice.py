@@ -17,7 +17,7 @@ def make_params():
     return [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(4))]
 
 
-def test_a_named_backend_is_the_one_that_runs(backend, device, monkeypatch):
+def test_named_backend_is_one_that_runs(backend, device, monkeypatch):
     calls = []
     for name, module in MODULES.items():
         for operation in ("grad_norm", "perturb_", UPDATE_OPERATIONS[0]):
@@ -54,7 +54,7 @@ def cannot_run(module, monkeypatch, reason):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_named_backend_that_cannot_run_raises_its_reason(name, monkeypatch, fresh_choice):
+def test_named_backend_that_cannot_run_raises_its_reason(name, monkeypatch, fresh_choice):
     cannot_run(MODULES[name], monkeypatch, "not today")
     for act in (
         lambda: FastSAM(make_params(), lr=0.1, backend=name),
@@ -65,13 +65,13 @@ def test_a_named_backend_that_cannot_run_raises_its_reason(name, monkeypatch, fr
             act()
 
 
-def test_a_backend_whose_module_is_missing_says_so(monkeypatch, fresh_choice):
+def test_backend_whose_module_is_missing_says_so(monkeypatch, fresh_choice):
     monkeypatch.setitem(sys.modules, TRITON_MODULE, None)
     with pytest.raises(BackendUnavailable, match="'triton' is not part of this installation"):
         load("triton", "cpu")
 
 
-def test_load_asks_for_the_device_it_is_given(monkeypatch):
+def test_load_asks_for_device_it_is_given(monkeypatch):
     asked = []
     stub = types.ModuleType(TRITON_MODULE)
     stub.check = asked.append
@@ -80,7 +80,7 @@ def test_load_asks_for_the_device_it_is_given(monkeypatch):
     assert asked == ["xpu"]
 
 
-def test_auto_takes_the_fastest_that_can_run(monkeypatch, fresh_choice, caplog):
+def test_auto_takes_fastest_that_can_run(monkeypatch, fresh_choice, caplog):
     caplog.set_level(logging.DEBUG, "fastsam")
     monkeypatch.setattr(native, "check", lambda device_type: None)
     assert resolve("auto", "cpu") is native
@@ -100,7 +100,7 @@ def test_auto_logs_what_it_skips_and_why_once(monkeypatch, fresh_choice, caplog)
     assert record.getMessage() == "backend 'native' skipped on cpu: not today"
 
 
-def test_a_missing_extension_is_a_warning_that_says_what_to_do(monkeypatch, fresh_choice, caplog):
+def test_missing_extension_is_warning_that_says_what_to_do(monkeypatch, fresh_choice, caplog):
     monkeypatch.setattr(native, "_missing", "No module named 'fastsam._C'")
     problem = Problem("cpu")
     problem.step(problem.optimizer("auto"))
@@ -141,7 +141,7 @@ def test_no_backend_at_all(monkeypatch, fresh_choice):
         FastSAM(make_params(), lr=0.1)
 
 
-def test_the_native_backend_names_a_device_it_has_no_kernels_for(monkeypatch):
+def test_native_backend_names_device_it_has_no_kernels_for(monkeypatch):
     monkeypatch.setattr(native, "_missing", "")
     if not hasattr(torch.ops.fastsam, "perturb_"):
         pytest.skip("the extension is not compiled")

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from internals import UPDATE_OPERATIONS, BackendUnavailable, foreach, load, reference, resolve, table_params
+from internals import MODULES, UPDATE_OPERATIONS, BackendUnavailable, foreach, load, reference, resolve, table_params
 
 from fastsam import __main__ as command_line
 from fastsam import doctor

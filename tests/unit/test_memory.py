@@ -9,7 +9,7 @@ from checks import DTYPE_IDS, DTYPES, assert_same_bits, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsam.tables import memory
+from fastsam.tables import memory as layouts
 from fastsam.tables.memory import (
     allocate_like,
     as_real,
@@ -183,7 +183,7 @@ def test_two_dense_tensors_are_never_compared_by_element(monkeypatch):
     def compared(tensors):
         assert len(tensors) < 2
 
-    monkeypatch.setattr(memory, "_find_shared_element", compared)
+    monkeypatch.setattr(layouts, "_find_shared_element", compared)
     memory = torch.zeros(100)
     assert find_shared([memory[:50], memory[50:]]) is None
     assert find_shared([memory[60:], memory[:50], memory[10:20].view(2, 5).t()]) == (1, 2)
