@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import weakref
@@ -529,6 +530,48 @@ def test_compiled_kernels_read_and_write_sixteen_bytes_at_a_time(tmp_path, targe
         assert entry["spills"] == 0
         assert entry["wide_found"] >= entry["wide_needed"] > 0
         assert (tmp_path / entry["file"]).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_tool_compiles_what_is_launched(tmp_path):
+    """Under a driver that only names its GPU: the same code from the launcher's path and from the tool's."""
+    if not COMPILE.exists():
+        pytest.skip("the tests run without the checkout, against an installed wheel")
+    code = f"""
+import sys
+sys.path.insert(0, {str(COMPILE.parent)!r})
+import compile_kernels, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from fastsam.backends import triton_kernels as kernels
+from fastsam.spec import Update
+
+class Utils:
+    def load_binary(self, *arguments):
+        return 1, 2, 32, 0, 1024
+    def unload_module(self, module):
+        pass
+    def get_device_properties(self, device):
+        return {{"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}}
+
+class Driver:
+    utils, target = Utils(), GPUTarget("cuda", 90, 32)
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = lambda self: self.target
+
+driver.set_active(Driver())
+kind = kernels.Kind(torch.float32)
+for kernel in (kernels.norm(kind), kernels.update(kind, Update.NONE, None)):
+    launched = kernel.prepare(torch.device("cpu"))
+    source = compile_kernels.source_of(kernel, Driver.target)
+    tool = triton.compile(source, target=Driver.target, options=kernel.options)
+    assert launched.asm["ptx"] == tool.asm["ptx"]
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- on a GPU: what an interpreter cannot show ----
