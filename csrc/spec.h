@@ -5,9 +5,12 @@
 
 #if defined(__CUDACC__)
 #define FASTSAM_HOST_DEVICE __host__ __device__ __forceinline__
+// Called: too long to be written out for every element of a vector.
+#define FASTSAM_HOST_DEVICE_CALL __host__ __device__ __noinline__ inline
 #else
 // Inlined by force: only inside a multiversioned caller is the element compiled for that caller's instruction set.
 #define FASTSAM_HOST_DEVICE inline __attribute__((always_inline))
+#define FASTSAM_HOST_DEVICE_CALL FASTSAM_HOST_DEVICE
 #endif
 
 namespace fastsam {

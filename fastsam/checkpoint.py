@@ -1,4 +1,4 @@
-"""What FastSAM adds to the base's state_dict, and what it makes of one that is loaded."""
+"""What FastSAM adds to the base's state_dict, and how it completes a loaded one."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastsam.schedules import is_schedule
 from fastsam.spec import MASTER_NAME, STEP_NAME
 
 STEP_COUNT = "fastsam_step"
-"""In each parameter group: the number of steps, where a method, an interval or a schedule asks for it."""
+"""In each parameter group: the number of steps, if a method, an interval or a schedule uses it."""
 
 METHOD = "fastsam_method"
-"""In the groups of a checkpoint: the method, if it is not SAM."""
+"""In the groups of a checkpoint: the method's name, if it is not SAM."""
 
 Groups = Sequence[Mapping[str, Any]]
 
 
 def complete_saved(saved: dict[str, Any], method: Method, update: FusedUpdate | None, step: int) -> None:
-    """Makes what ``Optimizer.state_dict()`` has returned in step ``step`` loadable by FastSAM and by its base."""
+    """Completes the result of ``Optimizer.state_dict()`` in step ``step``, so that FastSAM and its base can load it."""
     if update is not None:
         saved["state"] = {key: update.saved(entries) for key, entries in saved["state"].items()}
         _bring_steps_to_host(saved)
@@ -37,7 +37,7 @@ def complete_saved(saved: dict[str, Any], method: Method, update: FusedUpdate | 
 
 
 def _bring_steps_to_host(saved: dict[str, Any]) -> None:
-    """Step counts are on the device; a base that is neither capturable nor fused would wait for each of them."""
+    """Moves step counts to the CPU, where a base that is neither capturable nor fused reads them without waiting."""
     found: list[tuple[dict[str, Any], str]] = []
     for group in saved["param_groups"]:
         if group.get("capturable") or group.get("fused"):
@@ -57,23 +57,23 @@ def _is_on_device(value: Any) -> bool:
 
 
 def complete_loaded(loaded: dict[str, Any], given: Mapping[str, Any], present: Groups, method: Method) -> None:
-    """Fills in and puts right what ``Optimizer.load_state_dict()`` has made of a state dict.
+    """Completes and corrects the copy that ``Optimizer.load_state_dict()`` has made of a state dict.
 
     Args:
-        loaded: torch's copy, its tensors cast to the parameters' dtype; changed in place.
+        loaded: torch's copy, with tensors cast to the parameters' dtype; changed in place.
         given: the state dict itself.
-        present: the optimizer's parameter groups; what the loaded ones lack is theirs.
-        method: the optimizer's.
+        present: the optimizer's parameter groups, which supply what the loaded ones lack.
+        method: the optimizer's method.
 
     Raises:
-        ValueError: the state is another method's.
+        ValueError: the state belongs to another method.
     """
     for group, mine in zip(loaded["param_groups"], present, strict=True):
         name = group.pop(METHOD, None)
         if name is not None and name != type(method).__name__:
             raise ValueError(
-                f"the state is {name}'s, this optimizer's method is {method}: what one keeps is of no use to "
-                f"the other; to go on without, remove {METHOD!r} from the state's param_groups"
+                f"the state belongs to the method {name}, this optimizer's method is {method}, which cannot use it; "
+                f"to load it without the method's state, remove {METHOD!r} from its param_groups"
             )
         for name in GROUP_OPTIONS:
             group.setdefault(name, mine[name])
@@ -88,7 +88,7 @@ def complete_loaded(loaded: dict[str, Any], given: Mapping[str, Any], present: G
             if not isinstance(value, Tensor):
                 continue
             entries = loaded["state"][param]
-            # torch casts what it loads to the parameter's dtype, in which a count may end at 256.
+            # torch casts loaded tensors to the parameter's dtype, in which a count may not exceed 256.
             if name.startswith("fastsam_") or (group["master_weights"] and name != "step"):
                 entries[name] = value.to(param.device, copy=True)
             elif entries[name] is value:
@@ -100,7 +100,7 @@ def check_shapes(loaded: Mapping[str, Any], names_of: Callable[[Mapping[str, Any
 
     Args:
         loaded: the state and the groups, keyed by parameters.
-        names_of: the names of a group's state tensors that have their parameters' shapes.
+        names_of: returns the names of a group's state tensors that have the shapes of their parameters.
     """
     index = 0
     for group in loaded["param_groups"]:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class GradientSums:
-    """The sums of the gradients that parameters have had."""
+    """The sums of the parameters' gradients over the micro-batches of a step."""
 
     def __init__(self) -> None:
         self._sums: dict[Tensor, Tensor] = {}
 
     def add(self, params: Iterable[Tensor]) -> None:
-        """Adds the present gradients; a parameter's first one becomes its sum."""
+        """Adds the present gradients; a parameter's first gradient itself becomes the sum."""
         present = {p: p.grad for p in params if p.grad is not None}
         known = [p for p in present if p in self._sums]
         if known:
@@ -25,7 +25,7 @@ class GradientSums:
             self._sums[param] = grad.clone() if grad._base is not None else grad
 
     def hand_over(self, params: Iterable[Tensor], count: int) -> bool:
-        """Makes the averages of ``count`` micro-batches the parameters' gradients; False if there is none."""
+        """Sets the parameters' gradients to the averages over ``count`` micro-batches; False if there is none."""
         for param in params:
             param.grad = self._sums.get(param)
         if self._sums:

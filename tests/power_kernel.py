@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from fastsam.kernels.arithmetic import power
+
+from fastsam.kernels.maths import power
 
 
 @triton.jit

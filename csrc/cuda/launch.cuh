@@ -1,12 +1,12 @@
-// Launches over a table: one block per chunk, and as few launches as the gradients' addresses take.
+// Launches over a table: as few as the gradients' addresses take.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <type_traits>
 
-#include "multi_tensor.cuh"
 #include "operations.h"
+#include "walk.cuh"
 
 namespace fastsam::cuda {
 
@@ -14,35 +14,41 @@ namespace fastsam::cuda {
 enum class Order { kForward, kBackward };
 
 template <typename Arguments>
-void launch(const Call& call, const char* operation, void (*kernel)(Arguments), Arguments& arguments,
-            int64_t chunk_count) {
+void launch(const Call& call, const char* operation, void (*kernel)(Arguments), Arguments& arguments, int64_t blocks) {
   void* pointers[] = {&arguments};
-  const dim3 blocks(static_cast<unsigned>(std::max<int64_t>(chunk_count, 1)));
-  const cudaError_t error = cudaLaunchKernel(kernel, blocks, dim3(kThreads), pointers, 0, call.stream);
+  const dim3 grid(static_cast<unsigned>(std::max<int64_t>(blocks, 1)));
+  const cudaError_t error = cudaLaunchKernel(kernel, grid, dim3(kThreads), pointers, 0, call.stream);
   STD_TORCH_CHECK(error == cudaSuccess, "fastsam: ", operation,
                   " cannot be launched on CUDA: ", cudaGetErrorString(error));
 }
 
-template <int64_t kCapacity, typename Extra, typename KernelFor>
+// What `operation` is called in messages, `order` of the launches, and whatever a launch over tensors is given.
+template <int64_t kCapacity, typename Extra, typename KernelFor, typename Undo>
 void launch_in_runs(const Call& call, const char* operation, Order order, const Extra& extra,
-                    const KernelFor& kernel_for) {
+                    const KernelFor& kernel_for, const Undo& undo) {
   auto launches = plan_launches(call.table, kCapacity);
   if (order == Order::kBackward) std::reverse(launches.begin(), launches.end());
   for (const Launch& run : launches) {
     Arguments<Extra, kCapacity> arguments;
     pack_arguments(call.table, call.device, run, extra, arguments);
-    launch(call, operation, kernel_for(std::integral_constant<int64_t, kCapacity>{}), arguments, run.chunk_count);
+    try {
+      launch(call, operation, kernel_for(std::integral_constant<int64_t, kCapacity>{}), arguments, run.chunk_count);
+    } catch (...) {
+      for (const Launch* done = launches.data(); done != &run; ++done) undo(*done);
+      throw;
+    }
   }
 }
 
-// `kernel_for(capacity)` is the kernel whose arguments hold so many addresses, an integral_constant.
-template <typename Extra, typename KernelFor>
+// `kernel_for(capacity)` is the kernel whose arguments hold so many addresses, an integral_constant: one block for each
+// chunk. `undo(launch)` takes back what a launch has done, should one after it fail.
+template <typename Extra, typename KernelFor, typename Undo>
 void launch_over_tensors(const Call& call, const char* operation, Order order, const Extra& extra,
-                         const KernelFor& kernel_for) {
+                         const KernelFor& kernel_for, const Undo& undo) {
   if (call.table.tensor_count <= kFewTensors) {
-    launch_in_runs<kFewTensors>(call, operation, order, extra, kernel_for);
+    launch_in_runs<kFewTensors>(call, operation, order, extra, kernel_for, undo);
   } else {
-    launch_in_runs<kManyTensors>(call, operation, order, extra, kernel_for);
+    launch_in_runs<kManyTensors>(call, operation, order, extra, kernel_for, undo);
   }
 }
 

@@ -8,14 +8,16 @@
 #include <vector>
 
 #include "../elementwise.h"
-#include "../tensor_table.h"
+#include "../table.h"
 
 namespace fastsam::cuda {
 
 // Gradients are new tensors in every step, so their addresses travel in the kernel's arguments, of which CUDA takes
-// 32,764 bytes; what else is in them fits into the rest. Most models are content with the smaller ones.
+// 32,764 bytes; what else is in them fits into the rest. Most models are content with the smaller ones. Each kernel
+// takes as much in the library as its arguments: those for methods, of which there are many, take less.
 constexpr int64_t kFewTensors = 480;
 constexpr int64_t kManyTensors = 4064;
+constexpr int64_t kMethodTensors = 1024;
 
 // One launch: a run of tensors, in the table's order, and all of their chunks.
 struct Launch {
@@ -29,7 +31,7 @@ struct Launch {
 
 // A table in device memory.
 struct DeviceTable {
-  const int64_t* addresses;  // [kRoles, tensor_count]; the row of gradients is not read
+  const int64_t* addresses;  // [kRows, tensor_count]; the row of gradients is not read
   const int64_t* chunks;     // [count, 4]: tensor, first element, length, parameter group
   int64_t tensor_count;
   const int64_t* positions;  // of the tensors in the parameter groups; null: everything is rounded to nearest
@@ -71,8 +73,8 @@ void pack_arguments(const TensorTable& table, const DeviceTable& device, const L
   std::memcpy(arguments.grads, grads, launch.tensor_count * sizeof(int64_t));
 }
 
-// A block's share of the work.
-struct DeviceChunk {
+// A block's share of the work, as two 16-byte loads.
+struct alignas(16) DeviceChunk {
   int64_t tensor;
   int64_t start;
   int64_t length;
@@ -82,19 +84,49 @@ struct DeviceChunk {
 // The launch's chunk `index`. A launch has at least one block; one of empty tensors alone has no chunk for it.
 FASTSAM_HOST_DEVICE DeviceChunk read_chunk(const DeviceTable& table, const Launch& launch, int64_t index) {
   if (index >= launch.chunk_count) return {launch.first_tensor, 0, 0, 0};
-  const int64_t* row = table.chunks + 4 * (launch.first_chunk + index);
-  return {row[0], row[1], row[2], row[3]};
+  return reinterpret_cast<const DeviceChunk*>(table.chunks)[launch.first_chunk + index];
 }
 
-// The address of a chunk's first element; null where the tensor has no such role.
+// The address of a chunk's first element; null where the tensor is absent.
 template <typename scalar_t>
 FASTSAM_HOST_DEVICE scalar_t* element_pointer(int64_t address, const DeviceChunk& chunk) {
   return address == 0 ? nullptr : reinterpret_cast<scalar_t*>(address) + chunk.start;
 }
 
 template <typename scalar_t>
-FASTSAM_HOST_DEVICE scalar_t* element_pointer(const DeviceTable& table, Role role, const DeviceChunk& chunk) {
-  return element_pointer<scalar_t>(table.addresses[role * table.tensor_count + chunk.tensor], chunk);
+FASTSAM_HOST_DEVICE scalar_t* element_pointer(const DeviceTable& table, int64_t row, const DeviceChunk& chunk) {
+  return element_pointer<scalar_t>(table.addresses[row * table.tensor_count + chunk.tensor], chunk);
+}
+
+// A chunk of a tensor that is float where masters are kept and the row is state, or narrow like the parameters: where
+// it begins, in one of the two. Both are null where the tensor is absent.
+template <typename scalar_t>
+struct Source {
+  const scalar_t* narrow;
+  const float* wide;
+
+  FASTSAM_HOST_DEVICE bool is_present() const { return narrow != nullptr || wide != nullptr; }
+};
+
+// As TensorTable::is_wide.
+FASTSAM_HOST_DEVICE bool is_wide(bool masters, int64_t row) {
+  return masters && row != kParam && row != kGrad && row != kFirstGrad && row != kDirection;
+}
+
+// Of any row, the gradients' included; of none, absent.
+template <typename scalar_t, bool kMasters, typename Arguments>
+FASTSAM_HOST_DEVICE Source<scalar_t> find_source(const Arguments& args, int64_t row, const DeviceChunk& chunk) {
+  if (row < 0) return {nullptr, nullptr};
+  const DeviceTable& table = args.table;
+  const int64_t address = row == kGrad ? args.grads[chunk.tensor - args.launch.first_tensor]
+                                       : table.addresses[row * table.tensor_count + chunk.tensor];
+  if (is_wide(kMasters, row)) return {nullptr, element_pointer<float>(address, chunk)};
+  return {element_pointer<scalar_t>(address, chunk), nullptr};
+}
+
+template <typename scalar_t, typename Arguments>
+FASTSAM_HOST_DEVICE scalar_t* grad_pointer(const Arguments& args, const DeviceChunk& chunk) {
+  return element_pointer<scalar_t>(args.grads[chunk.tensor - args.launch.first_tensor], chunk);
 }
 
 constexpr int64_t kVectorBytes = 16;
@@ -116,26 +148,28 @@ FASTSAM_HOST_DEVICE Split split_chunk(uint64_t address, uint64_t differences, in
 
 // An option on the device: a number, or the address of a tensor to read it from when the kernel runs. The address is
 // odd if that tensor is float64, else it is float32.
-struct DeviceOption {
+struct alignas(16) DeviceOption {
   double number;
   int64_t address;
-};
 
-// One group's options.
-struct OptionRow {
-  const DeviceOption* options;
-
-  FASTSAM_HOST_DEVICE double operator[](int64_t field) const {
-    const DeviceOption& option = options[field];
-    if (option.address == 0) return option.number;
-    if ((option.address & 1) != 0) return *reinterpret_cast<const double*>(option.address & ~int64_t{1});
-    return *reinterpret_cast<const float*>(option.address);
+  FASTSAM_HOST_DEVICE double value() const {
+    if (address == 0) return number;
+    if ((address & 1) != 0) return *reinterpret_cast<const double*>(address & ~int64_t{1});
+    return *reinterpret_cast<const float*>(address);
   }
 };
 
+// One group's options. All are loaded before the first is looked at: else each would wait for the one before.
 template <typename Options>
 FASTSAM_HOST_DEVICE Options read_options(const DeviceOption* options, int64_t group) {
-  return Options::read(OptionRow{options + group * Options::kFields});
+  constexpr int kCount = kFields<Options>;
+  DeviceOption fields[kCount];
+  for (int i = 0; i < kCount; ++i) fields[i] = options[group * kCount + i];
+  double values[kCount];
+  for (int i = 0; i < kCount; ++i) values[i] = fields[i].value();
+  Options result;
+  std::memcpy(&result, values, sizeof(result));
+  return result;
 }
 
 }  // namespace fastsam::cuda

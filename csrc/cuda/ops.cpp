@@ -1,9 +1,10 @@
 // The operators on CUDA tensors: argument checks, device, stream.
 //
 // What the host reads is a table as in ../ops.cpp, less its chunks: above all the gradients' addresses. What kernels
-// read is in device memory (fastsam/backends/device_table.py): `device_addresses` [kRoles, n] as int64, whose row of
+// read is in device memory (fastsam/backends/device_table.py): `device_addresses` [kRows, n] as int64, whose row of
 // gradients is not read; `chunks` [count, 4] as int64: tensor, first element, length, group; `options` as two words for
-// each of [groups, fields]; `positions`, `steps`; `finished`, an int32 that is 0 between operations.
+// each of [groups, fields]; `coefficients`; `positions`; `finished` [2, n] as int32: zeros between operations, and the
+// number of each tensor's chunks.
 #include <cstdint>
 #include <optional>
 
@@ -71,7 +72,7 @@ class Operation {
     const int64_t rows = call.table.chunk_count == 0 ? 1 : call.table.chunk_count;
     STD_TORCH_CHECK(chunks.dim() == 2 && chunks.size(0) == rows && chunks.size(1) == 4, "fastsam: chunks must be [",
                     rows, ", 4]");
-    call.device = {device_pointer<int64_t>(*device_addresses, ScalarType::Long, "device_addresses", device, kRoles * n),
+    call.device = {device_pointer<int64_t>(*device_addresses, ScalarType::Long, "device_addresses", device, kRows * n),
                    chunks.const_data_ptr<int64_t>(), n,
                    positions.has_value() ? device_pointer<int64_t>(*positions, ScalarType::Long, "positions", device, n)
                                          : nullptr};
@@ -84,25 +85,37 @@ class Operation {
   template <typename Options>
   const DeviceOption* options(const Tensor& options) const {
     check_device(options, ScalarType::Long, "options", device);
-    constexpr int64_t kWords = 2 * Options::kFields;
+    constexpr int64_t kWords = 2 * kFields<Options>;
     STD_TORCH_CHECK(options.numel() % kWords == 0, "fastsam: options must be ", kWords, " words for each group");
     check_groups(call.table, options.numel() / kWords);
-    return static_cast<const DeviceOption*>(options.data_ptr());
+    const auto* first = static_cast<const DeviceOption*>(options.data_ptr());
+    STD_TORCH_CHECK(reinterpret_cast<uint64_t>(first) % alignof(DeviceOption) == 0, "fastsam: options must be aligned");
+    return first;
   }
 
-  float* step_counts(const Tensor& steps) const {
-    return device_pointer<float>(steps, ScalarType::Float, "steps", device, call.table.tensor_count);
+  template <typename Coefficients>
+  const Coefficients* coefficients(const Tensor& coefficients) const {
+    check_device(coefficients, ScalarType::Double, "coefficients", device);
+    check_coefficients(coefficients, call.table, kFields<Coefficients>);
+    return static_cast<const Coefficients*>(coefficients.data_ptr());
   }
 
-  int* counter(const std::optional<Tensor>& finished) const {
+  double* doubles(const Tensor& tensor, int64_t count, const char* name) const {
+    return device_pointer<double>(tensor, ScalarType::Double, name, device, count);
+  }
+
+  int* counters(const std::optional<Tensor>& finished) const {
     STD_TORCH_CHECK(finished.has_value(), "fastsam: on CUDA, finished must be given");
-    return device_pointer<int>(*finished, ScalarType::Int, "finished", device, 1);
+    return device_pointer<int>(*finished, ScalarType::Int, "finished", device, 2 * call.table.tensor_count);
   }
 
-  Update update(const DeviceOption* options, const Tensor& steps, const std::optional<Tensor>& grad_scale,
-                const std::optional<Tensor>& found_inf, const std::optional<Tensor>& finished) const {
-    return {options, step_counts(steps), scalar_pointer(grad_scale, "grad_scale", device),
-            scalar_pointer(found_inf, "found_inf", device), counter(finished)};
+  // Of a perturbation: whose random numbers need a step.
+  void check_draws(int64_t x) const {
+    const TensorTable& table = call.table;
+    for (int64_t i = 0; call.device.positions != nullptr && i < table.tensor_count; ++i) {
+      const bool draws = table.sizes[i] != 0 && table.has(kBackup, i) && table.has(x, i);
+      STD_TORCH_CHECK(!draws || table.has(kStep, i), "fastsam: tensor ", i, " has no step for its random numbers");
+    }
   }
 
   const int32_t device;
@@ -123,20 +136,42 @@ void grad_norm_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chu
                     Tensor options, Tensor partials, Tensor norm, std::optional<Tensor> finished, bool first,
                     bool last) {
   const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, positions, masters);
-  grad_norm_(operation.call, operation.options<ClimbOptions>(options),
-             device_pointer<double>(partials, ScalarType::Double, "partials", operation.device, chunks.size(0)),
-             device_pointer<double>(norm, ScalarType::Double, "norm", operation.device, 1), operation.counter(finished),
-             first, last);
+  const DeviceOption* groups = operation.options<AscentOptions>(options);
+  double* sums = operation.doubles(partials, chunks.size(0), "partials");
+  grad_norm_(operation.call, groups, sums, operation.doubles(norm, 1, "norm"), operation.counters(finished), first,
+             last);
+}
+
+void dots_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+               std::optional<Tensor> device_addresses, std::optional<Tensor> positions, bool masters,
+               Tensor coefficients, int64_t x, int64_t y, int64_t map, bool ascent, Tensor partials, Tensor result,
+               std::optional<Tensor> finished) {
+  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, positions, masters);
+  check_row(x);
+  if (y != kNone && !(ascent && y == kPerturbation)) check_row(y);
+  const Map mapping = check_map(map);
+  STD_TORCH_CHECK(ascent || mapping == Map::kIdentity, "fastsam: a descent has no map");
+  const auto* given = ascent ? operation.coefficients<AscentCoefficients>(coefficients) : nullptr;
+  double* sums = operation.doubles(partials, 3 * chunks.size(0), "partials");
+  double* dots = operation.doubles(result, 3 * operation.call.table.tensor_count, "result");
+  dots_(operation.call, {given, x, y, mapping}, ascent, sums, dots, operation.counters(finished));
 }
 
 void perturb_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
                   std::optional<Tensor> device_addresses, std::optional<Tensor> positions, bool masters, Tensor options,
-                  Tensor norm, std::optional<Tensor> steps) {
+                  std::optional<Tensor> norm, std::optional<Tensor> coefficients, int64_t x, int64_t y, int64_t map) {
   const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, positions, masters);
-  STD_TORCH_CHECK(steps.has_value() || !positions.has_value(), "fastsam: random numbers need steps");
-  perturb_(operation.call, operation.options<ClimbOptions>(options),
-           steps.has_value() ? operation.step_counts(*steps) : nullptr,
-           device_pointer<double>(norm, ScalarType::Double, "norm", operation.device, 1));
+  STD_TORCH_CHECK(norm.has_value() != coefficients.has_value(), "fastsam: give either norm or coefficients");
+  const DeviceOption* groups = operation.options<AscentOptions>(options);
+  const Map mapping = check_map(map);
+  check_row(x);
+  operation.check_draws(x);
+  if (norm.has_value()) {
+    STD_TORCH_CHECK(x == kGrad && y == kNone && mapping == Map::kIdentity, "fastsam: a norm is of the gradient");
+    return perturb_(operation.call, groups, operation.doubles(*norm, 1, "norm"));
+  }
+  if (y != kNone && y != kPerturbation) check_row(y);
+  perturb_(operation.call, groups, {operation.coefficients<AscentCoefficients>(*coefficients), x, y, mapping});
 }
 
 void restore_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
@@ -144,25 +179,43 @@ void restore_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk
   restore_(Operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, positions, masters).call);
 }
 
-void restore_and_sgd_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                          std::optional<Tensor> device_addresses, std::optional<Tensor> positions, bool masters,
-                          Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
-                          std::optional<Tensor> found_inf, std::optional<Tensor> finished) {
-  const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, positions, masters);
-  check_masters(operation.call.table);
-  const DeviceOption* groups = operation.options<SgdOptions>(options);
-  restore_and_sgd_(operation.call, operation.update(groups, steps, grad_scale, found_inf, finished));
+// The options of the update's groups; checks the state that it reads, as far as the host knows of it.
+const DeviceOption* read_update(const Operation& operation, Update update, const Tensor& options) {
+  const TensorTable& table = operation.call.table;
+  const bool is_stochastic = operation.call.device.positions != nullptr && !table.has_masters;
+  if (update == Update::kNone) return nullptr;
+  check_masters(table);
+  check_steps(table, update == Update::kAdam || is_stochastic);
+  if (update == Update::kSgd) return operation.options<SgdOptions>(options);
+  const auto always = [](int64_t) { return true; };
+  check_present(table, kState0, "exp_avg", always);
+  check_present(table, kState1, "exp_avg_sq", always);
+  return operation.options<AdamOptions>(options);
 }
 
-void restore_and_adam_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
-                           std::optional<Tensor> device_addresses, std::optional<Tensor> positions, bool masters,
-                           Tensor options, Tensor steps, std::optional<Tensor> grad_scale,
-                           std::optional<Tensor> found_inf, std::optional<Tensor> finished) {
+void restore_and_update_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
+                             std::optional<Tensor> device_addresses, std::optional<Tensor> positions, bool masters,
+                             int64_t update, Tensor options, std::optional<Tensor> grad_scale,
+                             std::optional<Tensor> found_inf, std::optional<Tensor> finished,
+                             std::optional<Tensor> coefficients, int64_t y, bool keeps, bool decoupled) {
   const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, positions, masters);
-  check_masters(operation.call.table);
-  check_moments(operation.call.table);
-  const DeviceOption* groups = operation.options<AdamOptions>(options);
-  restore_and_adam_(operation.call, operation.update(groups, steps, grad_scale, found_inf, finished));
+  const TensorTable& table = operation.call.table;
+  const Update algorithm = check_update(update);
+  UpdateArguments arguments{read_update(operation, algorithm, options),
+                            scalar_pointer(grad_scale, "grad_scale", operation.device),
+                            scalar_pointer(found_inf, "found_inf", operation.device),
+                            operation.counters(finished),
+                            {nullptr, y, keeps, decoupled}};
+  if (coefficients.has_value()) {
+    if (y != kNone) check_row(y);
+    // Without a fused update, that is where the decoupled part is left for its caller.
+    const bool needs_first_grad = decoupled && algorithm == Update::kNone;
+    check_present(table, kFirstGrad, "first gradient", [&](int64_t i) {
+      return needs_first_grad && (y == kNone || table.has(y, i)) && (!keeps || table.has(kMethodState, i));
+    });
+    arguments.descent.coefficients = operation.coefficients<DescentCoefficients>(*coefficients);
+  }
+  restore_and_update_(operation.call, algorithm, arguments);
 }
 
 }  // namespace
@@ -176,8 +229,8 @@ extern "C" __attribute__((visibility("default"))) const char* fastsam_cuda_obsta
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {
   m.impl("grad_norm_", TORCH_BOX(&fastsam::cuda::grad_norm_cuda));
+  m.impl("dots_", TORCH_BOX(&fastsam::cuda::dots_cuda));
   m.impl("perturb_", TORCH_BOX(&fastsam::cuda::perturb_cuda));
   m.impl("restore_", TORCH_BOX(&fastsam::cuda::restore_cuda));
-  m.impl("restore_and_sgd_", TORCH_BOX(&fastsam::cuda::restore_and_sgd_cuda));
-  m.impl("restore_and_adam_", TORCH_BOX(&fastsam::cuda::restore_and_adam_cuda));
+  m.impl("restore_and_update_", TORCH_BOX(&fastsam::cuda::restore_and_update_cuda));
 }

@@ -1,23 +1,23 @@
 // w <- backup, or the master's rounding, for one chunk: by itself, and where an update has nothing to do.
 #pragma once
 
-#include "multi_tensor.cuh"
+#include <type_traits>
+
+#include "walk.cuh"
 
 namespace fastsam::cuda {
 
 template <typename scalar_t>
-struct CopyFunctor {
+struct CopyFunctor : FunctorTraits {
   using Tensors = Counts<1, 1>;
-  // The backup is done with.
-  static constexpr unsigned kStreamedReads = 0b1, kStreamedWrites = 0;
+  static constexpr unsigned kStreamedReads = 0b1;
 
   __device__ void operator()(Element<scalar_t, Tensors>& element) const { element.written[0] = element.read[0]; }
 };
 
 template <typename scalar_t>
-struct RoundFunctor {
+struct RoundFunctor : FunctorTraits {
   using Tensors = Counts<0, 1, 1>;
-  static constexpr unsigned kStreamedReads = 0, kStreamedWrites = 0;
 
   __device__ void operator()(Element<scalar_t, Tensors>& element) const {
     element.written[0] = static_cast<scalar_t>(element.wide_read[0]);

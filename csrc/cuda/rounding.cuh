@@ -9,13 +9,19 @@
 
 namespace fastsam::cuda {
 
+// The updates that a chunk's tensor has had; without a count, some.
+__device__ __forceinline__ float read_step(const DeviceTable& table, const DeviceChunk& chunk) {
+  const int64_t address = table.addresses[kStep * table.tensor_count + chunk.tensor];
+  return address == 0 ? 1 : *reinterpret_cast<const float*>(address);
+}
+
 // For kResults results of each of the chunk's elements, which are counted from its first.
 template <typename scalar_t, bool kStochastic, int kResults>
-__device__ __forceinline__ auto make_rounding(const DeviceTable& table, const DeviceChunk& chunk, uint32_t seed,
-                                              const float* steps, Draw draw) {
+__device__ __forceinline__ auto make_rounding(const DeviceTable& table, const DeviceChunk& chunk, double seed,
+                                              Draw draw) {
   if constexpr (kStochastic) {
     using Rounding = Stochastic<scalar_t, kResults>;
-    return Rounding::make(seed, steps[chunk.tensor], table.positions[chunk.tensor], draw).at(chunk.start);
+    return Rounding::make(seed, read_step(table, chunk), table.positions[chunk.tensor], draw).at(chunk.start);
   } else {
     return Nearest<scalar_t>{};
   }

@@ -1,4 +1,4 @@
-"""A Ctrl-C waits for the end of what must not be left half done."""
+"""SIGINT (Ctrl-C) is deferred to the end of an operation that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# signal's own functions are these and a search for an enum's name, which takes most of their time.
+# The functions of the signal module call these, and spend most of their time converting to enums.
 try:
     from _signal import getsignal  # type: ignore[import-not-found]
     from _signal import signal as set_handler
@@ -17,23 +17,23 @@ except ImportError:
 
 
 class DeferredInterrupts:
-    """A block during which SIGINT is only noted; its handler (usually KeyboardInterrupt) runs at the end."""
+    """A block during which SIGINT is only recorded; its handler (usually KeyboardInterrupt) runs at the end."""
 
-    __slots__ = ("_noted", "_previous")
+    __slots__ = ("_previous", "_recorded")
 
     def __enter__(self) -> None:
         self._previous: Any = None
-        # Only the main thread gets signals; a handler that is not Python's cannot interrupt Python code.
+        # Only the main thread receives signals, and only a Python handler can interrupt Python code.
         if threading.get_ident() != threading.main_thread().ident:
             return
         previous = getsignal(signal.SIGINT)
         if callable(previous):
-            self._noted: list[tuple[int, FrameType | None]] = []
+            self._recorded: list[tuple[int, FrameType | None]] = []
             self._previous = previous
-            set_handler(signal.SIGINT, self._note)
+            set_handler(signal.SIGINT, self._record)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.append((number, frame))
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self._recorded.append((number, frame))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -41,5 +41,5 @@ class DeferredInterrupts:
         if self._previous is None:
             return
         set_handler(signal.SIGINT, self._previous)
-        if self._noted:
-            self._previous(*self._noted[0])
+        if self._recorded:
+            self._previous(*self._recorded[0])

@@ -1,4 +1,4 @@
-"""Gradients -> the rows of a table: read, checked and, where they do not lie as they should, copied."""
+"""Gradients -> the rows of a table: read, checked and, where their layout differs from the parameter's, copied."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Gradients:
-    """Reads the gradients of one table, and keeps the memory of those that have to be copied."""
+    """Reads the gradients of one table, and owns the memory of those that have to be copied."""
 
     def __init__(self) -> None:
         self._scratch: dict[int, Tensor] = {}
@@ -39,18 +39,18 @@ class Gradients:
             mine, addresses = block.read_grads()
             grads += mine
             found.append(addresses)
-        usual = [addresses for addresses in found if addresses is not None]
-        if len(usual) == len(found):
-            table.set_row(Row.GRAD, grads, b"".join(usual))
+        expected = [addresses for addresses in found if addresses is not None]
+        if len(expected) == len(found):
+            table.set_row(Row.GRAD, grads, b"".join(expected))
         else:
             self._examine(table, grads)
         return True
 
     def adopt(self, table: TensorTable, i: int) -> Tensor:
-        """The present gradient as memory that nobody else writes to."""
+        """The present gradient, in memory that nothing else will write to."""
         grad = table.grads[i]
         assert grad is not None
-        # Scratch is written again by the next read; a view (DDP's bucket) by the next backward.
+        # The next read would overwrite scratch memory, the next backward a view (of DDP's bucket, for example).
         if self._scratch.get(i) is grad:
             del self._scratch[i]
         elif grad._base is not None and not table.params[i].is_complex():
@@ -71,7 +71,7 @@ class Gradients:
             block.expect_grads(grads[mine], usable=all(map(is_, grads[mine], laid_out[mine])))
 
     def _lay_out(self, table: TensorTable, i: int, grad: Tensor) -> Tensor:
-        """The gradient itself where its elements are and lie as they are to, else a copy where they do."""
+        """The gradient itself if it has the table's dtype and the parameter's layout, else a copy that does."""
         real = grad if not (grad.is_complex() or grad.is_neg()) else as_real(grad)
         if real.dtype == table.grad_dtype and same_order(real, table.values[i]):
             return real

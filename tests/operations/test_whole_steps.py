@@ -1,0 +1,56 @@
+"""All operations in the order of a step, by the chunks that each backend really uses."""
+
+import pytest
+import torch
+import triton_interpreter
+from checks import assert_same_bits
+from scene import ASCENTS, UPDATES, Scene, assert_whole_step, descent_by, every_stored, update_
+
+from fastsam.spec import Ascent, AscentOptions, Row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_real_chunks(operations, device, dtype):
+    """The boundaries of the chunks that the backend really uses, and enough of them for several threads."""
+    size = getattr(operations, "CHUNK_SIZE", 65536)
+    assert_whole_step(operations, Scene([(size - 1,), (0,), (size,), (size + 1,), (2 * size + 5,)], dtype, device))
+
+
+def test_tables_too_large_for_the_cache(operations, backend, device):
+    """Large tables may be written by other instructions; here with tails and starts that suit none of them."""
+    size = 100_000 if triton_interpreter.runs(backend, device) else (16 << 20) // 4
+    assert_whole_step(operations, Scene([(size + 3,), (1021,)], torch.float32, device, offset=1))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@every_stored
+def test_the_same_bits_every_time(operations, device, stored, threads):
+    """Also with another number of threads, but for the dot products of plain PyTorch."""
+    size = getattr(operations, "CHUNK_SIZE", 65536)
+
+    def run():
+        scene = Scene([(2 * size + 77,), (3,), (size,)], stored, device)
+        scene.begin_ascent()
+        scene.give_state(UPDATES["adamw-amsgrad"], [0, 1, 9])
+        scene.give_rows()
+        norm = operations.grad_norm([scene.table], [ASCENTS["asam"]]).clone()
+        operations.perturb_(scene.table, Ascent([AscentOptions(20.0, True, False, 3)], norm))
+        perturbed = scene.copy_rows(Row.PARAM)
+        descent = descent_by("all", scene)
+        dots = operations.dots(scene.table, descent.form, descent.coefficients)
+        update_(operations, scene, [UPDATES["adamw-amsgrad"]], descent=descent)
+        return dots, [norm, *perturbed.values(), *scene.copy_rows().values()]
+
+    results = []
+    for count in (1, 2, 2):
+        threads(count)
+        results.append(run())
+    for _, other in results[1:]:
+        assert_same_bits(results[0][1], other)
+    assert_same_bits(results[1][0], results[2][0], "dots")
