@@ -34,24 +34,28 @@ FASTSAM_MULTIVERSION void update_weights(scalar_t* __restrict__ result, const sc
   }
 }
 
-// Which state a tensor has says which update it is: SGD's with or without momentum, Adam's with or without amsgrad.
+// Which state a tensor has says which update it is: SGD's with or without momentum, Adam's with or without amsgrad. The
+// block's state begins at `start`.
 template <typename scalar_t, typename T, typename Rounding>
 void update_block(scalar_t* result, const scalar_t* param, const scalar_t* grad, const Slots<scalar_t>& state,
-                  int64_t length, const SgdStep<T>& step, const Rounding& rounding) {
+                  int64_t start, int64_t length, const SgdStep<T>& step, const Rounding& rounding) {
+  scalar_t* const none = nullptr;
   if (state[0] == nullptr) {
-    update_weights<0>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+    update_weights<0>(result, param, grad, none, none, none, length, step, rounding);
   } else {
-    update_weights<1>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+    update_weights<1>(result, param, grad, state[0] + start, none, none, length, step, rounding);
   }
 }
 
 template <typename scalar_t, typename T, typename Rounding>
 void update_block(scalar_t* result, const scalar_t* param, const scalar_t* grad, const Slots<scalar_t>& state,
-                  int64_t length, const AdamStep<T>& step, const Rounding& rounding) {
+                  int64_t start, int64_t length, const AdamStep<T>& step, const Rounding& rounding) {
+  scalar_t* const none = nullptr;
+  scalar_t *const exp_avg = state[0] + start, *const exp_avg_sq = state[1] + start;
   if (state[2] == nullptr) {
-    update_weights<2>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+    update_weights<2>(result, param, grad, exp_avg, exp_avg_sq, none, length, step, rounding);
   } else {
-    update_weights<3>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+    update_weights<3>(result, param, grad, exp_avg, exp_avg_sq, state[2] + start, length, step, rounding);
   }
 }
 
@@ -151,9 +155,7 @@ struct ChunkUpdate {
     const Slots<scalar_t> state{at(kState0), at(kState1), at(kState2)};
     for_each_block(chunk.length, [&](int64_t start, int64_t length) {
       alignas(64) scalar_t result[kBlock];
-      Slots<scalar_t> slots;
-      for (int k = 0; k < kStateSlots; ++k) slots[k] = state[k] == nullptr ? nullptr : state[k] + start;
-      update_block(result, source + start, grad + start, slots, length, step, rounding.at(chunk.start + start));
+      update_block(result, source + start, grad + start, state, start, length, step, rounding.at(chunk.start + start));
       store_block(param + start, result, length * sizeof(scalar_t), stream);
     });
   }
@@ -174,7 +176,8 @@ struct ChunkUpdate {
         if (state[k]) slots[k] = state[k].load(buffers[k], start, length);
       }
       const T* grad = direction.direction(block, start, length);
-      update_block(result, source.load(buffers[kStateSlots], start, length), grad, slots, length, step, Nearest<T>{});
+      update_block(result, source.load(buffers[kStateSlots], start, length), grad, slots, 0, length, step,
+                   Nearest<T>{});
       if (direction.decoupled) subtract(result, result, direction.shift(block, length), length);
       direction.keep_state(block, start, length, state_rounding.at(chunk.start + start));
       for (int k = 0; k < kStateSlots; ++k) {
