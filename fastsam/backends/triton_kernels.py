@@ -72,7 +72,7 @@ _LANGUAGE_DTYPES = {
     torch.float16: tl.float16,
 }
 
-_UPDATE_OPTIONS = {Update.SGD: SGDOptions, Update.ADAM: AdamOptions}
+_UPDATE_OPTIONS: dict[Update, Any] = {Update.SGD: SGDOptions, Update.ADAM: AdamOptions}
 _MOMENTS = {Update.NONE: 0, Update.SGD: 1, Update.ADAM: STATE_SLOTS}
 
 

@@ -533,21 +533,6 @@ def test_options_that_exclude_each_other(base, options, error, message):
         FastSAM([torch.zeros(3, requires_grad=True)], base, lr=0.1, **options)
 
 
-@pytest.mark.parametrize(
-    ("base", "options", "message"),
-    [
-        (torch.optim.RMSprop, {"method": methods.WSAM()}, "decouple=False"),
-        (torch.optim.SGD, {"method": methods.GSAM(), "master_weights": True}, "master_weights"),
-        (torch.optim.SGD, {"method": methods.AMP(), "rounding": "stochastic"}, "rounding"),
-    ],
-    ids=["decoupled-over-unfused", "masters", "rounding"],
-)
-def test_combinations_without_kernels(base, options, message):
-    """Refused for want of code, not by mathematics."""
-    with pytest.raises(ValueError, match=message):
-        FastSAM([torch.zeros(3, requires_grad=True)], base, lr=0.1, **options)
-
-
 def test_davda54_has_no_method():
     with pytest.raises(ValueError, match="method is FastSAM's"):
         OldSAM([torch.zeros(3, requires_grad=True)], torch.optim.SGD, method=methods.GSAM(), lr=0.1)
