@@ -167,8 +167,11 @@ class StateSlots:
         if value is not None and _fits(table, i, value):
             return value
         if value is None and (i, row) in self._pending:
-            # Of a perturbed parameter only the master still has the weights.
             return self._pending[i, row]
+        if value is None and row == Row.MASTER and table.is_perturbed and table.masters[i] is not None:
+            # Of a perturbed parameter only the master still has the weights.
+            master = table.masters[i]
+            return torch.view_as_complex(master) if table.params[i].is_complex() else master
         if value is None and not needed:
             return None
         initial = names[table.groups[i]].initial if row in _MOMENTS else 0.0

@@ -448,8 +448,30 @@ def refusals():
         ),
         "second-without-first": (False, lambda o, p: o.second_step(), r"second_step\(\) without first_step\(\)"),
         "first-twice": (True, lambda o, p: o.first_step(), rf"first_step\(\) {while_perturbed}"),
-        "closure-while-perturbed": (True, lambda o, p: o.step(p.backward), rf"step\(closure\) {while_perturbed}"),
+        "closures-while-perturbed": (
+            True,
+            lambda o, p: o.step(closures=[p.backward]),
+            rf"step\(closure\) {while_perturbed}",
+        ),
     }
+
+
+@every_base
+@pytest.mark.parametrize("is_done_before", [False, True], ids=["closure", "empty-closure"])
+def test_closure_while_perturbed_is_the_second_pass(backend, device, base, is_done_before):
+    """Trainers always pass a closure, one that does nothing if the gradients are there."""
+    mine, other = Problem(device), Problem(device)
+    optimizer, two_phase = mine.optimizer(backend, base), other.optimizer(backend, base)
+    for problem, its in ((mine, optimizer), (other, two_phase)):
+        problem.backward()
+        its.first_step()
+    other.backward()
+    two_phase.second_step()
+    if is_done_before:
+        mine.backward()
+    optimizer.step((lambda: None) if is_done_before else mine.backward)
+    assert not optimizer.perturbed
+    assert_same_bits(mine.weights(), other.weights())
 
 
 @every_base

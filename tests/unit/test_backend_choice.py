@@ -71,7 +71,7 @@ def test_backend_whose_module_is_missing_says_so(monkeypatch, fresh_choice):
 def test_load_asks_for_device_it_is_given(monkeypatch):
     asked = []
     stub = types.ModuleType(TRITON_MODULE)
-    stub.check = asked.append
+    stub.unsupported_reason = lambda request: asked.append(request.device_type) or ""
     monkeypatch.setitem(sys.modules, TRITON_MODULE, stub)
     assert load("triton", "xpu") is stub
     assert asked == ["xpu"]
@@ -79,7 +79,7 @@ def test_load_asks_for_device_it_is_given(monkeypatch):
 
 def test_auto_takes_fastest_that_can_run(monkeypatch, fresh_choice, caplog):
     caplog.set_level(logging.DEBUG, "fastsam")
-    monkeypatch.setattr(native, "check", lambda device_type: None)
+    monkeypatch.setattr(native, "unsupported_reason", lambda request: "")
     assert resolve("auto", "cpu") is native
     assert not caplog.records
 
