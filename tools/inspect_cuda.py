@@ -76,7 +76,7 @@ DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", 
 NARROW = ("bfloat16", "float16")
 
 NAME = re.compile(
-    r"(?P<kernel>\w+)_kernel<(?P<type>[\w:]+)(?P<flags>(?:, (?:true|false|\(fastsam::Map\)\d|fastsam::\S*Base))*)"
+    r"(?P<kernel>\w+)_kernel<(?P<type>[\w:]+)(?P<flags>(?:, (?:true|false|\(fastsam::Map\)\d|fastsam::[^,]*Base))*)"
     r"(?:, (?P<capacity>\d+)l?)?>"
 )
 Entry = dict[str, Any]

@@ -18,7 +18,6 @@ struct PerturbArguments {
 template <typename scalar_t, typename Rounding>
 struct PerturbFunctor : FunctorTraits {
   using Tensors = Counts<2, 2>;
-  static constexpr unsigned kStreamedReads = 0b10, kStreamedWrites = 0b01;
   AscentStep<opmath_t<scalar_t>> step;
   Rounding rounding;
 
@@ -36,7 +35,6 @@ struct PerturbFunctor : FunctorTraits {
 template <typename scalar_t, typename Rounding>
 struct PerturbMasterFunctor : FunctorTraits {
   using Tensors = Counts<2, 1, 1, 1>;
-  static constexpr unsigned kStreamedReads = 0b10;
   static constexpr bool kKeepsWide = true;
   AscentStep<float> step;
   Rounding rounding;
