@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-
 #include "launches.h"
 
 namespace fastsam::cuda {
