@@ -247,7 +247,7 @@ def tests(stage: Stage, dry: bool) -> None:
     options = [*pytest(), "-p", "benchmarks.tests_plugin", "--maxfail=60", *workers]
     hardware = [*options, "-m", "gpu", *(["--collect-only"] if dry else []), *there_are(HARDWARE_TESTS)]
     stage.run("tests of the hardware", hardware, 150.0, environment, fine=(0, 5) if dry else (0,))
-    only = ["-m", "not gpu", "--sample", "20"] if dry else ["-m", "gpu"]
+    only = ["-m", "not gpu", "--rehearse", "20"] if dry else ["-m", "gpu"]
     contract = there_are(CONTRACT_TESTS)[: 1 if dry else None]
     stage.run("tests of the contract", [*options, *only, *contract], 150.0, environment)
     steps = [sys.executable, "-m", "benchmarks.awkward_steps", device, "native"]

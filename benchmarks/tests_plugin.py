@@ -6,12 +6,12 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sample", type=int, metavar="N", help="Run about N of the tests, spread evenly.")
+    parser.addoption("--rehearse", type=int, metavar="N", help="Run about N of the tests, spread evenly.")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (size := config.getoption("sample")) is not None:
+    if (size := config.getoption("rehearse")) is not None:
         chosen = [item for item in items if "slow" not in item.keywords]
         items[:] = chosen[:: max(len(chosen) // size, 1)]
 
