@@ -13,7 +13,7 @@ from fastsam.backends import Backend, grad_norms, resolve
 from fastsam.bases import FusedUpdate
 from fastsam.coefficients import Coefficients
 from fastsam.directions import choose_directions, draw_noise
-from fastsam.groups import ascent_options
+from fastsam.groups import ascent_options, learning_rate
 from fastsam.methods import Method
 from fastsam.precision import ascent_seed
 from fastsam.spec import Ascent, AscentOptions, Descent, Row, StateNames, Update
@@ -228,7 +228,7 @@ class Engine:
         backends = [self._backend(table) for table in tables]
         # An unfused base is given unscaled gradients: the combination is unscaled with them.
         scales = [to_table_device(plan.grad_scale, t) if plan.update is not None else None for t in tables]
-        lrs = lambda: [group["lr"] for group in plan.groups]  # noqa: E731
+        lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
         return self._coefficients.descents(backends, tables, options, lrs, self.ascents > 0, scales)
 
     def _update(self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None) -> None:
@@ -296,7 +296,8 @@ class Engine:
     def _hiding_method_state(self, state: OptimizerState) -> Iterator[None]:
         """A block in which ``state`` holds the base's own entries alone: an empty one tells it of a first step."""
         name = self.method.state_name
-        hidden = {} if name is None else {p: e.pop(name) for p, e in state.items() if name in e}
+        kept = {} if name is None else {p: e for p, e in state.items() if isinstance(e, dict) and name in e}
+        hidden = {param: entries.pop(str(name)) for param, entries in kept.items()}
         try:
             yield
         finally:

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
-from fastsam.bases import check_base, unhooked_step
+from fastsam.bases import check_base, note_step, run_step
 from fastsam.checkpoint import STEP_COUNT
 from fastsam.engine import Engine, Plan
-from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, with_defaults
+from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, give_options, split_options, with_defaults
 from fastsam.micro_batches import GradientSums
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
@@ -129,14 +129,14 @@ class FastSAM(BaseWrapper):
         self._engine = Engine(backend, method)
         for group in groups:
             self._check_backends(group)
-        self.base_optimizer = base(groups, **base_kwargs)
+        # The base may check what its groups hold: it is shown its own options alone.
+        self.base_optimizer = base([split_options(group)[0] for group in groups], **base_kwargs)
+        give_options(self.base_optimizer.param_groups, groups)
         for group in self.base_optimizer.param_groups:
             self._check_group(group)
-        # Optimizer.__init__ empties state and param_groups, which are the base's, and adds the groups once more.
-        state, param_groups = self.base_optimizer.state, self.base_optimizer.param_groups
-        super().__init__(param_groups, {**self.base_optimizer.defaults, **own})
-        self.base_optimizer.state, self.base_optimizer.param_groups = state, param_groups
+        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own})
         self._engine.is_constructed = True
+        self._hook_base()
 
     # ---- steps ----
 
@@ -304,6 +304,7 @@ class FastSAM(BaseWrapper):
 
     def _ascend(self, micro_batch: int = 0) -> None:
         """Norm, perturb."""
+        self._complete_groups()
         for group in self.param_groups:
             self._check_group(group)
         if self._statistics is not None and self.method.needs_first_pass and not self._engine.perturbed:
@@ -320,11 +321,13 @@ class FastSAM(BaseWrapper):
 
     def _descend(self) -> None:
         """Restore, update."""
+        self._complete_groups()
         plan = self._plan()
         if not self._engine.perturbed:
             self._engine.begin_without_ascent(plan)
         with DeferredInterrupts():
-            self._engine.descend(plan, lambda: unhooked_step(self.base_optimizer))
+            self._engine.descend(plan, lambda: run_step(self.base_optimizer))
+            note_step(self.base_optimizer)
             self._count_step()
             self._restore_statistics()
 
@@ -334,7 +337,7 @@ class FastSAM(BaseWrapper):
         try:
             if not (engine.perturbed or engine.is_single):
                 if self._is_initialized_by_this():
-                    engine.initialize_state(self._plan(), lambda: unhooked_step(self.base_optimizer))
+                    engine.initialize_state(self._plan(), lambda: run_step(self.base_optimizer))
                     return
                 raise RuntimeError(
                     "step() needs a closure; in a loop without one, call first_step() after the first backward and "
