@@ -114,7 +114,7 @@ class Engine:
                 if form is not None and form.x not in (Row.GRAD, Row.DIRECTION):
                     among = [i for i, tensor in enumerate(table.rows[form.x]) if tensor is not None]
                 elif seed is not None:
-                    among = list(range(len(table.params)))
+                    among = [i for i, param in enumerate(table.params) if param.requires_grad]
                 table.choose_perturbed(perturb, among)
         if self.method.has_direction:
             choose_directions(tables, self.method, further)
@@ -310,6 +310,11 @@ class Engine:
         return resolve(self.backend, table.device.type, table.has_own_grads)
 
     def _read_grads_again(self) -> None:
+        if self.tables.has_strange_grads():
+            raise RuntimeError(
+                "a parameter that was frozen in the first pass, and cannot be trained as it is, has a gradient in the "
+                "second; call restore() to give the ascent up"
+            )
         for table in self.tables:
             if not table.read_grads():
                 raise RuntimeError(

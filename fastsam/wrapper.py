@@ -151,7 +151,7 @@ class BaseWrapper(Optimizer):
 
     def _hook_base(self) -> None:
         base, method = self.base_optimizer, self.method
-        LoadHooks(base, method, functools.partial(_check_group, type(base), method))
+        LoadHooks(base, method, functools.partial(_check_group, type(base), method, type(base) in FUSED))
 
     def _complete_groups(self) -> None:
         """Gives FastSAM's options to groups that the base was given, or has loaded, by itself."""
@@ -172,8 +172,7 @@ class BaseWrapper(Optimizer):
             resolve(self.backend, device_type)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        is_fused = None if type(self.base_optimizer) not in FUSED else self._update is not None
-        _check_group(type(self.base_optimizer), self.method, group, is_fused)
+        _check_group(type(self.base_optimizer), self.method, self._update is not None, group)
 
     def _step_count(self) -> int:
         # A group that was added later, or put first, has no count yet.
@@ -186,9 +185,6 @@ class BaseWrapper(Optimizer):
             )
 
 
-def _check_group(
-    base: type[Optimizer], method: methods.Method, group: Mapping[str, Any], fused: bool | None = None
-) -> None:
-    fused = base in FUSED if fused is None else fused
+def _check_group(base: type[Optimizer], method: methods.Method, fused: bool, group: Mapping[str, Any]) -> None:
     check_precision(group, base, fused=fused)
     method.check_group(base, group, fused=fused)

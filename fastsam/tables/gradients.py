@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsam.spec import Row
-from fastsam.tables.memory import as_real, same_order
+from fastsam.tables.memory import as_real, copy_into, has_memory, same_order
 
 if TYPE_CHECKING:
     from fastsam.tables.table import TensorTable
@@ -73,11 +73,11 @@ class Gradients:
     def _lay_out(self, table: TensorTable, i: int, grad: Tensor) -> Tensor:
         """The gradient itself where its elements are and lie as they are to, else a copy where they do."""
         real = grad if not (grad.is_complex() or grad.is_neg()) else as_real(grad)
-        if real.dtype == table.grad_dtype and same_order(real, table.values[i]):
+        if real.dtype == table.grad_dtype and same_order(real, table.values[i]) and has_memory(real):
             return real
         if i not in self._scratch or self._scratch[i].dtype != table.grad_dtype:
             self._scratch[i] = torch.empty_like(table.values[i], dtype=table.grad_dtype)
-        return self._scratch[i].copy_(real)
+        return copy_into(self._scratch[i], real, f"{table.name(i)}: its gradient")
 
 
 def _check(table: TensorTable, i: int, grad: Tensor) -> None:

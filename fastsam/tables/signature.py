@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -58,8 +58,9 @@ def _look(t: Tensor) -> tuple[Any, ...]:
     return t.dtype, t.device, t.shape, strides, t.is_conj(), t.is_neg()
 
 
-def identities(objects: list[Any]) -> bytes:
-    """Which objects a list holds, as int64s; they mean something only while the objects live."""
+def identities(objects: Iterable[Any]) -> bytes:
+    """Which objects an iterable holds, as int64s; they mean something only while the objects live."""
+    objects = objects if isinstance(objects, list) else list(objects)
     return _identities(objects) if _identities is not None else array("q", map(id, objects)).tobytes()
 
 
@@ -69,9 +70,12 @@ def nested_identities(entries: Mapping[Any, dict[str, Any]], names: tuple[str, .
         return _nested_identities(entries, names)
     numbers = array("q")
     for key, inner in entries.items():
-        numbers.extend([id(key), id(inner), *(id(inner[name]) if name in inner else 0 for name in names)])
+        has = inner if isinstance(inner, dict) else {}
+        numbers.extend([id(key), id(inner), *(id(has[name]) if name in has else 0 for name in names)])
     return numbers.tobytes()
 
+
+_NO_ADDRESS = bytes(8)
 
 # Parameters that are looked at together: few enough that all that is asked of them finds them in the cache.
 BLOCK = 256
@@ -85,6 +89,7 @@ class ParameterBlock:
         self.params = params
         self._description = describe(params)
         self._usual: Any = None
+        self._without_address = 0
 
     def is_unchanged(self) -> bool:
         """Whether every parameter is where, and what, it was at the start."""
@@ -94,8 +99,12 @@ class ParameterBlock:
         """The present gradients; and their addresses, if they look as usual."""
         grads = list(map(_grad, self.params))
         addresses, looks = describe(grads)
-        return grads, addresses if looks == self._usual else None
+        # A gradient without an address must be copied; no two addresses in a row have eight zero bytes between them.
+        is_usual = looks == self._usual and addresses.count(_NO_ADDRESS) == self._without_address
+        return grads, addresses if is_usual else None
 
     def expect_grads(self, grads: list[Tensor | None], *, usable: bool) -> None:
         """Takes ``grads`` for usual, if they could be used as they are."""
-        self._usual = describe(grads).looks if usable else None
+        addresses, looks = describe(grads)
+        self._usual = looks if usable else None
+        self._without_address = addresses.count(_NO_ADDRESS)

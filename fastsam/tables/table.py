@@ -161,8 +161,17 @@ class TensorTable:
                 numbers[8 * i : 8 * i + 8] = int(tensors[i] is not None).to_bytes(8, sys.byteorder)
         place = slice(row * len(numbers), (row + 1) * len(numbers))
         if self._bytes[place] != numbers:
+            self._check_addresses(row, tensors, numbers)
             self._bytes[place] = numbers
             self.versions[row] += 1
+
+    def _check_addresses(self, row: Row, tensors: Sequence[Tensor | None], numbers: bytearray) -> None:
+        """Raises RuntimeError if a tensor has no address: kernels would take it for absent."""
+        if bytes(8) not in numbers:
+            return
+        for i, address in enumerate(memoryview(numbers).cast("q")):
+            if address == 0 and tensors[i] is not None:
+                raise RuntimeError(f"{self.name(i)}: the tensor of its {row.name} has no memory")
 
     def name(self, i: int) -> str:
         """How messages call a parameter."""
