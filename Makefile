@@ -3,14 +3,17 @@
 #   make test ARGS="-k native"        ARGS goes to the program that runs
 #   make demo PYTHON=python3.12       the interpreter that .venv is made from
 #   make test WORKERS=0               one process, which a debugger can stop; 2 by default
+#   make test SAMPLE=300              and so many of the tests that only make test-all runs, others every day
 #   make kernels QUICK=1              two dtypes, one GPU of each vendor, one Triton
 #   make gpu-report OUT=report        with .venv's Python if there is one; PYTHON=python3: with that one, as it is
+#   make gpu-report STAGE=measure     one of its two stages, measure and tests
 
 PYTHON ?= python3
 THREADS ?= 2
 WORKERS ?= 2
 MINUTES ?= 60
 KILLS ?= 20
+SAMPLE ?= 0
 # Other releases of Triton that the kernels must compile with, beside the one in requirements/test.txt.
 OTHER_TRITON ?= 3.6.0
 
@@ -28,7 +31,7 @@ EXTENSION := .venv/.extension
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench gpu-report docs-tables kernels cuda fuzz crash sanitize sanitize-cuda lint format wheel \
+.PHONY: help setup demo test test-all bench gpu-report docs-tables kernels cuda fuzz crash sanitize sanitize-cuda lint format wheel \
   compat clean
 
 help:  ## This list
@@ -39,10 +42,13 @@ setup: $(EXTENSION)  ## Only the set-up: .venv with everything in it
 demo: $(EXTENSION)  ## Train with SGD and with FastSAM on noisy labels: a table and a picture
 	$(BIN)/python -m fastsam demo $(ARGS)
 
-test: $(EXTENSION)  ## The test suite, in WORKERS=2 processes
-	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) $(ARGS)
+test: $(EXTENSION)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
+	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --sample $(SAMPLE) $(ARGS)
 
-bench: $(EXTENSION)  ## The benchmarks, on THREADS=2 threads
+test-all: $(EXTENSION)  ## All tests: every combination
+	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --thorough $(ARGS)
+
+bench: $(EXTENSION)  ## The benchmarks, on the GPU or on THREADS=2 threads; ARGS="--device cpu"
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
 
 # On a machine with a GPU that has all it needs, nothing is set up and nothing is fetched. A dry run is for any machine.
@@ -52,16 +58,16 @@ REPORTING_PYTHON = $(if $(IS_PYTHON_GIVEN),$(PYTHON),$$(test -x $(BIN)/python &&
 
 DRY_RUN_NEEDS := $(if $(DRY),$(if $(IS_PYTHON_GIVEN),,$(EXTENSION)))
 
-gpu-report: $(DRY_RUN_NEEDS)  ## Build, test and measure on an NVIDIA GPU, into OUT=folder; DRY=1: tiny, on the CPU
-	$(REPORTING_PYTHON) -m benchmarks.gpu_report --out $(OUT) $(if $(DRY),--dry) $(ARGS)
+gpu-report: $(DRY_RUN_NEEDS)  ## On an NVIDIA GPU, into OUT=folder; STAGE=measure or tests: one of both; DRY=1: tiny, on the CPU
+	$(REPORTING_PYTHON) -m benchmarks.gpu_report --out $(OUT) $(if $(STAGE),--stage $(STAGE)) $(if $(DRY),--dry) $(ARGS)
 
-docs-tables: $(PACKAGE)  ## The README's GPU table from benchmarks/results/; FROM=report.json: a new one; CHECK=1: only look
-	$(BIN)/python -m benchmarks.gpu_report.docs $(if $(CHECK),--check) $(if $(FROM),--from $(FROM)) $(ARGS)
+docs-tables: $(PACKAGE)  ## The README's GPU table from benchmarks/results/; FROM=results.json: new ones; CHECK=1: only look
+	$(BIN)/python -m benchmarks.docs $(if $(CHECK),--check) $(if $(FROM),--from $(FROM)) $(ARGS)
 
 SANITIZED := build/sanitize/.extension
 
 fuzz: $(EXTENSION)  ## Random programs on every backend, from new seeds, for MINUTES=60 together
-	$(REQUIRED) FASTSAM_FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest tests/test_fuzz.py --capture=no $(ARGS)
+	$(REQUIRED) FASTSAM_FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest tests/properties/test_fuzz.py --capture=no $(ARGS)
 
 crash: $(EXTENSION)  ## Kill a training run KILLS=20 times: it must end as an undisturbed one, bit for bit
 	$(BIN)/python tools/crash.py --kills $(KILLS) $(ARGS)

@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import importlib.util
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.plain import CompiledSAM, ListSAM
+from benchmarks import operations
+from benchmarks.operations import BACKENDS
+from benchmarks.plain import CompiledSAM, ListSAM, LoopSAM
 from fastsam import FastSAM
-from fastsam.backends import FASTEST_FIRST, Backend, resolve
-from fastsam.tables import TensorTable
 
 LOOP = "loop"
 PEER = "pytorch_optimizer.SAM"
+PEER_IN_LISTS = "pytorch_optimizer.SAM(foreach=True)"
+HEAVYBALL = "heavyball.SAMWrapper"
 LISTS = "lists"
 LISTS_ON_HOST = "lists, scale on the host"
 COMPILED = "compiled lists"
 FUSED_BASE = "one fused base step"
-HALF_BATCH = "FastSAM, ascent_closure on half the batch"
-# FastSAM's, slowest first; the last is the one that the speed table speaks of.
-BACKENDS = ("foreach", "triton", "native")
+
+PLAIN_PYTORCH = (LISTS, LISTS_ON_HOST, COMPILED)
+NEED_A_COMPILER = (COMPILED, HEAVYBALL)
+
+# What each one has the device do, in bytes per float32 parameter; the base's update is 20 (SGD) or 28 (AdamW), of which
+# the weights are 8.
+DESCRIPTIONS = {
+    LOOP: "per tensor: 1.0 * g (8), norm (4), clone (8), 1.0 * g (8), * scale (8), add_ (12); the base by its default",
+    PEER: "the published package, tensor by tensor, over the base by its default",
+    PEER_IN_LISTS: "the same with its lists: restores in place; clones its backups anew in every step, keeps no masters"
+    " and does not restore after an exception",
+    HEAVYBALL: "the published package, compiled: perturbs by ball * w^2 * g, without any norm (so neither SAM nor ASAM as"
+    " published), zeroes the first gradients, needs a closure",
+    LISTS: "_foreach_norm (4), _foreach_copy_ (8), _foreach_mul by the scale (8), _foreach_add_ (12), _foreach_copy_"
+    " back (8), fused base",
+    LISTS_ON_HOST: "_foreach_norm (4), wait for the scale, _foreach_copy_ (8), _foreach_add_ with alpha (12),"
+    " _foreach_copy_ back (8), fused base",
+    COMPILED: "the first of these and the base's update written out, in two functions under torch.compile: norms (4),"
+    " one pass for backup and perturbation (16), one for restore and update (20 or 28)",
+    FUSED_BASE: "torch.optim with fused=True: no SAM at all",
+}
 
 # Gradients are made up: the learning rate only has to keep the weights finite.
 BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -33,162 +54,96 @@ BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
 }
 RHO = 0.05
 
-# FastSAM's name of the base's update.
-UPDATE = {"SGD": "restore_and_sgd_", "AdamW": "restore_and_adam_"}
-OPERATIONS = ("grad_norm", "perturb_", "restore_", *UPDATE.values())
-
-
-class LoopSAM:
-    """SAM as most projects write it: davda54/sam's algorithm, one tensor at a time.
-
-    With every operation of https://github.com/davda54/sam, ``1.0 * grad`` where it is not adaptive included.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        base: type[Optimizer],
-        *,
-        rho: float = RHO,
-        adaptive: bool = False,
-        **base_kwargs: Any,
-    ) -> None:
-        self.base_optimizer = base(params, **base_kwargs)
-        self._rho, self._adaptive = rho, adaptive
-        self._old: dict[Tensor, Tensor] = {}
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        scale = self._rho / (self._grad_norm() + 1e-12)
-        for p in self._params():
-            self._old[p] = p.data.clone()
-            p.add_((torch.pow(p, 2) if self._adaptive else 1.0) * p.grad * scale)
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        for p in self._params():
-            p.data = self._old[p]
-        self.base_optimizer.step()
-
-    def _grad_norm(self) -> Tensor:
-        norms = [((torch.abs(p) if self._adaptive else 1.0) * p.grad).norm(p=2) for p in self._params()]
-        return torch.norm(torch.stack(norms), p=2)
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.base_optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-class HostClock:
-    """Marks in the host's time: on the CPU an operation is over when it returns."""
-
-    @staticmethod
-    def mark() -> float:
-        return time.perf_counter()
-
-    @staticmethod
-    def seconds(start: float, end: float) -> float:
-        return end - start
-
-
-class TimedBackend:
-    """A backend whose operations are timed where the optimizer calls them.
-
-    Args:
-        backend: the backend.
-        clock: its ``mark()`` is called around every operation, ``seconds(start, end)`` when the times are read.
-
-    Attributes:
-        active: whether the optimizer's next steps are timed.
-    """
-
-    def __init__(self, backend: Backend, clock: Any = HostClock) -> None:
-        self._backend, self._clock = backend, clock
-        self.active = True
-        self._tables: list[TensorTable] = []
-        self._marks: dict[str, list[tuple[Any, Any]]] = {}
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """By operation, of the last step."""
-        return {name: sum(self._clock.seconds(*marks) for marks in pairs) for name, pairs in self._marks.items()}
-
-    def attach(self, optimizer: FastSAM) -> None:
-        def chosen(table: TensorTable) -> Any:
-            return self if self.active else self._backend
-
-        optimizer._backend = chosen  # type: ignore[method-assign]
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in OPERATIONS:
-            raise AttributeError(name)
-        operation = getattr(self._backend, name)
-
-        def timed(tables: Any, *args: Any) -> Any:
-            if name == "grad_norm":
-                self._tables = list(tables)
-                self._marks.clear()
-            start = self._clock.mark()
-            result = operation(tables, *args)
-            self._marks.setdefault(name, []).append((start, self._clock.mark()))
-            return result
-
-        return timed
-
-    def restore_once_more(self) -> None:
-        """``restore_``, which a step does not call: it brings the weights from before the last step back."""
-        for table in self._tables:
-            with torch.no_grad():
-                self.restore_(table)
-
 
 class Implementation(NamedTuple):
-    """What a round visits."""
+    """What a round visits: a step, and whose it is."""
 
     step: Callable[[], Any]
-    timed: TimedBackend | None = None
+    optimizer: Any
 
 
-def build(name: str, params: list[Tensor], base: str, clock: Any = HostClock, **compile_options: Any) -> Implementation:
+def names(device_type: str, *, compiled: bool = False) -> tuple[list[str], dict[str, str]]:
+    """What there is to measure on a device, in the order of a round, and what there is not, with the reason."""
+    chosen = [LOOP, PEER_IN_LISTS] if device_type == "cuda" else [LOOP, PEER, PEER_IN_LISTS]
+    if device_type == "cuda" or compiled:
+        chosen += [LISTS, LISTS_ON_HOST]
+    chosen += NEED_A_COMPILER if compiled else ()
+    skipped = {}
+    for name, package in ((PEER, "pytorch_optimizer"), (PEER_IN_LISTS, "pytorch_optimizer"), (HEAVYBALL, "heavyball")):
+        if name in chosen and importlib.util.find_spec(package) is None:
+            chosen.remove(name)
+            skipped[name] = f"{package} is not installed"
+    for backend in BACKENDS:
+        if reason := operations.obstacle(backend, device_type):
+            skipped[backend] = reason
+        else:
+            chosen.append(backend)
+    return [*chosen, FUSED_BASE], skipped
+
+
+def build(name: str, params: list[Tensor], base: str, **compile_options: Any) -> Implementation:
     """The implementation ``name`` over ``params``: one of the names at the top of this file.
 
     Args:
-        name: ``LOOP``, ``PEER``, ``LISTS``, ``LISTS_ON_HOST``, ``COMPILED``, ``FUSED_BASE`` or one of ``BACKENDS``.
+        name: ``LOOP`` ... ``FUSED_BASE``, or one of ``BACKENDS``.
         params: the parameters; they must have gradients when a step is taken.
         base: one of ``BASES``.
-        clock: what a backend's operations are timed by.
         compile_options: ``COMPILED``'s.
     """
     base_class, options = BASES[base]
     if name == FUSED_BASE:
-        return Implementation(base_class(params, fused=True, **options).step)
-    if name == LOOP:
-        return Implementation(_both_phases(LoopSAM(params, base_class, **options)))
-    if name == PEER:
+        alone = base_class(params, fused=True, **options)
+        return Implementation(alone.step, alone)
+    if name == HEAVYBALL:
+        return _heavyball(params, base)
+    optimizer: Any
+    if name in BACKENDS:
+        optimizer = FastSAM(params, base_class, rho=RHO, backend=name, **options)
+    elif name in (PEER, PEER_IN_LISTS):
         from pytorch_optimizer import SAM
 
-        return Implementation(_both_phases(SAM(params, base_class, rho=RHO, **options)))
-    if name in (LISTS, LISTS_ON_HOST):
-        lists = ListSAM(params, base_class, rho=RHO, scale_on_host=name == LISTS_ON_HOST, **options)
-        return Implementation(_both_phases(lists))
-    if name == COMPILED:
-        return Implementation(_both_phases(CompiledSAM(params, base_class, rho=RHO, **compile_options, **options)))
-    optimizer = FastSAM(params, base_class, rho=RHO, backend=name, **options)
-    timed = TimedBackend(resolve(name, params[0].device.type), clock)
-    timed.attach(optimizer)
-    return Implementation(_both_phases(optimizer, zero_grad=False), timed)
+        lists = {"foreach": True} if name == PEER_IN_LISTS else {}
+        optimizer = SAM(params, base_class, rho=RHO, **lists, **options)
+    elif name in (LISTS, LISTS_ON_HOST):
+        optimizer = ListSAM(params, base_class, rho=RHO, scale_on_host=name == LISTS_ON_HOST, **options)
+    elif name == COMPILED:
+        optimizer = CompiledSAM(params, base_class, rho=RHO, **compile_options, **options)
+    elif name == LOOP:
+        optimizer = LoopSAM(params, base_class, rho=RHO, **options)
+    else:
+        raise ValueError(f"there is no implementation {name!r}")
+    keep_gradients = {"zero_grad": False} if name in BACKENDS else {}
 
-
-def _both_phases(optimizer: Any, **first_step_options: Any) -> Callable[[], None]:
     def step() -> None:
-        optimizer.first_step(**first_step_options)
+        optimizer.first_step(**keep_gradients)
         optimizer.second_step()
 
-    return step
+    return Implementation(step, optimizer)
 
 
-def names(device_type: str = "cpu") -> list[str]:
-    """What there is to measure on a device, in the order of a round."""
-    peer_is_here = importlib.util.find_spec("pytorch_optimizer") is not None
-    # Those that "auto" would take: on a CPU not Triton, whose interpreter is for tests.
-    backends = [name for name in BACKENDS if name in FASTEST_FIRST[device_type]]
-    return [LOOP, *([PEER] if peer_is_here else []), *backends, FUSED_BASE]
+def _heavyball(params: list[Tensor], base: str) -> Implementation:
+    import heavyball
+
+    wrapped = {"SGD": heavyball.SGD, "AdamW": heavyball.AdamW}[base](params, lr=BASES[base][1]["lr"])
+    optimizer = heavyball.SAMWrapper(params, wrapped, ball=RHO)
+
+    # It zeroes the first pass's gradients in place, and the benchmark's are shared. Zeros take as long.
+    first_grads = [torch.zeros_like(p) for p in params]
+
+    def step() -> None:
+        passes = iter((first_grads, [p.grad for p in params]))
+
+        def closure() -> None:
+            for p, grad in zip(params, next(passes), strict=True):
+                p.grad = grad
+
+        optimizer.step(closure)
+
+    return Implementation(step, optimizer)
+
+
+@contextmanager
+def stubbed_fused_base() -> Iterator[None]:
+    """A block in which torch.optim's fused SGD does everything but its arithmetic."""
+    with mock.patch.object(torch, "_fused_sgd_", operations.do_nothing):
+        yield

@@ -13,16 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# What one visit returns: seconds, by the part that was timed. STEP is the whole, others are parts of it.
-Seconds = Mapping[str, float]
+from benchmarks.device import Device, Step
+
+# What one visit returns: seconds, by the part that was timed.
+Seconds = dict[str, float]
 Visit = Callable[[], Seconds]
-Drive = Callable[[Callable[[], None], int], None]
-STEP = "step"
+Timings = dict[str, dict[str, "Timing"]]
+
+# From an idle device until it is idle again; until the calls have returned; in the device's time, all of it queued.
+STEP, HOST, DEVICE = "step", "host", "device"
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
 
-# Large enough that no cache holds it: 256 MiB read and as much written.
-COPY_ELEMENTS = 2**26
+# A timed step's device time begins so much later than its calls, for the host to stay ahead.
+HEAD_START, LEAST_HEAD_START = 1.5, 50e-6
 
 # glibc's mallopt: the size from which a block is mapped on its own, the free memory at which the heap shrinks.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -48,24 +52,19 @@ class Timing(NamedTuple):
         return self.q3 - self.q1
 
 
-class Measured(NamedTuple):
-    """The rounds of one implementation."""
-
-    parts: dict[str, Timing]
-    """``STEP`` and whatever else its visits have timed."""
-    page_faults: int
-    """Per visit: how much memory the implementation asks the system for in every step, in pages."""
-
-
 class Rounds(NamedTuple):
-    """One case."""
+    """What was measured side by side; page faults are per visit, 4 KiB each."""
 
     count: int
-    measured: dict[str, Measured]
+    times: Timings
+    page_faults: dict[str, int]
 
 
 def interleaved(
-    visits: Mapping[str, Visit], seconds: float, drive: Drive | None = None, fewest: int = FEWEST_ROUNDS
+    visits: Mapping[str, Visit],
+    seconds: float,
+    drive: Callable[[Step, int], None] | None = None,
+    fewest: int = FEWEST_ROUNDS,
 ) -> Rounds:
     """Visits A B C A B C ... for about ``seconds``, after two rounds that do not count.
 
@@ -97,23 +96,57 @@ def interleaved(
         (drive or _repeat)(one_round, min(max(rounds, fewest), MOST_ROUNDS))
     finally:
         gc.enable()
-    measured = {
-        name: Measured({part: Timing.of(t) for part, t in parts.items()}, round(statistics.median(faults[name])))
-        for name, parts in times.items()
-    }
-    return Rounds(len(next(iter(faults.values()))), measured)
+    return Rounds(
+        len(next(iter(faults.values()))),
+        {name: {part: Timing.of(t) for part, t in parts.items()} for name, parts in times.items()},
+        {name: round(statistics.median(counts)) for name, counts in faults.items()},
+    )
 
 
-def benchmarked(visits: Mapping[str, Visit], benchmark: Any, seconds: float) -> Rounds:
-    """:func:`interleaved`, driven by pytest-benchmark's fixture, which keeps the medians as ``extra_info``."""
-    rounds = interleaved(visits, seconds, lambda one_round, count: benchmark.pedantic(one_round, rounds=count))
-    benchmark.extra_info |= {f"{name}, median ms": m.parts[STEP].median for name, m in rounds.measured.items()}
-    return rounds
+def driven_by(benchmark: Any) -> Callable[[Step, int], None]:
+    """:func:`interleaved`'s ``drive`` by pytest-benchmark's fixture, which can be used once in a test."""
+    return lambda one_round, count: benchmark.pedantic(one_round, rounds=count)
 
 
-def _repeat(one_round: Callable[[], None], rounds: int) -> None:
+def _repeat(one_round: Step, rounds: int) -> None:
     for _ in range(rounds):
         one_round()
+
+
+def timed_step(device: Device, step: Step, head_start: float | None = None) -> Seconds:
+    """One step by every clock that means something.
+
+    Args:
+        device: what it runs on.
+        step: the step.
+        head_start: seconds of the host's that the device sleeps for, so that it never waits for a call: the device's
+            time is then that of its work. Without, the step begins on an idle device.
+    """
+    device.flush_cache()
+    if head_start is None:
+        device.synchronize()
+    else:
+        device.head_start(max(HEAD_START * head_start, LEAST_HEAD_START))
+    start = time.perf_counter()
+    begin = device.mark()
+    step()
+    end = device.mark()
+    returned = time.perf_counter()
+    device.synchronize()
+    idle = time.perf_counter()
+    if not device.asynchronous:
+        return {STEP: returned - start}
+    return {STEP: idle - start, HOST: returned - start, DEVICE: device.seconds(begin, end)}
+
+
+def by_every_clock(device: Device, prepare: Step, step: Step) -> Seconds:
+    """A step from idle to idle and, on an asynchronous device, a second one for the device's time."""
+    prepare()
+    seconds = timed_step(device, step)
+    if device.asynchronous:
+        prepare()
+        seconds[DEVICE] = timed_step(device, step, head_start=seconds[HOST])[DEVICE]
+    return seconds
 
 
 def settle_allocator() -> None:
@@ -133,22 +166,27 @@ def _page_faults() -> int:
 
 
 class Copy:
-    """A large copy by ``Tensor.copy_``: the bandwidth that the figures are set against."""
+    """A large copy by ``Tensor.copy_``, of random numbers: the bandwidth that the figures are set against."""
 
     NAME = "copy"
 
-    def __init__(self) -> None:
-        self._source, self._target = torch.ones(COPY_ELEMENTS), torch.zeros(COPY_ELEMENTS)
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._source = torch.randn(device.copy_elements, device=device.type)
+        self._target = torch.empty_like(self._source)
+        self._bytes = 2 * self._source.numel() * self._source.element_size()
 
     def visit(self) -> Seconds:
-        start = time.perf_counter()
+        self._device.synchronize()
+        start = self._device.mark()
         self._target.copy_(self._source)
-        return {STEP: time.perf_counter() - start}
+        end = self._device.mark()
+        self._device.synchronize()
+        return {STEP: self._device.seconds(start, end)}
 
-    @staticmethod
-    def gb_s(milliseconds: float) -> float:
+    def gb_s(self, timing: Timing) -> float:
         """Bytes read plus bytes written, per second."""
-        return 2 * 4 * COPY_ELEMENTS / milliseconds / 1e6
+        return self._bytes / timing.median / 1e6
 
 
 class Gradients:

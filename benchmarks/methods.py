@@ -1,105 +1,86 @@
-"""The methods that are measured side by side, how each takes a step, and the bytes that its operations move."""
+"""The methods that are measured side by side, the bytes that each one's step moves, and how each takes a step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from benchmarks.implementations import BASES, RHO, UPDATE
-from benchmarks.results import FLOOR
+from benchmarks.implementations import BASES, RHO
+from benchmarks.operations import UPDATE_BYTES
 from fastsam import FastSAM, methods
-from fastsam.backends.combination import DISTANCE, NOTHING, Climb, Descent, Map
-from fastsam.tables import PARAM, TAKEN
 
+SAM = "SAM()"
 METHODS: dict[str, methods.Method] = {
-    "SAM()": methods.SAM(),
+    SAM: methods.SAM(),
     "SAM(p=4)": methods.SAM(p=4),
     "SAM(inner_steps=2)": methods.SAM(inner_steps=2),
-    **{
-        f"{method.__name__}()": method()
-        for method in (
-            methods.ASAM,
-            methods.GSAM,
-            methods.WSAM,
-            methods.LookSAM,
-            methods.FriendlySAM,
-            methods.MomentumSAM,
-            methods.AMP,
-            methods.AWP,
-            methods.RandomSAM,
-        )
-    },
+    "ASAM()": methods.ASAM(),
+    "GSAM()": methods.GSAM(),
+    "WSAM()": methods.WSAM(),
+    "LookSAM()": methods.LookSAM(),
+    "FriendlySAM()": methods.FriendlySAM(),
+    "MomentumSAM()": methods.MomentumSAM(),
+    "AMP()": methods.AMP(),
+    "AWP()": methods.AWP(),
+    "RandomSAM()": methods.RandomSAM(),
 }
-SAM = next(iter(METHODS))
+
+# Bytes per fp32 parameter that a step's operations read and write beside the base's update, each tensor once an
+# operation; small tensors of dot products and coefficients are not counted. A norm is 4, a first ascent 16.
+_DOTS, _ASCENT = 4, 16
+_BYTES: dict[str, float] = {
+    SAM: _DOTS + _ASCENT,
+    "SAM(p=4)": _DOTS + _ASCENT,
+    # The second ascent: dots of g, w and backup; it reads backup, w and g and writes w.
+    "SAM(inner_steps=2)": _DOTS + _ASCENT + 12 + 16,
+    "ASAM()": _DOTS + 4 + _ASCENT,  # w, for T, in the norm
+    "GSAM()": _DOTS + _ASCENT + 8 + 4,  # dots of both gradients; both in the update
+    "WSAM()": _DOTS + _ASCENT + 4,  # both gradients in the update
+    # One step of five: as GSAM, and the direction is read and written; the others: dots of g and direction, both in
+    # the update.
+    "LookSAM()": (_DOTS + _ASCENT + 8 + 4 + 8 + 4 * (8 + 4)) / 5,
+    # The average in dots and ascent; it, read and written, and the first gradient in the update.
+    "FriendlySAM()": (_DOTS + 4) + (_ASCENT + 4) + 4 + 8,
+    "MomentumSAM()": _DOTS + _ASCENT,
+    "AMP()": _DOTS + _ASCENT,
+    "AWP()": _DOTS + 4 + _ASCENT,  # w in the norms
+    "RandomSAM()": 4 + _DOTS + _ASCENT,  # the direction is written first
+}
 
 
-def period(method: methods.Method) -> int:
+def period(name: str) -> int:
     """After how many steps a method begins again: LookSAM's k."""
-    return next((k for k in range(1, 1000) if method.climbs(k)), 1)
+    return getattr(METHODS[name], "k", 1)
 
 
-def floor_bytes(method: methods.Method, base: str) -> float:
-    """Bytes per fp32 parameter that the operations of a step read and write, on the average over a period.
-
-    Each operation reads and writes a tensor once; small tensors of dot products and weights are not counted.
-    """
-    steps = period(method)
-    return sum(_step_bytes(method, base, climbs=method.climbs(step)) for step in range(steps)) / steps
-
-
-def _step_bytes(method: methods.Method, base: str, *, climbs: bool) -> int:
-    total = FLOOR[UPDATE[base]]
-    if climbs:
-        total += sum(_climb_bytes(method.climb_form(ascent > 0)) for ascent in range(method.ascents))
-        total += 4 if method.climbs_by == TAKEN else 0  # a random direction is written first
-    form = method.descent_form(climbs)
-    return total + (0 if form is None else _descent_bytes(form, measured=method.measures(climbs)))
-
-
-def _climb_bytes(form: Climb | None) -> int:
-    if form is None:
-        return FLOOR["grad_norm"] + FLOOR["perturb_"]
-    # Beside x: y's tensor, or backup and weight for the way climbed so far; the weight for ASAM's T.
-    others = {NOTHING: 0, DISTANCE: 8}.get(form.y, 4)
-    dots = 4 + others + (4 if form.map == Map.ADAPTIVE else 0)
-    # A first climb reads weight and x and writes backup and weight, a further one reads the backup: as many bytes.
-    return dots + FLOOR["perturb_"] + (0 if form.y in (NOTHING, DISTANCE, PARAM) else 4)
-
-
-def _descent_bytes(form: Descent, *, measured: bool) -> int:
-    y = 0 if form.y == NOTHING else 4
-    kept = 0
-    if form.keeps:
-        # taken, if it is not y; what was kept, and is kept
-        kept = (0 if form.y == TAKEN else 4) + 8
-    return (4 + y if measured else 0) + y + kept
+def floor_bytes(name: str, base: str) -> float:
+    """Bytes per fp32 parameter that a step cannot do without, on the average over a period."""
+    return _BYTES[name] + UPDATE_BYTES[base]
 
 
 class MethodSteps:
     """One period of a method over made-up gradients.
 
     Args:
-        method: the method.
+        name: one of ``METHODS``.
         params: the parameters.
         gradients: has ``hand_to(params)``, called before each pass; that is not timed.
         base: one of ``BASES``.
         backend: FastSAM's.
     """
 
-    def __init__(
-        self, method: methods.Method, params: Sequence[Tensor], gradients: Any, base: str, backend: str
-    ) -> None:
+    def __init__(self, name: str, params: Sequence[Tensor], gradients: Any, base: str, backend: str) -> None:
         base_class, options = BASES[base]
-        self.optimizer = FastSAM(params, base_class, rho=RHO, method=method, backend=backend, **options)
+        self.optimizer = FastSAM(params, base_class, rho=RHO, method=METHODS[name], backend=backend, **options)
         self._params, self._gradients = params, gradients
-        self.steps = period(method)
+        self._steps = period(name)
 
-    def __call__(self, clock: Any) -> float:
+    def __call__(self, clock: Callable[[], float]) -> float:
         """The mean time of a step by ``clock()``."""
         total = 0.0
-        for _ in range(self.steps):
+        for _ in range(self._steps):
             more = True
             for _ in range(self.optimizer.method.ascents):
                 self._gradients.hand_to(self._params)
@@ -111,4 +92,4 @@ class MethodSteps:
             start = clock()
             self.optimizer.step()
             total += clock() - start
-        return total / self.steps
+        return total / self._steps

@@ -1,8 +1,8 @@
-"""The best SAM that plain PyTorch gives: lists of tensors at a time over a fused base, and the same compiled."""
+"""SAM without this package: the usual loop over tensors, lists of tensors over a fused base, the same compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,54 @@ from torch.optim import Optimizer
 Tensors = Sequence[Tensor]
 
 
+class LoopSAM:
+    """SAM as most projects write it: davda54/sam's algorithm, one tensor at a time.
+
+    With every operation of https://github.com/davda54/sam, ``1.0 * grad`` where it is not adaptive included.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        base: type[Optimizer],
+        *,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        self.base_optimizer = base(params, **base_kwargs)
+        self._rho, self._adaptive = rho, adaptive
+        self._old: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        scale = self._rho / (self._grad_norm() + 1e-12)
+        for p in self._params():
+            self._old[p] = p.data.clone()
+            p.add_((torch.pow(p, 2) if self._adaptive else 1.0) * p.grad * scale)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in self._params():
+            p.data = self._old[p]
+        self.base_optimizer.step()
+
+    def _grad_norm(self) -> Tensor:
+        norms = [((torch.abs(p) if self._adaptive else 1.0) * p.grad).norm(p=2) for p in self._params()]
+        return torch.norm(torch.stack(norms), p=2)
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.base_optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
 class ListSAM:
     """SAM as calls of ``torch._foreach_*`` over the fused base, with backups that stay allocated.
 
     Args:
         params: the parameters.
         base: ``torch.optim.SGD`` or ``AdamW``.
-        rho: the climb's radius.
-        scale_on_host: wait for the norm, and have the climb's scale as a number: one pass over the gradients less.
+        rho: the radius.
+        scale_on_host: wait for the norm, so that the scale is a number: one pass over the gradients less.
         options: the base's.
     """
 
@@ -53,7 +93,7 @@ class CompiledSAM:
     Args:
         params: the parameters.
         base: ``torch.optim.SGD`` or ``AdamW``; its update is written out, so that it becomes one with the restore.
-        rho: the climb's radius.
+        rho: the radius.
         compiler: ``torch.compile``'s backend.
         options: ``lr`` and SGD's ``momentum``; everything else is the base's default.
     """
@@ -67,12 +107,12 @@ class CompiledSAM:
         self._state = [[torch.zeros_like(p) for p in self._params] for _ in range(slots)]
         self._steps = torch.zeros((), device=self._params[0].device)
         self._options = options
-        self._climb: Callable[..., None] = torch.compile(_climb, backend=compiler, dynamic=False)
+        self._perturb: Callable[..., None] = torch.compile(_perturb, backend=compiler, dynamic=False)
         self._update: Callable[..., None] = torch.compile(update, backend=compiler, dynamic=False)
 
     @torch.no_grad()
     def first_step(self) -> None:
-        self._climb(self._params, _grads(self._params), self._backups, self._rho)
+        self._perturb(self._params, _grads(self._params), self._backups, self._rho)
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -91,7 +131,7 @@ def _scale(grads: Tensors, rho: float) -> Tensor:
     return (rho / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-12)).to(grads[0].dtype)
 
 
-def _climb(params: Tensors, grads: Tensors, backups: Tensors, rho: float) -> None:
+def _perturb(params: Tensors, grads: Tensors, backups: Tensors, rho: float) -> None:
     scale = _scale(grads, rho)
     torch._foreach_copy_(backups, params)
     torch._foreach_add_(params, torch._foreach_mul(grads, scale))

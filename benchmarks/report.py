@@ -1,4 +1,4 @@
-"""What a run says: tables for people, JSON for programs, and which figures of the speed table are reached."""
+"""What a run says: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,154 +6,149 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.implementations import BACKENDS, HALF_BATCH, LOOP, PEER, UPDATE
-from benchmarks.results import Case, MethodsPart, OptimizerPart, Results, TrainingStep
+from benchmarks.environment import file_name
+from benchmarks.implementations import COMPILED, DESCRIPTIONS, FUSED_BASE, LOOP
+from benchmarks.measure import DEVICE, HOST, Timing
+from benchmarks.operations import UPDATE
+from benchmarks.records import (
+    AROUND,
+    CHANGING_LR,
+    NEW_GRADIENTS,
+    OPTIMIZER,
+    STATIC,
+    HostTime,
+    MethodCosts,
+    OptimizerPart,
+    Record,
+    Results,
+    TrainingStep,
+)
+from benchmarks.targets import verdicts
 
-# The speed table: at least so many times faster than the loop, at most so many fused steps of the base alone.
-TARGETS: dict[tuple[str, str], tuple[float | None, float | None]] = {
-    ("4 x 4096^2", "SGD"): (4.0, 2.5),
-    ("ResNet-50", "SGD"): (4.0, 2.0),
-    ("2,000 x 256", "SGD"): (25.0, 0.35),
-    ("4 x 4096^2", "AdamW"): (None, 2.0),
+TITLES: dict[type[Record], str] = {
+    OptimizerPart: "THE OPTIMIZER PART OF A SAM STEP: first_step() + second_step()",
+    MethodCosts: "THE OPTIMIZER PART OF EVERY METHOD'S STEP",
+    HostTime: "THE HOST'S TIME, microseconds of a step",
+    TrainingStep: "WHOLE TRAINING STEPS: forward, backward, optimizer",
 }
-# Whole training steps: at most so many of the base's.
-TRAINING_TARGETS = {"CNN": {HALF_BATCH: 1.6, "FastSAM, LookSAM()": 1.25, "FastSAM, MomentumSAM()": 1.02}}
-# How far the loop may be from the published SAM that it stands for.
-PEER_TOLERANCE = 0.10
 
 
 def lines(results: Results) -> list[str]:
     """The whole report."""
     text = [", ".join(f"{name} {value}" for name, value in results.environment.items()), ""]
-    if results.optimizer_part:
-        text += ["THE OPTIMIZER PART OF A SAM STEP: first_step() + second_step()", ""]
-        for case in results.optimizer_part:
-            text += [*optimizer_part_table(case), ""]
-        text += [
-            "EACH OPERATION, as FastSAM calls it: median ms, share of the copy's bandwidth",
-            "",
-            *operations_table(results.optimizer_part),
-            "",
-        ]
-    if results.methods:
-        text += ["THE OPTIMIZER PART OF EVERY METHOD'S STEP", ""]
-        for part in results.methods:
-            text += [*methods_table(part), ""]
-    if results.training_step:
-        text += ["WHOLE TRAINING STEPS: forward, backward, optimizer", ""]
-        for step in results.training_step:
-            text += [*training_step_table(step), ""]
+    for kind, title in TITLES.items():
+        records = results.of(kind)
+        text += [title, ""] if records else []
+        for record in records:
+            text += [*record_lines(record), ""]
+    parts = results.of(OptimizerPart)
+    if parts:
+        text += ["EACH OPERATION, as FastSAM calls it: median ms, share of the copy's bandwidth", ""]
+        text += [*operations_table(parts), "", "WHAT THE OTHERS DO", ""]
+        measured = {name for part in parts for name in part.times}
+        text += [f"{name}: {what}" for name, what in DESCRIPTIONS.items() if name in measured]
+        text += [""]
+    if results.not_measured:
+        text += ["NOT MEASURED", "", *results.not_measured, ""]
     if judged := verdicts(results):
-        text += ["WHAT WAS AIMED AT", "", *judged, ""]
+        text += ["WHAT WAS AIMED AT", "", *map(str, judged), ""]
     return text
 
 
-def optimizer_part_table(case: OptimizerPart) -> list[str]:
-    title = (
-        f"{case.name}: {case.parameters:,} parameters in {case.tensors:,} tensors"
-        f" ({case.rounds} rounds, a copy runs at {case.copy_gb_s:.1f} GB/s)"
-    )
-    header = ("", "median ms", "IQR ms", "fastest", "GB/s", "of copy", "vs loop", "fused base steps", "page faults")
-    rows = [
-        (
-            name,
-            number(case.step(name).median),
-            number(case.step(name).spread),
-            number(case.step(name).fastest),
-            f"{case.gb_s(name):.1f}",
-            f"{case.share_of_copy(name):.0%}",
-            f"{case.times_faster_than_loop(name):.2f}x",
-            f"{case.fused_base_steps(name):.2f}",
-            f"{case.measured[name].page_faults:,}",
-        )
-        for name in case.measured
-    ]
-    return [title, *_aligned([header, *rows])]
+def record_lines(record: Record) -> list[str]:
+    """The table of one record."""
+    title = f"{record.name}: {record.parameters:,} parameters in {record.tensors:,} tensors"
+    title += f" ({record.rounds} rounds" if record.rounds else ""
+    title += f", a copy runs at {record.copy_gb_s:,.1f} GB/s" if isinstance(record, OptimizerPart) else ""
+    title += ")" if record.rounds else ""
+    table = {
+        OptimizerPart: _optimizer_part,
+        MethodCosts: _method_costs,
+        HostTime: _host_time,
+        TrainingStep: _training_step,
+    }[type(record)]
+    not_measured = [f"not measured: {name} ({reason})" for name, reason in record.skipped.items()]
+    return [title, *_aligned(table(record)), *not_measured]
 
 
-def operations_table(cases: Iterable[OptimizerPart]) -> list[str]:
-    rows = [("", "", "grad_norm", "perturb_", "restore_", "restore_and_update_", "around them")]
-    for case in cases:
-        for backend in (name for name in BACKENDS if name in case.measured):
+def _optimizer_part(part: OptimizerPart) -> Iterable[Sequence[str]]:
+    on_gpu = any(DEVICE in parts for parts in part.times.values())
+    clocks = ("host ms", "device ms", "IQR ms") if on_gpu else ("fastest",)
+    others = ("vs compiled",) if COMPILED in part.times else ()
+    faults = ("page faults",) if part.page_faults else ()
+    against = ("vs loop", "vs plain", *others, "fused base steps")
+    yield ("", "median ms", "IQR ms", *clocks, "GB/s", "of copy", *against, *faults)
+    for name, parts in part.times.items():
+        step = part.step(name)
+        if on_gpu:
+            device = part.device(name)
+            more = [number(parts[HOST].median), number(device.median), number(device.spread)]
+        else:
+            more = [number(step.fastest)]
+        units = (LOOP, part.best_plain, *([COMPILED] if others else []))
+        ratios = [_ratio(part.faster(name, unit), "x") for unit in units]
+        row = [name, number(step.median), number(step.spread), *more, f"{part.gb_s(name):,.1f}"]
+        row += [f"{part.share_of_copy(name):.0%}", *ratios, _ratio(part.ratio(name, FUSED_BASE))]
+        yield [*row, *([f"{part.page_faults[name]:,}"] if faults else [])]
+
+
+def operations_table(parts: Iterable[OptimizerPart]) -> list[str]:
+    """A row for each of FastSAM's backends in each part."""
+    operations = ("grad_norm", "perturb_", "restore_", UPDATE)
+    rows = [("", "", *operations, "around them")]
+    for part in parts:
+        for backend in (name for name in part.times if part.operations(name)):
             cells = [
-                f"{number(case.operations(backend)[operation].median)}"
-                f" {case.operation_share_of_copy(backend, operation):>5.0%}"
-                for operation in ("grad_norm", "perturb_", "restore_", UPDATE[case.base])
+                f"{number(part.operations(backend)[name].median)} {part.operation_share_of_copy(backend, name):>5.0%}"
+                for name in operations
             ]
-            rows.append((case.name, backend, *cells, number(case.around_operations(backend))))
+            around = part.times[backend].get(AROUND)
+            rows.append((part.name, backend, *cells, "" if around is None else number(around.median)))
     return _aligned(rows)
 
 
-def methods_table(case: MethodsPart) -> list[str]:
-    title = (
-        f"{case.name}: {case.parameters:,} parameters in {case.tensors:,} tensors"
-        f" ({case.rounds} rounds, a copy runs at {case.copy_gb_s:.1f} GB/s)"
-    )
-    header = ("", "median ms", "IQR ms", "SAM steps", "bytes", "of SAM's", "GB/s", "of copy")
-    sam = case.floor_bytes(next(iter(case.measured)))
-    rows = [
-        (
-            name,
-            number(case.step(name).median),
-            number(case.step(name).spread),
-            f"{case.sam_steps(name):.2f}",
-            f"{case.floor_bytes(name):.1f}",
-            f"{case.floor_bytes(name) / sam:.2f}",
-            f"{case.gb_s(name):.1f}",
-            f"{case.share_of_copy(name):.0%}",
-        )
-        for name in case.measured
-    ]
-    return [title, *_aligned([header, *rows])]
+def _method_costs(part: MethodCosts) -> Iterable[Sequence[str]]:
+    sam = part.bytes_per_parameter[next(iter(part.times))]
+    yield ("", "median ms", "IQR ms", "SAM steps", "bytes", "of SAM's", "GB/s", "of copy")
+    for name in part.times:
+        moved, step = part.bytes_per_parameter[name], part.step(name)
+        row = [name, number(step.median), number(step.spread), _ratio(part.sam_steps(name)), f"{moved:.1f}"]
+        yield [*row, f"{moved / sam:.2f}", f"{part.gb_s(name):,.1f}", f"{part.share_of_copy(name):.0%}"]
 
 
-def training_step_table(case: TrainingStep) -> list[str]:
-    title = f"{case.name}: {case.parameters:,} parameters in {case.tensors:,} tensors ({case.rounds} rounds)"
-    header = ("", "median ms", "IQR ms", "base steps", "optimizer ms", "of the step")
-    rows = [
-        (
-            name,
-            number(case.step(name).median),
-            number(case.step(name).spread),
-            f"{case.base_steps(name):.2f}",
-            number(case.optimizer_ms(name)),
-            f"{case.share_of_optimizer(name):.1%}",
-        )
-        for name in case.measured
-    ]
-    return [title, *_aligned([header, *rows])]
+def _training_step(case: TrainingStep) -> Iterable[Sequence[str]]:
+    of_optimizer = any(OPTIMIZER in parts for parts in case.times.values())
+    yield ("", "median ms", "IQR ms", "base steps", *(("optimizer ms", "of the step") if of_optimizer else ()))
+    for name, parts in case.times.items():
+        step = case.step(name)
+        row = [name, number(step.median), number(step.spread), _ratio(case.base_steps(name), digits=3)]
+        if of_optimizer:
+            row += [number(parts[OPTIMIZER].median), f"{parts[OPTIMIZER].median / step.median:.1%}"]
+        yield row
 
 
-def verdicts(results: Results) -> list[str]:
-    """For each figure that is aimed at and was measured: whether it is reached."""
-    text = []
-    for case in results.optimizer_part:
-        least, most = TARGETS.get((case.model, case.base), (None, None))
-        if least is not None:
-            measured = case.times_faster_than_loop("native")
-            text.append(_verdict(measured >= least, case, f"{measured:.2f}x faster than the loop, wanted >= {least}x"))
-        if most is not None:
-            measured = case.fused_base_steps("native")
-            text.append(_verdict(measured <= most, case, f"{measured:.2f} fused base steps, wanted <= {most}"))
-        if least is not None and PEER in case.measured:
-            measured = case.step(LOOP).median / case.step(PEER).median
-            close = abs(measured - 1) <= PEER_TOLERANCE
-            text.append(_verdict(close, case, f"the loop takes {measured:.2f} of {PEER}'s time, wanted 0.9 to 1.1"))
-    for step in results.training_step:
-        for name, most in TRAINING_TARGETS.get(step.model, {}).items():
-            if name in step.measured:
-                measured = step.base_steps(name)
-                figure = f"{name}: {measured:.2f} steps of the base alone, wanted <= {most}"
-                text.append(_verdict(measured <= most, step, figure))
-    return text
+def _host_time(record: HostTime) -> Iterable[Sequence[str]]:
+    on_device = ("launches and copies", "extra copies of the parameters") if record.launches else ()
+    yield ("", f"{STATIC} (IQR)", f"{NEW_GRADIENTS} (IQR)", f"{CHANGING_LR} (IQR)", *on_device)
+    for name, parts in record.times.items():
+        row = [name, *(_microseconds(parts[part]) for part in (STATIC, NEW_GRADIENTS, CHANGING_LR))]
+        if on_device:
+            copies = record.extra_copies.get(name)
+            row += [str(sum(record.launches[name].values())), "" if copies is None else f"{copies:.4f}"]
+        yield row
 
 
-def _verdict(reached: bool, case: Case, figure: str) -> str:
-    return f"{'reached' if reached else 'NOT REACHED':12} {case.name}: {figure}"
+def _microseconds(timing: Timing) -> str:
+    return f"{timing.median * 1e3:.0f} ({timing.spread * 1e3:.0f})"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _ratio(value: float | None, unit: str = "", digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     """The rows as text; the first column starts at the left, the others end at the right."""
+    rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -175,8 +170,8 @@ def number(milliseconds: float) -> str:
 
 def write_json(results: Results, folder: Path) -> Path:
     """Writes everything into a file named after the device, the time and the commit."""
-    environment = results.environment
-    device = "-".join(environment["cpu"].lower().split())
-    path = folder / f"{device}_{environment['threads']}-threads_{environment['date']}_{environment['commit']}.json"
-    path.write_text(json.dumps({**results.as_json(), "verdicts": verdicts(results)}, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{file_name(results.environment)}.json"
+    judged = [verdict._asdict() for verdict in verdicts(results)]
+    path.write_text(json.dumps({**results.as_json(), "verdicts": judged}, indent=1) + "\n")
     return path

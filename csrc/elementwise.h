@@ -10,7 +10,6 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
-#include <torch/headeronly/util/bit_cast.h>
 
 #include "spec.h"
 
@@ -30,6 +29,13 @@ struct OpMath<double> {
 template <typename scalar_t>
 using opmath_t = typename OpMath<scalar_t>::type;
 
+// std::bit_cast for the host and for CUDA: PyTorch's own is for the host alone in some releases.
+template <typename To, typename From>
+FASTSAM_HOST_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, from);
+}
+
 // condition ? yes : no, of unsigned words. Without a branch, which would keep loops scalar: `?:` between floating-point
 // results is one.
 template <typename word_t>
@@ -39,7 +45,7 @@ FASTSAM_HOST_DEVICE word_t select(bool condition, word_t yes, word_t no) {
 }
 
 FASTSAM_HOST_DEVICE double select(bool condition, double yes, double no) {
-  return c10::bit_cast<double>(select(condition, c10::bit_cast<uint64_t>(yes), c10::bit_cast<uint64_t>(no)));
+  return bit_cast<double>(select(condition, bit_cast<uint64_t>(yes), bit_cast<uint64_t>(no)));
 }
 
 // ---- the ascent (Foret et al. 2021, eq. 2; adaptive: Kwon et al. 2021 with T = |w|; spec.py for all forms) ----
@@ -68,10 +74,10 @@ FASTSAM_HOST_DEVICE T times(T factor, T value) {
 FASTSAM_HOST_DEVICE_CALL double vector_power(double base, double exponent) {
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kBias = uint64_t{1024} << 52, kTwoTo52 = 0x4330000000000000;
   constexpr double kLn2 = 0.6931471805599453, kRounding = 0x1.8p52;
-  const auto bits = c10::bit_cast<uint64_t>(base);
+  const auto bits = bit_cast<uint64_t>(base);
   const uint64_t biased = (bits - kSqrtHalf + kBias) >> 52;
-  const double k = c10::bit_cast<double>(biased | kTwoTo52) - (0x1p52 + 1024);
-  const auto m = c10::bit_cast<double>(bits - (biased << 52) + kBias);
+  const double k = bit_cast<double>(biased | kTwoTo52) - (0x1p52 + 1024);
+  const auto m = bit_cast<double>(bits - (biased << 52) + kBias);
   // log(m) = 2 artanh(s)
   const double s = (m - 1) / (m + 1), z = s * s;
   double series = 0;
@@ -83,7 +89,7 @@ FASTSAM_HOST_DEVICE_CALL double vector_power(double base, double exponent) {
   double power = 1;
   for (int i = 12; i > 0; --i) power = power * f * (1.0 / i) + 1;
   // base - base: NaN for NaN and Inf
-  return c10::bit_cast<double>(c10::bit_cast<uint64_t>(power) + (c10::bit_cast<uint64_t>(sum) << 52)) + (base - base);
+  return bit_cast<double>(bit_cast<uint64_t>(power) + (bit_cast<uint64_t>(sum) << 52)) + (base - base);
 }
 
 template <typename scalar_t>

@@ -48,20 +48,20 @@ struct RandomKey {
 // x lies between two neighbours, and gets the one that is farther from 0 for as large a share of all `random` as x is
 // close to it. What is not finite, or might not be afterwards, is rounded to nearest, ties to even.
 FASTSAM_HOST_DEVICE bfloat16 round_stochastically(float x, uint32_t random, bfloat16) {
-  const uint32_t bits = c10::bit_cast<uint32_t>(x), size = bits & 0x7fffffffu;
+  const uint32_t bits = bit_cast<uint32_t>(x), size = bits & 0x7fffffffu;
   const uint32_t rounded = (bits + (random >> 16)) >> 16, nearest = static_cast<bfloat16>(x).x;
   return {static_cast<uint16_t>(size < 0x7f7f0000u ? rounded : nearest), bfloat16::from_bits()};
 }
 
 FASTSAM_HOST_DEVICE half round_stochastically(float x, uint32_t random, half) {
-  const uint32_t bits = c10::bit_cast<uint32_t>(x), size = bits & 0x7fffffffu;
+  const uint32_t bits = bit_cast<uint32_t>(x), size = bits & 0x7fffffffu;
   // A float's bits, with 13 less in the fraction and 112 less in the exponent. From 2^16 on everything is infinite.
   const uint32_t capped = size < 0x47800000u ? size : 0x47800000u;
   const uint32_t added = select(size < 0x477fe000u, random >> 19, 0xfffu + ((size >> 13) & 1));
   const uint32_t normal = ((capped + added) >> 13) - (112u << 10);
   // Below 2^-14, numbers are 2^-24 apart. x, counted in those, and 24 random bits are exact in a float.
   const bool is_subnormal = size < 0x38800000u;
-  const float count = c10::bit_cast<float>(select(is_subnormal, size, 0u)) * 0x1p24f;
+  const float count = bit_cast<float>(select(is_subnormal, size, 0u)) * 0x1p24f;
   const auto whole = static_cast<int32_t>(count), share = static_cast<int32_t>(random >> 8);
   const bool up = static_cast<float>(share) * 0x1p-24f < count - static_cast<float>(whole);
   const uint32_t subnormal = static_cast<uint32_t>(whole) + static_cast<uint32_t>(up);

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsam.backends import Backend, grad_norms, resolve
+from fastsam.backends import Backend, grad_norms, operations
 from fastsam.bases import FusedUpdate
 from fastsam.coefficients import Coefficients
 from fastsam.directions import choose_directions, draw_noise
@@ -307,7 +307,7 @@ class Engine:
     # ---- small things ----
 
     def _backend(self, table: TensorTable) -> Backend:
-        return resolve(self.backend, table.device.type, table.has_own_grads)
+        return operations(self.backend, table.device.type, table.has_own_grads)
 
     def _read_grads_again(self) -> None:
         if self.tables.has_strange_grads():

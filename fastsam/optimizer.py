@@ -357,7 +357,7 @@ class FastSAM(BaseWrapper):
         """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""
         lrs = [group.get("lr") for group in self.param_groups]
         on_host = all(lr.device.type == "cpu" if isinstance(lr, Tensor) else lr is not None for lr in lrs)
-        return not any(self.state.values()) and on_host and all(float(lr) == 0 for lr in lrs) and self._has_gradients()
+        return not any(self.state.values()) and on_host and all(float(lr or 0) == 0 for lr in lrs) and self._has_gradients()
 
     def _finish_with(self, closure: Closure) -> Any:
         """``closure`` as the second pass of two-phase use, and the update."""

@@ -3,12 +3,9 @@
 import functools
 
 import torch
+from registry import DTYPE_IDS as DTYPE_IDS
+from registry import DTYPES as DTYPES
 from torch import Tensor
-
-from fastsam.tables.memory import as_real
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -16,6 +13,11 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """What the design computes in (invariant 9)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a complex one as pairs of reals."""
+    return torch.view_as_real(tensor.resolve_conj().resolve_neg()) if tensor.is_complex() else tensor.resolve_neg()
 
 
 def bits(tensor: Tensor) -> Tensor:

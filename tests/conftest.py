@@ -1,37 +1,75 @@
-"""What every test shares: the devices, the backends, and which of them must be able to run."""
+"""What every test shares: devices, backends, which of them must be able to run, and which tests run by default."""
 
 import gc
 import importlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastsam.backends import BACKENDS, Backend, BackendUnavailable, Request, load
-
-# The test modules import checks.py and oracle.py from this folder, which --import-mode=importlib leaves out.
+# The tests import the modules beside this file by their names; --import-mode=importlib puts no folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("checks", "oracle", "scene")
+pytest.register_assert_rewrite("checks", "fuzz_machine", "oracle", "problem", "scene", "trajectory")
 importlib.import_module("triton_interpreter").set_up()
 
+import pairs  # noqa: E402
+from internals import BACKENDS, BackendUnavailable, load  # noqa: E402
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Backends that must be able to run: "native", on some device that is here; "native:cuda", on that one.
 REQUIRED = frozenset(filter(None, map(str.strip, os.environ.get("FASTSAM_REQUIRE_BACKENDS", "").split(","))))
+# Folders of which the default run takes every pair of values instead of every combination.
+IN_PAIRS = ("contract", "properties")
 
 
-def pytest_configure():
-    if unknown := {entry.partition(":")[0] for entry in REQUIRED} - set(BACKENDS):
-        raise pytest.UsageError(f"FASTSAM_REQUIRE_BACKENDS: no such backend: {', '.join(sorted(unknown))}")
+def pytest_addoption(parser):
+    group = parser.getgroup("fastsam")
+    group.addoption("--thorough", action="store_true", help="run all tests, as make test-all does")
+    group.addoption("--sample", type=int, default=0, help="run so many of the tests that only --thorough runs, too")
+    group.addoption("--sample-seed", type=int, default=None, help="which of them (default: others every day)")
+
+
+def pytest_configure(config):
+    for entry in sorted(REQUIRED):
+        name, _, device = entry.partition(":")
+        if name not in BACKENDS:
+            raise pytest.UsageError(f"FASTSAM_REQUIRE_BACKENDS: no such backend: {name}")
+        if device and device not in DEVICES:
+            raise pytest.UsageError(f"FASTSAM_REQUIRE_BACKENDS: {entry} is required, but there is no {device} device")
+    if config.option.sample_seed is None:
+        config.option.sample_seed = int(time.time() // 86400)
+
+
+def pytest_report_header(config):
+    option = config.option
+    return f"--sample {option.sample} --sample-seed {option.sample_seed}" if option.sample else None
 
 
 def pytest_collection_modifyitems(config, items):
-    if "huge" not in config.option.markexpr:
-        items[:] = [item for item in items if "huge" not in item.keywords]
+    absent = {item for item in items if "huge" in item.keywords and "huge" not in config.option.markexpr}
+    if "cuda" not in DEVICES:
+        absent |= {item for item in items if "gpu" in item.keywords}
+    # Who names a test gets all its variants.
+    if not config.option.thorough and not any("::" in argument for argument in config.args):
+        absent |= _left_for_thorough(config.option, [item for item in items if item not in absent])
+    if absent:
+        config.hook.pytest_deselected(items=[item for item in items if item in absent])
+        items[:] = [item for item in items if item not in absent]
+
+
+def _left_for_thorough(option, items):
+    marked = {item for item in items if "thorough" in item.keywords}
+    in_pairs = [item for item in items if item not in marked and item.path.parent.name in IN_PAIRS]
+    left = marked | (set(in_pairs) - pairs.choose(in_pairs))
+    in_order = [item for item in items if item in left]
+    return left - pairs.sample(in_order, option.sample, option.sample_seed)
 
 
 def pytest_collection_finish():
-    """What was collected lives to the end: the collector of garbage need not look at it ever again."""
+    """What was collected lives to the end: the garbage collector need not look at it again."""
     gc.collect()
     gc.freeze()
 
@@ -40,10 +78,7 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
-DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] if name == "cuda" else []) for name in DEVICES])
 def device(request):
     """A ``torch.device`` that is here."""
     return torch.device(request.param)
@@ -70,9 +105,9 @@ def backend(request, runnable):
 
 
 @pytest.fixture
-def operations(backend, device) -> Backend:
-    """The backend's module: the five operations."""
-    return load(backend, Request(device.type))
+def operations(backend, device):
+    """The backend's module: its operations."""
+    return load(backend, device.type)
 
 
 @pytest.fixture(autouse=True)
@@ -80,14 +115,22 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """In layers this small a second thread only waits, which on a busy machine takes seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _unavailable(name, device_type):
     try:
-        load(name, Request(device_type))
+        load(name, device_type)
     except BackendUnavailable as reason:
         return str(reason)
     return ""
 
 
 def _is_required(name, device_type):
-    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return f"{name}:{device_type}" in REQUIRED or (name in REQUIRED and all(_unavailable(name, d) for d in here))
+    return f"{name}:{device_type}" in REQUIRED or (name in REQUIRED and all(_unavailable(name, d) for d in DEVICES))

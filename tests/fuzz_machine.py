@@ -87,7 +87,7 @@ class Machine:
         return is_low and group["rounding"] == "stochastic", is_low and group["master_weights"]
 
     def origin(self, i, master):
-        """Where the parameter climbs and is updated from: its master, where it is that master's rounding."""
+        """Where the parameter is perturbed and updated from: its master, where it is that master's rounding."""
         weights = self.weights[i]
         if not self.mode(i)[1]:
             return weights
@@ -102,7 +102,7 @@ class Machine:
             assert float(live.get("step", self.updates[i])) == self.updates[i]
             if self.updates[i] == 0:
                 continue  # zeros that are there or not
-            # A climb may have told a master of what was done to the parameter.
+            # A perturbation may have told a master of what was done to the parameter.
             actual, expected = self.origin(i, live.get(MASTER)), self.origin(i, self.masters[i])
             assert_same_bits(actual, expected, f"what parameter {i} starts from")
             names = {name for name in live if name in MOMENTS}
@@ -175,7 +175,7 @@ class Machine:
         second = Gradients(self, operation.second, SCALE if way == "scaled" else 1.0)
         if way == "overflow":
             second.poison(math.inf)
-        expected = self.expected_climb(first)
+        expected = self.expected_perturbation(first)
         addresses = [p.data_ptr() for p in self.params]
         if way in ("closure", "pass 1 fails", "pass 2 fails"):
             updated = self.closure_step(way, first, second, expected)
@@ -196,7 +196,7 @@ class Machine:
             grads = (first, second)[len(passes) - 1]
             if len(passes) == 2:
                 assert self.optimizer.perturbed
-                self.assert_climbed(first, expected)
+                self.assert_perturbed(first, expected)
             grads.give()
             if way == f"pass {len(passes)} fails":
                 raise Planned
@@ -221,7 +221,7 @@ class Machine:
             return False
         optimizer.first_step()
         assert optimizer.perturbed
-        self.assert_climbed(first, expected)
+        self.assert_perturbed(first, expected)
         # Empty tensors are nowhere: they cannot be moved.
         if way == "given up" or (way == "moved" and not any(p.numel() for p in self.params)):
             optimizer.restore()
@@ -253,30 +253,30 @@ class Machine:
 
     # ---- what is expected of it ----
 
-    def expected_climb(self, first):
-        """Each parameter's climbed weights in float64; None where the bits stay."""
+    def expected_perturbation(self, first):
+        """Each parameter's perturbed weights in float64; None where the bits stay."""
         groups = self.groups()
-        climbing = [i for i, g in enumerate(first.tensors) if g is not None and groups[i]["perturb"]]
-        weights = [as_real(self.weights[i]) for i in climbing]
-        grads = [as_real(first.tensors[i]) for i in climbing]
+        moving = [i for i, g in enumerate(first.tensors) if g is not None and groups[i]["perturb"]]
+        weights = [as_real(self.weights[i]) for i in moving]
+        grads = [as_real(first.tensors[i]) for i in moving]
         finite = all(bool(g.isfinite().all()) for g in grads)
         expected = [None] * len(self.params)
         if not finite:
             return expected
-        size = oracle.norm(weights, grads, [groups[i]["adaptive"] for i in climbing])
-        for i, w, g in zip(climbing, weights, grads, strict=True):
+        size = oracle.norm(weights, grads, [groups[i]["adaptive"] for i in moving])
+        for i, w, g in zip(moving, weights, grads, strict=True):
             rho, adaptive, maximize = (groups[i][name] for name in ("rho", "adaptive", "maximize"))
-            climbed = oracle.climbed(w, g, size, rho, adaptive, maximize)
-            expected[i] = climbed - w.double() + as_real(self.origin(i, self.masters[i])).double()
+            perturbed = oracle.perturbed(w, g, size, rho, adaptive, maximize)
+            expected[i] = perturbed - w.double() + as_real(self.origin(i, self.masters[i])).double()
         return expected
 
-    def assert_climbed(self, first, expected):
+    def assert_perturbed(self, first, expected):
         for i, (param, weights, want) in enumerate(zip(self.params, self.weights, expected, strict=True)):
             if want is None:
-                assert_same_bits(param.detach(), weights, f"parameter {i}, which does not climb")
+                assert_same_bits(param.detach(), weights, f"parameter {i}, which is not perturbed")
             else:
                 stochastic, _ = self.mode(i)
-                what = f"climb of parameter {i}"
+                what = f"perturbation of parameter {i}"
                 assert_within(as_real(param.detach()), want, as_real(weights), what, stochastic=stochastic)
 
     def assert_updated(self, second):

@@ -155,7 +155,7 @@ def passes(poisons):
 
 steps = st.builds(Step, st.sampled_from(["closure", *WAYS]), passes(poisons), passes(st.none()))
 
-climb_options = {
+perturb_options = {
     "rho": st.sampled_from([0.05, 0.0, 0.5, 2.0]),
     "adaptive": st.booleans(),
     "perturb": st.sampled_from([True, True, True, False]),
@@ -184,7 +184,7 @@ momenta = st.sampled_from(
 
 
 def options_of(base):
-    own = st.fixed_dictionaries(climb_options)
+    own = st.fixed_dictionaries(perturb_options)
     if base is torch.optim.SGD:
         rest = st.builds(lambda shared, momentum: shared | momentum, st.fixed_dictionaries(shared_options), momenta)
     else:
@@ -199,7 +199,7 @@ def groups_of(base, dtypes, smallest):
 
 def operations_of(base, dtypes):
     indices = st.integers(0, 8)
-    options = {**climb_options, "lr": shared_options["lr"], "weight_decay": shared_options["weight_decay"]}
+    options = {**perturb_options, "lr": shared_options["lr"], "weight_decay": shared_options["weight_decay"]}
     settings = [st.builds(SetOption, indices, st.just(name), value) for name, value in options.items()]
     others = [
         st.builds(AddGroup, groups_of(base, dtypes, 1)),

@@ -1,30 +1,217 @@
-"""SAM and its base optimizers in float64, written from the papers: nothing here is shared with the package.
+"""SAM, its family and its base optimizers in float64, written from the papers: nothing here is shared with the package.
 
-SAM: Foret et al., https://arxiv.org/abs/2010.01412, equation 2. ASAM: Kwon et al.,
-https://arxiv.org/abs/2102.11600, with T = |w|. SGD with momentum: Sutskever et al. 2013, as PyTorch documents it.
-Adam: Kingma and Ba, https://arxiv.org/abs/1412.6980, algorithm 1; AMSGrad: Reddi et al. 2018, as PyTorch documents it;
-AdamW: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, algorithm 2.
+A method is a function that runs the passes of one step: it is given the weights, a function that computes all gradients
+anywhere, one dict of options for each tensor (``rho``, ``lr``, ...) and a dict of its own memory. It returns the
+gradients to descend with; a second list, if any, is subtracted from the weights after the base's update.
+
+SGD with momentum: Sutskever et al. 2013, as PyTorch documents it. Adam: Kingma and Ba (arXiv:1412.6980), algorithm 1;
+AMSGrad: Reddi et al. 2018, as PyTorch documents it; AdamW: Loshchilov and Hutter (arXiv:1711.05101), algorithm 2.
 """
 
 import math
 
 import torch
 
+# ---- sums ----
+
+
+def dot(xs, ys):
+    """Of two lists of tensors, as one long vector each; summed exactly."""
+    return math.fsum(math.fsum((x * y).flatten().tolist()) for x, y in zip(xs, ys, strict=True))
+
+
+def length(xs):
+    return math.sqrt(dot(xs, xs))
+
 
 def norm(weights, grads, adaptive):
-    """``||g||_2`` over all tensors together (``adaptive``: one bool per tensor), summed exactly."""
-    terms = []
-    for w, g, scaled in zip(weights, grads, adaptive, strict=True):
-        term = g.double() * w.double().abs() if scaled else g.double()
-        terms += term.square().flatten().tolist()
-    return math.sqrt(math.fsum(terms))
+    """``||g||_2`` over all tensors together; scaled by ``|w|`` where ``adaptive`` (one bool per tensor)."""
+    scaled = zip(weights, grads, adaptive, strict=True)
+    return length([g.double() * w.double().abs() if scales else g.double() for w, g, scales in scaled])
 
 
-def climbed(w, g, grad_norm, rho, adaptive=False, maximize=False):
-    """``w + e(w)``."""
+def added(weights, e):
+    return [w + d for w, d in zip(weights, e, strict=True)]
+
+
+# ---- SAM ----
+
+
+def perturbed(w, g, grad_norm, rho, adaptive=False, maximize=False):
+    """``w + e(w)``: Foret et al., equation 2; adaptive: Kwon et al. with T = |w|."""
     w, g = w.double(), g.double()
     e = rho * (w.square() if adaptive else 1.0) * g / (grad_norm + 1e-12)
     return w - e if maximize else w + e
+
+
+climbed = perturbed
+
+
+def sam_weights(weights, g, groups):
+    """The perturbed weights; a group's ``perturb=False`` leaves its tensor out of the norm, too."""
+    inside = [i for i, group in enumerate(groups) if group.get("perturb", True)]
+    adaptive = [groups[i].get("adaptive", False) for i in inside]
+    size = norm([weights[i] for i in inside], [g[i] for i in inside], adaptive)
+    result = list(weights)
+    for i in inside:
+        group = groups[i]
+        is_adaptive, maximize = group.get("adaptive", False), group.get("maximize", False)
+        result[i] = perturbed(weights[i], g[i], size, group["rho"], is_adaptive, maximize)
+    return result
+
+
+def sam(weights, gradient, groups, memory):
+    """Foret et al. 2021 (arXiv:2010.01412), algorithm 1 and equation 2 with p = 2."""
+    return gradient(sam_weights(weights, gradient(weights), groups))
+
+
+def sam_of_p(p):
+    def step(weights, gradient, groups, memory):
+        """Foret et al., equation 2."""
+        g = gradient(weights)
+        q = 1.0 if p == math.inf else p / (p - 1)
+        total = math.fsum(math.fsum((x.abs() ** q).flatten().tolist()) for x in g)
+        # (||g||_q^q)^(1/p) = ||g||_q^(q-1)
+        scales = [group["rho"] / total ** (1 / p) for group in groups]
+        return gradient(added(weights, [s * x.sign() * x.abs() ** (q - 1) for s, x in zip(scales, g, strict=True)]))
+
+    return step
+
+
+def sam_in_steps(count, fraction=None):
+    def step(weights, gradient, groups, memory):
+        """Projected gradient ascent with steps of length rho / K; balls in e / rho where rho differs."""
+        size = 1 / count if fraction is None else fraction
+        rhos = [group["rho"] for group in groups]
+        moving = [i for i, rho in enumerate(rhos) if rho > 0]
+        e = [torch.zeros_like(w) for w in weights]
+        for _ in range(count):
+            g = gradient(added(weights, e))
+            grad_norm = length([g[i] for i in moving]) + 1e-12
+            for i in moving:
+                e[i] = e[i] + size * rhos[i] * g[i] / grad_norm
+            radius = length([e[i] / rhos[i] for i in moving])
+            if radius > 1:
+                e = [d / radius for d in e]
+        return gradient(added(weights, e))
+
+    return step
+
+
+# ---- the family ----
+
+
+def asam(weights, gradient, groups, memory, eta=0.01):
+    """Kwon et al. 2021 (arXiv:2102.11600), equation 5; T = |w| + eta for matrices, 1 for biases (section 4)."""
+    g = gradient(weights)
+    operators = [w.abs() + eta if w.dim() > 1 else torch.ones_like(w) for w in weights]
+    size = length([t * x for t, x in zip(operators, g, strict=True)])
+    e = [group["rho"] * t**2 * x / size for group, t, x in zip(groups, operators, g, strict=True)]
+    return gradient(added(weights, e))
+
+
+def both_gradients(weights, gradient, groups):
+    g = gradient(weights)
+    return g, gradient(sam_weights(weights, g, groups))
+
+
+def gsam(weights, gradient, groups, memory, alpha=0.4):
+    """Zhuang et al. 2022 (arXiv:2203.08065), algorithm 1."""
+    g, g_p = both_gradients(weights, gradient, groups)
+    cosine_times_norm = dot(g, g_p) / length(g_p)
+    unit = [x / length(g_p) for x in g_p]
+    orthogonal = [x - cosine_times_norm * u for x, u in zip(g, unit, strict=True)]
+    return [p if group["rho"] == 0 else p - alpha * o for group, p, o in zip(groups, g_p, orthogonal, strict=True)]
+
+
+def wsam_coupled(weights, gradient, groups, memory, gamma=0.9):
+    """Yue et al. 2023 (arXiv:2305.15817), algorithm 1: h = (1 - 2 gamma)/(1 - gamma) g + gamma/(1 - gamma) g_p."""
+    g, g_p = both_gradients(weights, gradient, groups)
+    own, other = (1 - 2 * gamma) / (1 - gamma), gamma / (1 - gamma)
+    return [p if group["rho"] == 0 else own * x + other * p for group, x, p in zip(groups, g, g_p, strict=True)]
+
+
+def wsam_decoupled(weights, gradient, groups, memory, gamma=0.9):
+    """Yue et al., algorithm 2: the base takes g, the sharpness is applied with lr alone."""
+    g, g_p = both_gradients(weights, gradient, groups)
+    ratio = gamma / (1 - gamma)
+    given, extra = [], []
+    for group, x, p in zip(groups, g, g_p, strict=True):
+        given.append(p if group["rho"] == 0 else x)
+        extra.append(torch.zeros_like(x) if group["rho"] == 0 else group["lr"] * ratio * (p - x))
+    return given, extra
+
+
+def looksam(k=5, alpha=0.7):
+    def step(weights, gradient, groups, memory):
+        """Liu et al. 2022 (arXiv:2203.02714), algorithm 1."""
+        t = memory["t"] = memory.get("t", -1) + 1
+        g = gradient(weights)
+        if t % k == 0:
+            g_s = gradient(sam_weights(weights, g, groups))
+            cosine = dot(g, g_s) / (length(g) * length(g_s))
+            memory["g_v"] = [s - length(g_s) * cosine * x / length(g) for s, x in zip(g_s, g, strict=True)]
+            return g_s
+        ratio = alpha * length(g) / length(memory["g_v"])
+        return [x if group["rho"] == 0 else x + ratio * v for group, x, v in zip(groups, g, memory["g_v"], strict=True)]
+
+    return step
+
+
+def friendly(weights, gradient, groups, memory, sigma=1.0, lmbda=0.9):
+    """Li et al. 2024 (arXiv:2403.12350), algorithm 1."""
+    g = gradient(weights)
+    before = memory.get("m", [torch.zeros_like(x) for x in g])
+    m = memory["m"] = [lmbda * a + (1 - lmbda) * x for a, x in zip(before, g, strict=True)]
+    d = [x - sigma * a for x, a in zip(g, m, strict=True)]
+    return gradient(added(weights, [group["rho"] * x / length(d) for group, x in zip(groups, d, strict=True)]))
+
+
+def momentum_sam(weights, gradient, groups, memory):
+    """Becker et al. 2024 (arXiv:2401.12033), algorithm 1; ``memory["momentum"]`` is the base's."""
+    v = memory.get("momentum")
+    if v is None:
+        return gradient(weights)
+    return gradient(added(weights, [-group["rho"] * x / length(v) for group, x in zip(groups, v, strict=True)]))
+
+
+def amp(count=1, inner_lr=1.0, eps=0.5):
+    def step(weights, gradient, groups, memory):
+        """Zheng et al. 2021 (arXiv:2010.04925), algorithm 1; tensors with rho = 0 do not move."""
+        moving = [i for i, group in enumerate(groups) if group["rho"] > 0]
+        delta = [torch.zeros_like(w) for w in weights]
+        for _ in range(count):
+            g = gradient(added(weights, delta))
+            for i in moving:
+                delta[i] = delta[i] + inner_lr * g[i]
+            size = length(delta)
+            if size > eps:
+                delta = [eps * d / size for d in delta]
+        return gradient(added(weights, delta))
+
+    return step
+
+
+def awp(weights, gradient, groups, memory, gamma=0.01):
+    """Wu et al. 2020 (arXiv:2004.05884), equation 8: each matrix by its own norm; tensors with rho = 0 do not move."""
+    g = gradient(weights)
+    e = [
+        gamma * length([w]) * x / length([x]) if w.dim() > 1 and group["rho"] > 0 else torch.zeros_like(w)
+        for group, w, x in zip(groups, weights, g, strict=True)
+    ]
+    return gradient(added(weights, e))
+
+
+def at_intervals(method, k):
+    def step(weights, gradient, groups, memory):
+        """``method`` in every k-th step, the base otherwise."""
+        t = memory["steps"] = memory.get("steps", -1) + 1
+        return method(weights, gradient, groups, memory) if t % k == 0 else gradient(weights)
+
+    return step
+
+
+# ---- base optimizers ----
 
 
 def sgd(w, g, buffer, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False):

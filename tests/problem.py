@@ -1,18 +1,19 @@
 """A small model with its data, and a picture of all that a refused or failed call must leave alone."""
 
+import io
+
 import torch
 from checks import assert_same_bits
+from registry import BASES as BASES
+from registry import FUSED_BASES as FUSED_BASES
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam import FastSAM
 
-# Fused with one moment; fused with two and a count of steps; and one that runs by its own step().
-BASES = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.01}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
-}
-FUSED_BASES = ("sgd", "adamw")
+
+class Stop(Exception):
+    """What closures that fail raise."""
 
 
 class Problem:
@@ -85,6 +86,34 @@ class Matrices(Problem):
             layer.bias = None
 
 
+class TwoDtypes(Problem):
+    """A problem with two tables: the second layer and the batch's second half are in float64."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.model[2].double()
+
+    def loss(self):
+        return (self.model[2](self.model[1](self.model[0](self.x)).double()) - self.y).square().mean()
+
+
+class WideGradients(Problem):
+    """The first layer is in bfloat16 and has float32 gradients."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.model[0].bfloat16()
+
+    def loss(self):
+        return (self.model[2](self.model[1](self.model[0](self.x.bfloat16()).float())) - self.y).square().mean()
+
+    def backward(self):
+        loss = super().backward()
+        for param in self.model[0].parameters():
+            give_grad(param, param.grad.float())
+        return loss
+
+
 def give_grad(param, grad):
     """Assigns a gradient of any dtype, with every torch: only the assignment itself compares dtypes."""
     memory = param.data
@@ -93,6 +122,20 @@ def give_grad(param, grad):
     param.grad = grad
     if grad.dtype != memory.dtype:
         param.data = memory
+
+
+class Operators(TorchDispatchMode):
+    """The operators that are run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # Staging memory is the host's, and used again and again.
+        self.names.append("staging" if kwargs.get("pin_memory") else str(func))
+        return func(*args, **kwargs)
 
 
 class Snapshot:
@@ -120,8 +163,7 @@ class Snapshot:
             assert_same_bits([p.grad for p in params], self.grads, "gradients")
         assert_same_state(state_of(optimizer), self.state)
         assert_same_items(groups_of(optimizer), self.groups, "groups")
-        assert optimizer.base_optimizer.param_groups is optimizer.param_groups
-        assert optimizer.base_optimizer.state is optimizer.state
+        assert_one_with_its_base(optimizer)
 
 
 def state_of(optimizer):
@@ -161,3 +203,15 @@ def assert_same_items(actual, expected, what):
                 assert_same_bits(one[name], value, f"{what}: {name}")
             else:
                 assert one[name] == value, f"{what}: {name}"
+
+
+def assert_one_with_its_base(optimizer):
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+    assert optimizer.state is optimizer.base_optimizer.state
+
+
+def saved_and_loaded(optimizer):
+    """The state_dict, through a file."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)

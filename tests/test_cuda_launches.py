@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rounding import EDGES, GOLDEN, LOW, rounded
+from golden import EDGES, GOLDEN, LOW, rounded
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,13 @@ import pytest
 import torch
 from checks import assert_same_bits, values
 
-from fastsam.backends import ClimbOptions, device_table
+from fastsam.backends import device_table
 from fastsam.backends.device_table import DeviceTable
-from fastsam.tables import BACKUP, GRAD, ROWS, Member, TensorTable
+from fastsam.spec import ROWS, AscentOptions, Row
+from fastsam.tables import Member, TensorTable
 
-OPTIONS = [ClimbOptions(0.05, False, False)]
+OPTIONS = [AscentOptions(0.05, False, False)]
+WITHOUT_GRADS = [row for row in range(ROWS) if row != Row.GRAD]
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def table():
     params = [values((size,), torch.float32, seed=size) for size in (5, 0, 3)]
     table = TensorTable(torch.device("cpu"), torch.float32, [Member(i, p, 0) for i, p in enumerate(params)])
     give_grads(table)
-    table.begin_climb([True])
+    choose_perturbed(table)
     return table
 
 
@@ -26,13 +28,25 @@ def give_grads(table, absent=()):
     table.read_grads()
 
 
+def choose_perturbed(table, perturb=True):
+    table.choose_perturbed([perturb], table.present)
+
+
 @pytest.fixture
 def capture(monkeypatch):
     """A switch: whether a graph is being captured."""
     return lambda on: monkeypatch.setattr(device_table, "is_capturing", lambda device: on)
 
 
-WITHOUT_GRADS = [row for row in range(ROWS) if row != GRAD]
+def test_chunks_cover_every_element_once(table):
+    copy = DeviceTable(table, 4)
+    assert copy.chunks.tolist() == [[0, 0, 4, 0], [0, 4, 1, 0], [2, 0, 3, 0]]
+    assert copy.bounds.tolist() == [0, 2, 2, 3]
+
+
+def test_a_table_without_elements_has_an_empty_chunk():
+    table = TensorTable(torch.device("cpu"), torch.float32, [Member(0, values((0,), torch.float32), 0)])
+    assert DeviceTable(table, 4).chunks.tolist() == [[0, 0, 0, 0]]
 
 
 def test_new_gradients_are_not_sent_where_kernels_do_not_read_them(table):
@@ -44,11 +58,24 @@ def test_new_gradients_are_not_sent_where_kernels_do_not_read_them(table):
     copy.read(table, OPTIONS)
     assert kept
     assert copy.uploads == before
-    table.read_grads()
     everything = DeviceTable(table, 4)
-    everything.read(table, OPTIONS)
     addresses, _ = everything.read(table, OPTIONS)
     assert_same_bits(addresses, table.addresses)
+
+
+def test_equal_options_are_not_sent_again(table):
+    """Also where they are other objects; a tensor's number may have changed."""
+    copy = DeviceTable(table, 4)
+    rho = torch.tensor(0.25)
+    copy.read(table, [AscentOptions(0.25, False, False)])
+    before = copy.uploads
+    for same in (float("0.25"), 1 / 4):
+        copy.read(table, [AscentOptions(same, False, False)])
+    assert copy.uploads == before
+    _, by_tensor = copy.read(table, [AscentOptions(rho, False, False)])
+    assert int(by_tensor[1]) == rho.data_ptr()
+    _, number = copy.read(table, [AscentOptions(0.5, False, False)])
+    assert number[:2].tolist() == [torch.tensor(0.5, dtype=torch.float64).view(torch.int64).item(), 0]
 
 
 def test_a_graph_uploads_nothing_that_is_there(table, capture):
@@ -68,11 +95,59 @@ def test_later_steps_do_not_write_what_a_graph_reads(table, capture):
     kept = [tensor.clone() for tensor in in_graph]
     capture(False)
     give_grads(table, absent=[2])
-    table.begin_climb([True])
+    choose_perturbed(table)
     other_addresses, other_options = copy.read(table, [OPTIONS[0]._replace(rho=0.1)])
     assert_same_bits(list(in_graph), kept)
-    assert other_addresses[BACKUP, 2] == 0 != in_graph[0][BACKUP, 2]
+    assert other_addresses[Row.BACKUP, 2] == 0 != in_graph[0][Row.BACKUP, 2]
     assert not torch.equal(other_options, in_graph[1])
     again = copy.read(table, [OPTIONS[0]._replace(rho=0.2)])
     assert again[0] is other_addresses
     assert again[1] is other_options, "written in place: no graph reads it"
+
+
+def test_backups_that_come_and_go_can_be_captured(table, capture):
+    """An update that did not perturb has cleared their row; they are where they were."""
+    copy = DeviceTable(table, 4)
+    copy.read(table, OPTIONS)
+    choose_perturbed(table, perturb=False)
+    copy.read(table, OPTIONS)
+    choose_perturbed(table)
+    capture(True)
+    addresses, _ = copy.read(table, OPTIONS)
+    assert_same_bits(addresses, table.addresses)
+
+
+def test_backups_that_no_step_has_seen_cannot_be_captured(table, capture):
+    copy = DeviceTable(table, 4)
+    choose_perturbed(table, perturb=False)
+    copy.read(table, OPTIONS)
+    choose_perturbed(table)
+    capture(True)
+    with pytest.raises(RuntimeError, match="not where they were"):
+        copy.read(table, OPTIONS)
+
+
+def test_operations_of_a_graph_share_an_upload(table, capture):
+    copy = DeviceTable(table, 4)
+    copy.read(table, OPTIONS)
+    before, kept = copy.uploads, [param.grad for param in table.params]
+    give_grads(table)
+    capture(True)
+    first, second = (copy.read(table, OPTIONS)[0] for _ in range(2))
+    assert kept
+    assert first is second
+    assert copy.uploads == before + 1
+
+
+def test_a_graph_may_have_any_number_of_uploads(table, capture):
+    """Where the pinned memory that was made beforehand is used up, addresses travel as arguments of kernels."""
+    copy = DeviceTable(table, 4)
+    copy.read(table, OPTIONS)
+    capture(True)
+    alive, found = [], []
+    for _ in range(40):
+        alive.append([param.grad for param in table.params])
+        give_grads(table)
+        found.append((copy.read(table, OPTIONS)[0], table.addresses.clone()))
+    for addresses, expected in found:
+        assert_same_bits(addresses, expected)

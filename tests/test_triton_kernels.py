@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from checks import assert_same_bits, values
-from test_rounding import GOLDEN, LOW
+from golden import GOLDEN, LOW
 
 from fastsam import FastSAM
-from fastsam.backends import AdamOptions, BackendUnavailable, ClimbOptions, SGDOptions, device_table, load
+from fastsam.backends import BackendUnavailable, Request, device_table, load
 from fastsam.backends.rounding import round_stochastically
 from fastsam.precision import Precision
-from fastsam.tables import Member, StateNames, TensorTable
+from fastsam.spec import AdamOptions, Ascent, AscentForm, AscentOptions, SGDOptions, StateNames, Update
+from fastsam.tables import Member, TensorTable, Wanted
 
 COMPILE = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
 SGD = SGDOptions(0.1, 0.9, 0.0, 0.0, False, False)
-CLIMB = ClimbOptions(0.05, False, False)
+ASCENT = AscentOptions(0.05, False, False)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def triton_gpu(runnable, device):
     return load(runnable("triton"), device.type)
 
 
-PARTIALS_BLOCK = 1024  # kernels/norm.py
+PARTIALS_BLOCK = 1024  # kernels/reduce.py
 
 PRECISIONS = {
     "nearest": Precision(),
@@ -41,17 +42,25 @@ PRECISIONS = {
 
 
 def make_table(shapes, dtype, device, groups=None, precision=Precision()):  # noqa: B008 (a NamedTuple does not change)
-    """A table whose parameters have gradients and have begun to climb, over SGD's state."""
+    """A table whose parameters have gradients and are to be perturbed, over SGD's state."""
     params = [values(shape, dtype, device, i) for i, shape in enumerate(shapes)]
     groups = groups or [0] * len(params)
     members = [Member(i, p, g) for i, (p, g) in enumerate(zip(params, groups, strict=True))]
     table = TensorTable(device, dtype, members, precision)
     give_grads(table)
     names = [StateNames(("momentum_buffer",))] * (max(groups) + 1)
-    state = {param: {} for param in params}
-    table.begin_climb([True] * (max(groups) + 1), state, names)
-    table.publish_state(state, table.prepare_state(state, names))
+    table.choose_perturbed([True] * (max(groups) + 1), table.present)
+    bind(table, {param: {} for param in params}, names)
     return table
+
+
+def bind(table, state, names):
+    """Puts ``state``, completed, into the table."""
+    everything = range(len(table.params))
+    wanted = Wanted(names, masters=everything, moments=everything)
+    table.slots.bind(table, state, wanted)
+    table.slots.publish(table, state, wanted)
+    table.slots.note(table, state, wanted)
 
 
 def give_grads(table, seed=100):
@@ -62,15 +71,15 @@ def give_grads(table, seed=100):
     table.read_grads()
 
 
-def whole_step(triton_gpu, table, climb=CLIMB, sgd=SGD):
+def whole_step(triton_gpu, table, ascent=ASCENT, sgd=SGD):
     groups = max(table.groups) + 1
-    norm = triton_gpu.grad_norm([table], [climb] * groups)
-    triton_gpu.perturb_(table, norm, [climb] * groups)
-    triton_gpu.restore_and_sgd_(table, [sgd] * groups, None, None)
+    norm = triton_gpu.grad_norm([table], [ascent] * groups)
+    triton_gpu.perturb_(table, Ascent([ascent] * groups, norm))
+    triton_gpu.restore_and_update_(table, Update.SGD, [sgd] * groups)
 
 
 def copy_of(table):
-    return table.cache["device table"]
+    return table.attached(load("triton", table.device.type)._View).copy
 
 
 def uploads(table):
@@ -122,9 +131,9 @@ def test_new_gradients_and_new_options_are_one_upload_each(triton_gpu, device):
     assert all(p.grad.data_ptr() != g.data_ptr() for p, g in zip(table.params, kept, strict=True))
     whole_step(triton_gpu, table)
     assert uploads(table) == before + 1
-    whole_step(triton_gpu, table, CLIMB._replace(rho=0.1))
+    whole_step(triton_gpu, table, ASCENT._replace(rho=0.1))
     assert uploads(table) == before + 2
-    whole_step(triton_gpu, table, CLIMB._replace(rho=0.1), SGD._replace(lr=0.01))
+    whole_step(triton_gpu, table, ASCENT._replace(rho=0.1), SGD._replace(lr=0.01))
     assert uploads(table) == before + 3
 
 
@@ -136,8 +145,8 @@ def test_options_on_the_device_are_read_there(triton_gpu, device, dtype):
     for step in range(3):
         rho.fill_(0.5 + step)
         lr.fill_(0.25 / (1 + step))
-        whole_step(triton_gpu, by_tensor, CLIMB._replace(rho=rho), SGD._replace(lr=lr))
-        whole_step(triton_gpu, by_number, CLIMB._replace(rho=float(rho)), SGD._replace(lr=float(lr)))
+        whole_step(triton_gpu, by_tensor, ASCENT._replace(rho=rho), SGD._replace(lr=lr))
+        whole_step(triton_gpu, by_number, ASCENT._replace(rho=float(rho)), SGD._replace(lr=float(lr)))
         assert_same_bits(by_tensor.params, by_number.params, f"step {step}")
     assert uploads(by_tensor) == 4  # the chunks, the addresses, the climb's options, SGD's: once each
 
@@ -189,17 +198,17 @@ def cut_off(triton_gpu, monkeypatch, after):
 def test_a_norm_that_was_cut_off_disturbs_nothing_after_it(triton_gpu, device, monkeypatch):
     """The programs of all tables count themselves: half of them have, when the second table's launch does not come."""
     tables = [make_table([(5,), (7, 3)], dtype, device) for dtype in (torch.float32, torch.float64)]
-    triton_gpu.grad_norm(tables, [CLIMB])
+    triton_gpu.grad_norm(tables, [ASCENT])
     with monkeypatch.context() as patch:
         cut_off(triton_gpu, patch, after=1)
         with pytest.raises(KeyboardInterrupt):
-            triton_gpu.grad_norm(tables, [CLIMB])
+            triton_gpu.grad_norm(tables, [ASCENT])
     for table in tables:
-        triton_gpu.restore_and_sgd_(table, [SGD], None, None)
+        triton_gpu.restore_and_update_(table, Update.SGD, [SGD])
         assert table.steps.tolist() == [1, 1]
         give_grads(table, seed=300)
     for _ in range(2):
-        norm = float(triton_gpu.grad_norm(tables, [CLIMB]))
+        norm = float(triton_gpu.grad_norm(tables, [ASCENT]))
         expected = math.hypot(*(float(p.grad.double().norm()) for table in tables for p in table.params))
         assert norm == pytest.approx(expected, rel=1e-12)
 
@@ -254,7 +263,7 @@ def test_a_captured_step_has_uploads_of_its_own(triton_gpu, device, capture):
     assert len({staging.data_ptr() for staging, *_ in captured}) == 3
     for seed in (300, 400):
         give_grads(table, seed=seed)
-        whole_step(triton_gpu, table, CLIMB._replace(rho=0.2), SGD._replace(lr=0.3))
+        whole_step(triton_gpu, table, ASCENT._replace(rho=0.2), SGD._replace(lr=0.3))
     for staging, staged, copy, copied in captured:
         assert_same_bits([staging, copy], [staged, copied])
 
@@ -298,7 +307,7 @@ def test_what_cannot_be_captured_is_refused(triton_gpu, device, capture, what):
         for _ in range(device_table.CAPTURED_UPLOADS):
             triton_gpu.restore_(table)
     with pytest.raises(RuntimeError, match=words) as caught:
-        triton_gpu.restore_and_sgd_(table, [SGD], None, None)
+        triton_gpu.restore_and_update_(table, Update.SGD, [SGD])
     assert "run a step outside the capture first" in str(caught.value)
     assert table.steps.tolist() == steps
     capture(False)
@@ -311,7 +320,7 @@ def test_what_cannot_be_captured_is_refused(triton_gpu, device, capture, what):
 def test_more_partials_than_are_added_at_a_time(triton_gpu, device, monkeypatch):
     monkeypatch.setattr(triton_gpu, "CHUNK_SIZE", 16)
     table = make_table([(16 * PARTIALS_BLOCK + 1,)], torch.float32, device)
-    norm = float(triton_gpu.grad_norm([table], [CLIMB]))
+    norm = float(triton_gpu.grad_norm([table], [ASCENT]))
     assert len(copy_of(table).chunks) == PARTIALS_BLOCK + 1
     assert norm == pytest.approx(float(table.params[0].grad.double().norm()), rel=1e-12)
 
@@ -330,7 +339,7 @@ def test_bfloat16_is_rounded_to_nearest_even(triton_gpu, device, kind):
     table.params[0].copy_(w)
     table.params[0].grad.copy_(g)
     table.begin_climb([False])
-    triton_gpu.restore_and_sgd_(table, [SGDOptions(-1.0, 0.0, 0.0, 0.0, False, False)], None, None)
+    triton_gpu.restore_and_update_(table, Update.SGD, [SGDOptions(-1.0, 0.0, 0.0, 0.0, False, False)])
     expected = (w.float() + g.float()).bfloat16()
     actual = table.params[0].cpu()
     assert actual[expected.isnan()].isnan().all()
@@ -398,7 +407,7 @@ def test_steps_beyond_float32_powers(triton_gpu, device):
     table.publish_state(state, table.prepare_state(state, [StateNames(("exp_avg", "exp_avg_sq"), "step")]))
     param.grad.fill_(1.0)
     before = param.clone()
-    triton_gpu.restore_and_adam_(table, [options], None, None)
+    triton_gpu.restore_and_update_(table, Update.ADAM, [options])
     assert torch.allclose(param, before - 0.1, rtol=1e-6)
     assert float(table.steps[0]) == 1e6 + 1
 

@@ -4,9 +4,11 @@
     python tools/compile_kernels.py --quick                 float32 and bfloat16 for one target of each vendor
     python tools/compile_kernels.py --triton build/triton/3.6.0      with the triton in that folder, too
 
-Writes the PTX and cubin (NVIDIA) or amdgcn and hsaco (AMD) of each specialisation, report.json and a table. Fails where
-registers are spilled, or where there are fewer 16-byte accesses to global memory than the paths over full blocks need:
-where a compiler cannot prove an alignment it falls back to accesses of one element, in silence.
+The list of kernels and their options are the launcher's own (``fastsam.backends.triton_kernels``). Writes the PTX and
+cubin (NVIDIA) or amdgcn and hsaco (AMD) of each specialisation, report.json and a table; ``resident`` is how many
+programs a multiprocessor has at a time. Fails where registers are spilled, or where there are fewer 16-byte accesses to
+global memory than the paths over full blocks need: where a compiler cannot prove an alignment it falls back to accesses
+of one element, in silence.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from text_table import text_table
 
@@ -33,131 +35,174 @@ TARGETS = {
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # float32 and float64 are rounded to nearest, and have no masters.
 ROUNDED_DTYPES = ("bfloat16", "float16")
-QUICK = {"targets": ("sm_90", "gfx942"), "dtypes": ("float32", "bfloat16")}
-
-POINTERS = {
-    "addresses_ptr": "*i64",
-    "chunks_ptr": "*i64",
-    "options_ptr": "*i64",
-    "partials_ptr": "*fp64",
-    "norm_ptr": "*fp64",
-    "steps_ptr": "*fp32",
-    "grad_scale_ptr": "*fp32",
-    "found_inf_ptr": "*fp32",
-    "finished_ptr": "*i32",
-    "weights_ptr": "*fp64",
-    "positions_ptr": "*i64",
+PRECISIONS = {
+    "nearest": {},
+    "stochastic": {"stochastic": True},
+    "masters": {"masters": True},
+    "stochastic masters": {"stochastic": True, "masters": True},
 }
+QUICK = {"targets": ("sm_90", "gfx942"), "dtypes": ("float32", "bfloat16")}
 
 WIDE_PTX = re.compile(r"\b(?:ld|st)\.global\S*\.(?:v4\.\w32|v2\.\w64)\b")
 
-
-class Kernel(NamedTuple):
-    """Where a kernel is, and what its paths over full blocks read and write."""
-
-    module: str
-    fields: int
-    """Options per parameter group."""
-    accesses: dict[str, tuple[int, ...]]
-    """For each way of rounding: tensors read plus tensors written, for each path. Those of float32 beside a narrower
-    parameter count twice."""
-    name: str = ""
-    """Of the function, if it is another."""
-    constants: tuple[tuple[str, int | None], ...] = ()
-    """Its own ones: a combination's form."""
+Job = tuple[str, str, str, int]
+"""Target, dtype, precision, and which of the kernels that these have."""
 
 
-KERNELS = {
-    "grad_norm_kernel": Kernel("norm", 4, {"nearest": (1, 2)}),  # SAM, ASAM
-    "perturb_kernel": Kernel(  # SAM, ASAM
-        "perturb", 4, {"nearest": (4, 4), "stochastic": (4, 4), "masters": (5, 5), "stochastic masters": (5, 5)}
-    ),
-    "restore_kernel": Kernel("update", 0, {"nearest": (2,), "masters": (3,)}),
-    "restore_and_sgd_kernel": Kernel(  # restore, without and with momentum
-        "update", 7, {"nearest": (2, 3, 5), "stochastic": (2, 3, 5), "masters": (3, 7, 11)}
-    ),
-    "restore_and_adam_kernel": Kernel(  # restore, Adam, AMSGrad
-        "update", 9, {"nearest": (2, 7, 9), "stochastic": (2, 7, 9), "masters": (3, 15, 19)}
-    ),
-    # Methods beyond SAM, in the forms that read and write the most; each also without y.
-    "dots_kernel": Kernel(
-        "combination", 0, {"nearest": (3, 2)}, constants=(("X", 1), ("Y", 7), ("MAP", 2), ("CLIMBING", 1))
-    ),
-    "perturb_by_kernel": Kernel("combination", 0, {"nearest": (5, 4)}, constants=(("X", 1), ("Y", 8), ("MAP", 0))),
-    "restore_and_sgd_by": Kernel(
-        "update", 7, {"nearest": (2, 7, 9)}, "restore_and_sgd_kernel", (("Y", 7), ("KEEPS", 1))
-    ),
-    "restore_and_adam_by": Kernel(
-        "update", 9, {"nearest": (2, 11, 13)}, "restore_and_adam_kernel", (("Y", 7), ("KEEPS", 1))
-    ),
-}
+def every_kernel(target: str, dtype: str, precision: str) -> list[tuple[str, Any]]:
+    """All that the launcher may ask for, by plain SAM and by every method's forms: labels and kernels."""
+    import torch
 
-Job = tuple[str, str, str, str]  # kernel, rounding, dtype, target
+    from fastsam.backends import triton_kernels as kernels
+    from fastsam.spec import NONE, AscentForm, DescentForm, Update
+
+    kind = kernels.Kind(getattr(torch, dtype), nvidia=target.startswith("sm_"), **PRECISIONS[precision])
+    forms = method_forms()
+    ascents = [form for form in forms if isinstance(form, AscentForm)]
+    descents = [form for form in forms if isinstance(form, DescentForm)]
+    found = [("norm", kernels.norm(kind))]
+    # For the dots, what else a descent's form names does not matter.
+    measured = {*ascents, *(DescentForm(form.y) for form in descents if form.y != NONE)}
+    found += [("dots", kernels.dots(kind, form)) for form in sorted(measured, key=repr)]
+    found += [("perturb", kernels.perturb(kind, form)) for form in (None, *ascents)]
+    found += [("update", kernels.update(kind, base, form)) for base in Update for form in (None, *descents)]
+    return [(f"{label} {describe(kernel)}".strip(), kernel) for label, kernel in found]
+
+
+def method_forms() -> list[Any]:
+    """The forms of every method of ``fastsam.methods``, in each of its variants."""
+    from fastsam import methods
+
+    variants = [
+        *(getattr(methods, name)() for name in PLAIN_METHODS),
+        methods.SAM(p=4),
+        methods.SAM(inner_steps=2),
+        methods.WSAM(decouple=False),
+        methods.Direction(lambda params, grads: grads),
+    ]
+    both = (False, True)
+    forms = {form for method in variants for again in both for form in (method.ascent_form(again),)}
+    forms |= {form for method in variants for ascended in both for form in (method.descent_form(ascended),)}
+    return sorted(forms - {None}, key=repr)
+
+
+# Methods without an argument that must be given.
+PLAIN_METHODS = ("SAM", "ASAM", "AMP", "AWP", "GSAM", "WSAM", "FriendlySAM", "LookSAM", "MomentumSAM", "RandomSAM")
+
+
+def describe(kernel: Any) -> str:
+    """What tells a kernel from its siblings."""
+    from fastsam.spec import Map, Row, Update
+
+    constants = kernel.constants
+    words = []
+    if "UPDATE" in constants:
+        words.append(Update(constants["UPDATE"]).name)
+    if kernel.name == "perturb_kernel" and "coefficients_ptr" in kernel.absent:
+        return "by norm"
+    if constants.get("ASCENT") is False:
+        words.append("of a descent,")
+    if "X" in constants:
+        words.append(Row(constants["X"]).name)
+    if "Y" in constants and constants["Y"] != -1:
+        words.append("PERTURBATION" if constants["Y"] == -2 else Row(constants["Y"]).name)
+    if constants.get("MAP"):
+        words.append(Map(constants["MAP"]).name)
+    words += [flag.lower() for flag in ("KEEPS", "DECOUPLED") if constants.get(flag)]
+    if kernel.name == "restore_and_update_kernel" and "coefficients_ptr" not in kernel.absent and len(words) == 1:
+        words.append("plain form")
+    return " ".join(words)
+
+
+def wide_accesses(kernel: Any) -> int:
+    """16-byte accesses of a thread in the paths over whole blocks, in blocks of the table's dtype.
+
+    Each tensor counts once for a read and once for a write, and twice where it is float32 beside a 16-bit parameter.
+    Masked stores are not counted.
+    """
+    constants, kept = kernel.constants, kernel.kind.state_dtype.itemsize // kernel.kind.dtype.itemsize
+    size = {name: kept if constants.get(name) != constants["DTYPE"] else 1 for name in ("X_DTYPE", "Y_DTYPE")}
+    has_form = "coefficients_ptr" not in kernel.absent
+    y = constants.get("Y", -1)
+    if kernel.name == "grad_norm_kernel":  # SAM, ASAM
+        return 1 + 2
+    if kernel.name == "dots_kernel":
+        reads_param = constants["MAP"] == 2 or y == -2
+        return size["X_DTYPE"] + reads_param + (kept if y == -2 else size["Y_DTYPE"] if y >= 0 else 0)
+    if kernel.name == "perturb_kernel":
+        # Read w, x and y; write w; write the backup, or read it (a further ascent, or a master).
+        accesses = 1 + size["X_DTYPE"] + (size["Y_DTYPE"] if y >= 0 else 0) + 1 + kept
+        # PARAM as y is w itself, read once. By the norm: SAM, ASAM.
+        return (accesses - (y == 0)) * (1 if has_form else 2)
+    restore = kept + 1
+    method = (size["Y_DTYPE"] if y >= 0 else 0) + (1 + 2 * kept if constants["KEEPS"] else 0)
+    if constants["UPDATE"] == 0:
+        # FIRST_GRAD as y is read once.
+        method -= constants["KEEPS"] and y == 7
+        return restore + (2 + method + constants["DECOUPLED"] if has_form else 0)
+    # Read what is updated and the gradient, write w; with masters, read w and write the master.
+    plain = kept + 1 + 1 + (1 + kept if kept != 1 or kernel.kind.masters else 0)
+    most = constants["MOMENTS"]
+    return restore + sum(plain + method + 2 * kept * moments for moments in (most - 1, most))
+
+
+def source_of(kernel: Any, target: Any) -> Any:
+    """What Triton is to compile: the signature and attributes that a launch has."""
+    import torch
+    from triton.compiler import ASTSource, make_backend
+
+    from fastsam.backends.triton_kernels import POINTERS
+
+    names = {torch.int64: "*i64", torch.float64: "*fp64", torch.float32: "*fp32", torch.int32: "*i32"}
+    constants = dict.fromkeys(kernel.absent) | kernel.constants
+    signature = {
+        name: "constexpr" if name in constants else names[POINTERS[name]] if name in POINTERS else "i32"
+        for name in kernel.function.arg_names
+    }
+    # On AMD, pointers into small tensors are told from others.
+    pointer = make_backend(target).parse_attr("S" if target.backend == "hip" else "")
+    attributes = {(i,): pointer for i, name in enumerate(signature) if signature[name].startswith("*")}
+    return ASTSource(kernel.function, signature, constants, attributes)
 
 
 def compile_job(job: Job, out: Path) -> dict[str, Any]:
     """Compiles one specialisation into ``out`` and returns its entry of the report."""
-    import importlib
-
-    import torch
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from fastsam.backends.triton_gpu import WARPS, block_size, compile_options
-
-    name, rounding, dtype_name, target_name = job
-    module = importlib.import_module(f"fastsam.kernels.{KERNELS[name].module}")
-    kernel = getattr(module, KERNELS[name].name or name)
-    dtype = getattr(torch, dtype_name)
-    kept = torch.float32 if "masters" in rounding else dtype
+    target_name, dtype, precision, number = job
+    label, kernel = every_kernel(target_name, dtype, precision)[number]
     target = GPUTarget(*TARGETS[target_name])
     is_nvidia = target.backend == "cuda"
-    plain = rounding == "nearest" and not (KERNELS[name].constants and dtype.itemsize == 2)
-    block = block_size(dtype, plain=plain, nvidia=is_nvidia)
-    constants = {
-        "DTYPE": getattr(tl, dtype_name),
-        "KEPT": getattr(tl, str(kept).removeprefix("torch.")),
-        "OPMATH": tl.float64 if dtype == torch.float64 else tl.float32,
-        "FIELDS": KERNELS[name].fields,
-        "BLOCK": block,
-    }
-    if "stochastic" not in rounding:
-        # Only the climb has no other use for the steps.
-        constants |= dict.fromkeys(["positions_ptr", "steps_ptr"] if name == "perturb_kernel" else ["positions_ptr"])
-    constants |= dict(KERNELS[name].constants or (("weights_ptr", None), ("Y", -1), ("KEEPS", 0)))
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    signature = {key: "constexpr" if key in constants else POINTERS.get(key, "i32") for key in kernel.arg_names}
     begin = time.perf_counter()
-    options = compile_options(dtype, combined=bool(KERNELS[name].constants), nvidia=is_nvidia)
-    compiled = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
+    compiled = triton.compile(source_of(kernel, target), target=target, options=kernel.options)
     seconds = time.perf_counter() - begin
 
-    stem = out / f"triton-{triton.__version__}" / target_name / f"{name}-{rounding.replace(' ', '-')}-{dtype_name}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem = "-".join([*label.split(), *precision.split(), dtype]).replace(".", "_")
+    folder = out / f"triton-{triton.__version__}" / target_name
+    folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for kind in ("ptx", "cubin", "amdgcn", "hsaco"):
-        if kind in compiled.asm:
-            content = compiled.asm[kind]
-            files.append(stem.with_suffix(f".{kind}"))
+    for suffix in ("ptx", "cubin", "amdgcn", "hsaco"):
+        if suffix in compiled.asm:
+            content = compiled.asm[suffix]
+            files.append(folder / f"{stem}.{suffix}")
             files[-1].write_bytes(content if isinstance(content, bytes) else content.encode())
-    measure = measure_nvidia if is_nvidia else measure_amd
-    registers, spills, wide = measure(files)
+    registers, spills, wide = (measure_nvidia if is_nvidia else measure_amd)(files)
     # An assembler that unrolls one loop would hide that another is not wide; PTX has each access once.
     written = len(WIDE_PTX.findall(compiled.asm["ptx"])) if "ptx" in compiled.asm else wide
-    needed = sum(KERNELS[name].accesses[rounding]) * (block * dtype.itemsize // (16 * WARPS * target.warp_size))
+    threads = kernel.options["num_warps"] * target.warp_size
     return {
-        "kernel": name,
-        "rounding": rounding,
-        "variant": f"block {block}, {WARPS} warps",
-        "dtype": dtype_name,
+        "kernel": label,
+        "precision": precision,
+        "block": kernel.block,
+        "dtype": dtype,
         "target": target_name,
         "triton": triton.__version__,
         "registers": registers,
+        "resident": min(65536 // (-(-registers // 8) * 8 * threads), 2048 // threads) if is_nvidia else None,
         "spills": spills,
         "wide_found": wide,
-        "wide_needed": needed,
+        "wide_needed": wide_accesses(kernel) * (kernel.block * kernel.kind.dtype.itemsize // (16 * threads)),
         "wide_written": written,
         "file": str(files[-1].relative_to(out)),
         "seconds": round(seconds, 2),
@@ -199,12 +244,12 @@ def all_jobs(arguments: argparse.Namespace) -> list[Job]:
     targets = arguments.targets or (QUICK["targets"] if arguments.quick else TARGETS)
     dtypes = arguments.dtypes or (QUICK["dtypes"] if arguments.quick else DTYPES)
     return [
-        (kernel, rounding, dtype, target)
-        for kernel in arguments.kernels or KERNELS
-        for rounding in KERNELS[kernel].accesses
-        for dtype in dtypes
-        if rounding == "nearest" or dtype in ROUNDED_DTYPES
+        (target, dtype, precision, number)
         for target in targets
+        for dtype in dtypes
+        for precision in (PRECISIONS if dtype in ROUNDED_DTYPES else ["nearest"])
+        for number, (label, _) in enumerate(every_kernel(target, dtype, precision))
+        if not arguments.kernels or any(label.startswith(start) for start in arguments.kernels)
     ]
 
 
@@ -238,7 +283,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one target of each vendor, two dtypes")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--triton", action="append", default=[], help="a folder with another triton; may be repeated")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS)
+    parser.add_argument("--kernels", nargs="+", help="beginnings of labels, such as 'perturb by norm'")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--targets", nargs="+", choices=TARGETS)
     parser.add_argument("--share", help=argparse.SUPPRESS)
@@ -261,9 +306,10 @@ def main(command_line: list[str]) -> int:
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         parts = pool.map(lambda share: run_share(*share, command_line, arguments.out), shares)
         entries = [entry for part in parts for entry in part]
-    entries.sort(key=lambda e: (e["triton"], e["target"], e["kernel"], e["dtype"], e["rounding"]))
+    entries.sort(key=lambda e: (e["triton"], e["target"], e["kernel"], e["dtype"], e["precision"]))
     (arguments.out / "report.json").write_text(json.dumps(entries, indent=1) + "\n")
-    columns = ("kernel", "rounding", "dtype", "target", "triton", "registers", "spills", "wide_found", "wide_needed")
+    columns = ("kernel", "precision", "dtype", "target", "triton", "registers", "resident")
+    columns += ("spills", "wide_found", "wide_written", "wide_needed")
     print(text_table(columns, entries, [faults(entry) for entry in entries]))
     bad = sum(bool(faults(entry)) for entry in entries)
     versions = ", ".join(sorted({entry["triton"] for entry in entries}))

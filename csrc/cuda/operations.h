@@ -32,7 +32,7 @@ void grad_norm_(const Call& call, const DeviceOption* options, double* partials,
                 bool first, bool last);
 
 // partials[chunk] <- the chunk's <map(x), x>, <x, y>, <y, y>; result[tensor] <- their sums, in the chunks' order.
-// finished [2, n]: for each tensor, 0 between launches, and how many chunks it has. Rows of empty tensors are not written.
+// finished [2, n]: for each tensor, 0 between launches, and how many chunks it has.
 void dots_(const Call& call, const Form& form, bool ascent, double* partials, double* result, int* finished);
 
 // By a norm. If a launch fails, what those before it have perturbed is restored.

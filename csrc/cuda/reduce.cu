@@ -30,16 +30,18 @@ struct SquareFunctor : FunctorTraits {
   __device__ void operator()(const Element<scalar_t, Tensors> (&elements)[kWidth]) {
     using T = opmath_t<scalar_t>;
     if constexpr (kIsNarrow<scalar_t> && !kAdaptive) {
-      // A 16-bit number's square is exact in float, unless it is out of range: then, and if there is no number, the sum
-      // is outside of what is checked.
-      float squares = 0;
+      // Arithmetic in double is slow on many GPUs. A 16-bit number's square is exact in float, and what its sums lose is
+      // summed by itself. Out of range, and if there is no number, the sum is outside of what is checked.
+      float squares = 0, lost = 0;
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
         const auto grad = static_cast<float>(elements[e].read[0]);
-        squares += grad * grad;
+        const float square = grad * grad, next = squares + square, added = next - squares;
+        lost += (squares - (next - added)) + (square - added);
+        squares = next;
       }
       if (squares > 0x1p-80f && squares < 0x1p120f) {
-        sum += squares;
+        sum += static_cast<double>(squares) + lost;
         return;
       }
     }
@@ -163,17 +165,23 @@ template <typename scalar_t, Map map, bool kMasters, int64_t kCapacity>
 __global__ void __launch_bounds__(kThreads, kHeavy)
     dots_kernel(const __grid_constant__ Arguments<DotsArguments, kCapacity> args) {
   const DotsArguments& extra = args.extra;
-  const DeviceChunk chunk = read_chunk(args.table, args.launch, blockIdx.x);
-  if (chunk.length == 0) return;  // of a launch of empty tensors
+  const Launch& launch = args.launch;
+  const int* counts = extra.finished + args.table.tensor_count;
+  // Empty tensors have no block of their own.
+  for (int64_t i = threadIdx.x; blockIdx.x == 0 && i < 3 * launch.tensor_count; i += kThreads) {
+    if (counts[launch.first_tensor + i / 3] == 0) extra.result[3 * launch.first_tensor + i] = 0;
+  }
+  const DeviceChunk chunk = read_chunk(args.table, launch, blockIdx.x);
+  if (chunk.length == 0) return;
   double sums[3] = {0, 0, 0};
   add_products<scalar_t, map, kMasters>(args, chunk, sums);
   block_sums(sums);
-  const int64_t index = args.launch.first_chunk + blockIdx.x, first = index - chunk.start / extra.chunk_size;
+  const int64_t index = launch.first_chunk + blockIdx.x, first = index - chunk.start / extra.chunk_size;
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) extra.partials[3 * index + i] = sums[i];
   }
-  const int count = extra.finished[args.table.tensor_count + chunk.tensor];
+  const int count = counts[chunk.tensor];
   if (!Ticket(extra.finished + chunk.tensor).is_last(count)) return;
   sum_partials(extra.partials + 3 * first, count, sums);
   if (threadIdx.x == 0) {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -158,6 +159,45 @@ def resolve(name: str, device_type: str, own_grad_dtype: bool = True) -> Backend
             level = logging.WARNING if is_warning else logging.INFO
             logger.log(level, "backend %r skipped on %s: %s", candidate, device_type, reason)
     raise BackendUnavailable(f"no backend can run on {device_type!r}")
+
+
+def operations(name: str, device_type: str, own_grad_dtype: bool = True) -> Backend:
+    """As :func:`resolve`, with the observer of :func:`observe` between, if there is one."""
+    backend = resolve(name, device_type, own_grad_dtype)
+    return backend if _observed is None else _observed(backend)
+
+
+Observer = Callable[[str, Callable[[], Any]], Any]
+"""Is given an operation's name and the call itself, without arguments; returns what that returns."""
+
+_observed: Callable[[Backend], Backend] | None = None
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Within the block, ``observer`` makes every call of a backend's operation: to time it, say. One at a time."""
+    global _observed
+    known: dict[Backend, Backend] = {}  # tables of one backend go together: it must stay one object
+
+    def observed(backend: Backend) -> Backend:
+        return known.setdefault(backend, cast(Backend, _ObservedBackend(backend, observer)))
+
+    _observed = observed
+    try:
+        yield
+    finally:
+        _observed = None
+
+
+class _ObservedBackend:
+    """A backend's operations, called by an observer."""
+
+    def __init__(self, backend: Backend, observer: Observer) -> None:
+        self._backend, self._observer = backend, observer
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation = getattr(self._backend, name)
+        return lambda *args, **options: self._observer(name, functools.partial(operation, *args, **options))
 
 
 def grad_norms(

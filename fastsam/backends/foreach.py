@@ -1,114 +1,86 @@
-"""``torch._foreach_*``: the operations as lists of tensors at a time, on any device that PyTorch has."""
+"""PyTorch's own kernels for lists of tensors (``torch._foreach_*``, ``torch._fused_*``), on any device that it has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastsam.backends import AdamOptions, ClimbOptions, SGDOptions
-from fastsam.backends.combination import (
-    DISTANCE,
-    EXTRA_X,
-    EXTRA_Y,
-    KEEP_KEPT,
-    KEEP_TAKEN,
-    KEEP_X,
-    NOTHING,
-    SCALE,
-    TERM,
-    A,
-    B,
-    Climb,
-    Combination,
+from fastsam.backends import list_updates
+from fastsam.backends.lists import Norms, Tensors, convert, matching, multiply, store_, take
+from fastsam.backends.rounding import followed_master, round_all, round_for
+from fastsam.backends.scalars import as_scalar, ascent_scale, opmath_dtype
+from fastsam.spec import (
+    NONE,
+    PERTURBATION,
+    AdamOptions,
+    Ascent,
+    AscentCoefficients,
+    AscentForm,
+    AscentOptions,
     Descent,
+    DescentCoefficients,
+    DescentForm,
+    Draw,
     Map,
-    taking_part,
+    SGDOptions,
+    Update,
 )
-from fastsam.backends.rounding import CLIMB, UPDATE, followed_master, round_for
-from fastsam.backends.scalars import Scalar, as_scalar, climb_scale, opmath_dtype
-from fastsam.tables import GRAD, TensorTable
+from fastsam.tables import TensorTable, taking_part
+
+if TYPE_CHECKING:
+    from fastsam.backends import Request
 
 Options = TypeVar("Options")
-Tensors = list[Tensor]
 
 
-def check(device_type: str) -> None:
-    """Runs on every device."""
+def unsupported_reason(request: Request) -> str:
+    """Runs everything on every device."""
+    return ""
 
 
-def check_methods(device_type: str) -> None:
-    """Runs every method."""
+# ---- reductions ----
 
 
-def grad_norm(tables: Sequence[TensorTable], options: Sequence[ClimbOptions]) -> Tensor:
+def grad_norm(tables: Sequence[TensorTable], options: Sequence[AscentOptions]) -> Tensor:
     norms: Tensors = []
     for table in tables:
-        for group, indices in _by_group(table.climbing, table, options):
-            grads = _take(table.grads, indices)
+        for group, indices in _by_group(table.perturbed, table, options):
+            if table.device.type == "cpu":
+                norms += table.attached(Norms).of(table, indices, adaptive=group.adaptive)
+                continue
+            grads = take(table.grads, indices)
             if group.adaptive:
-                grads = list(torch._foreach_mul(_to(_take(table.values, indices), torch.float64), grads))
+                grads = list(torch._foreach_mul(convert(take(table.values, indices), torch.float64), grads))
             norms += torch._foreach_norm(grads, dtype=torch.float64)
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=tables[0].device)
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def perturb_(table: TensorTable, norm: Tensor, options: Sequence[ClimbOptions]) -> None:
-    if table.climbing:
-        backups, values = _take(table.backups, table.climbing), _take(table.values, table.climbing)
-        followed = list(map(followed_master, backups, values)) if table.has_masters else values
-        torch._foreach_copy_(backups, followed)
-    try:
-        for group, indices in _by_group(table.climbing, table, options):
-            _climb_(table, indices, norm, group)
-    except BaseException:
-        restore_(table)
-        raise
-
-
-def _climb_(table: TensorTable, indices: list[int], norm: Tensor, group: ClimbOptions) -> None:
-    scale = climb_scale(as_scalar(group.rho, table.device), group.maximize, norm)
-    values, grads = _take(table.values, indices), _take(table.grads, indices)
-    dtype = opmath_dtype(table.dtype)
-    on_cpu = scale.device.type == "cpu"
-    if on_cpu and scale == 0:
-        return
-    if on_cpu and table.dtype == dtype and not group.adaptive:
-        torch._foreach_add_(values, grads, alpha=scale.item())
-        return
-    climbed = list(torch._foreach_mul(_to(grads, dtype), scale.to(dtype)))
-    if group.adaptive:
-        points = _to(values, dtype)
-        torch._foreach_mul_(climbed, points)
-        torch._foreach_mul_(climbed, points)
-    torch._foreach_add_(climbed, _to(_take(table.backups, indices), dtype))
-    if table.stochastic:
-        climbed = [round_for(table, i, t, CLIMB, group.rounding_seed) for i, t in zip(indices, climbed, strict=True)]
-    if not on_cpu:
-        # Selected, not multiplied by zero: 0 * inf would be NaN.
-        climbed = [torch.where(scale == 0, w, moved.to(w.dtype)) for w, moved in zip(values, climbed, strict=True)]
-    torch._foreach_copy_(values, climbed)
-
-
-def dots(table: TensorTable, combination: Combination) -> Tensor:
-    form, weights = combination
+def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tensor) -> Tensor:
     result = torch.zeros((len(table.params), 3), dtype=torch.float64, device=table.device)
+    if isinstance(form, DescentForm):
+        form = DescentForm(form.y)  # the dots are of x and y alone, whatever else the form names
+        xs_row = table.grads
+    else:
+        xs_row = table.row(form.x)
     indices = taking_part(form, table)
     if not indices:
         return result
-    at = torch.tensor(indices, device=table.device)
-    xs = _to(_take(table.row(form.x if isinstance(form, Climb) else GRAD), indices), torch.float64)
+    xs = convert(take(xs_row, indices), torch.float64)
     mapped = xs
-    if isinstance(form, Climb):
-        points = _to(_take(table.values, indices), torch.float64)
-        mapped = _mapped(xs, points, form.map, weights[at])
-    result[at, 0] = _sums(mapped, xs)
-    if form.y != NOTHING:
-        ys = _to(_seconds(table, form.y, indices), torch.float64)
-        result[at, 1], result[at, 2] = _sums(xs, ys), _sums(ys, ys)
+    if isinstance(form, AscentForm) and form.map != Map.IDENTITY:
+        points = convert(take(table.values, indices), torch.float64)
+        mapped = _mapped(xs, points, form.map, _rows(coefficients, indices))
+    columns = [_sums(mapped, xs)]
+    if form.y != NONE:
+        ys = convert(_seconds(table, form.y, indices), torch.float64)
+        columns += [_sums(xs, ys), _sums(ys, ys)]
+    for i, sums in zip(indices, torch.stack(columns, dim=1), strict=True):
+        result[i, : len(columns)] = sums
     return result
 
 
@@ -116,50 +88,114 @@ def _sums(tensors: Tensors, others: Tensors) -> Tensor:
     return torch.stack([product.sum() for product in torch._foreach_mul(tensors, others)])
 
 
-def perturb_by_(table: TensorTable, combination: Combination) -> None:
-    form, weights = combination
-    assert isinstance(form, Climb)
-    again = form.y == DISTANCE
-    if table.climbing and not again:
-        torch._foreach_copy_(_take(table.backups, table.climbing), _take(table.values, table.climbing))
+# ---- the ascent ----
+
+
+def perturb_(table: TensorTable, ascent: Ascent) -> None:
+    is_first = ascent.form.y != PERTURBATION
+    if table.perturbed and is_first:
+        backups, values = take(table.backups, table.perturbed), take(table.values, table.perturbed)
+        torch._foreach_copy_(backups, list(map(followed_master, backups, values)) if table.has_masters else values)
     try:
-        if indices := taking_part(form, table):
-            at = torch.tensor(indices, device=table.device)
-            _climb_by_(table, form, indices, weights[at])
+        indices = taking_part(ascent.form, table)
+        if ascent.norm is None:
+            if indices:
+                _perturb_by_form_(table, ascent, indices)
+            return
+        for group, mine in _by_group(indices, table, ascent.options):
+            _perturb_by_norm_(table, mine, ascent.norm, group)
     except BaseException:
-        if not again:
+        if is_first:
             restore_(table)
         raise
 
 
-def _climb_by_(table: TensorTable, form: Climb, indices: list[int], weights: Tensor) -> None:
+def _perturb_by_norm_(table: TensorTable, indices: list[int], norm: Tensor, group: AscentOptions) -> None:
+    """SAM's ascent of one group."""
+    scale = ascent_scale(as_scalar(group.rho, table.device), group.maximize, norm)
+    values, grads = take(table.values, indices), take(table.grads, indices)
+    on_cpu = scale.device.type == "cpu"
+    if on_cpu and scale == 0:
+        return
+    if _ascends_in_place(table, group):
+        if group.adaptive:
+            grads = list(torch._foreach_mul(grads, values))
+            torch._foreach_mul_(grads, values)
+        if on_cpu:
+            torch._foreach_add_(values, grads, alpha=scale.item())
+        else:
+            step = scale.float()
+            list_updates.subtract_(values, matching(grads, values), -step, step == 0)
+        return
     dtype = opmath_dtype(table.dtype)
-    values = _take(table.values, indices)
-    mapped = _mapped(_to(_take(table.row(form.x), indices), dtype), _to(values, dtype), form.map, weights)
-    climbed = _times(weights[:, A], mapped)
-    if form.y != NOTHING:
-        torch._foreach_add_(climbed, _times(weights[:, B], _to(_seconds(table, form.y, indices), dtype)))
-    torch._foreach_add_(climbed, _to(_take(table.backups, indices), dtype))
-    stays = (weights[:, A] == 0) & (weights[:, B] == (1 if form.y == DISTANCE else 0))
+    perturbed = list(torch._foreach_mul(convert(grads, dtype), scale.to(dtype)))
+    if group.adaptive:
+        points = convert(values, dtype)
+        torch._foreach_mul_(perturbed, points)
+        torch._foreach_mul_(perturbed, points)
+    torch._foreach_add_(perturbed, convert(take(table.backups, indices), dtype))
+    if table.stochastic:
+        perturbed = round_all(table, indices, perturbed, Draw.ASCENT, group.rounding_seed)
+    # Selected, not multiplied by zero: 0 * inf would be NaN.
+    store_(values, perturbed, scale.to(dtype) == 0)
+
+
+def _ascends_in_place(table: TensorTable, group: AscentOptions) -> bool:
+    """Whether one kernel adds e to the weights where they are, and rounds once."""
+    if table.stochastic or table.has_masters:
+        return False
+    if table.device.type == "cpu":
+        return table.dtype == opmath_dtype(table.dtype)
+    # The fused kernel reads its learning rate in float32.
+    is_fused = table.device.type == "cuda" and table.dtype != torch.float64 and table.grad_dtype == table.dtype
+    return is_fused and not (group.adaptive and table.dtype != torch.float32)
+
+
+def _perturb_by_form_(table: TensorTable, ascent: Ascent, indices: list[int]) -> None:
+    form, dtype = ascent.form, opmath_dtype(table.dtype)
+    assert ascent.coefficients is not None
+    coefficients = _rows(ascent.coefficients, indices)
+    a, b = (coefficients[:, column].to(dtype) for column in (AscentCoefficients.A, AscentCoefficients.B))
+    values = take(table.values, indices)
+    xs = convert(take(table.row(form.x), indices), dtype)
+    perturbed = multiply(a, _mapped(xs, convert(values, dtype), form.map, coefficients))
+    if form.y != NONE:
+        torch._foreach_add_(perturbed, multiply(b, convert(_seconds(table, form.y, indices), dtype)))
+    torch._foreach_add_(perturbed, convert(take(table.backups, indices), dtype))
+    if table.stochastic:
+        perturbed = [
+            round_for(table, i, t, Draw.ASCENT, ascent.options[table.groups[i]].rounding_seed)
+            for i, t in zip(indices, perturbed, strict=True)
+        ]
+    stays = a == 0
+    if form.y != NONE:
+        stays &= b == (1 if form.y == PERTURBATION else 0)
     if stays.device.type != "cpu" or stays.any():
-        stay = stays.unbind()
-        climbed = [torch.where(s, w, moved.to(w.dtype)) for s, w, moved in zip(stay, values, climbed, strict=True)]
-    torch._foreach_copy_(values, climbed)
+        moved = zip(stays.unbind(), values, perturbed, strict=True)
+        perturbed = [torch.where(stay, w, new.to(w.dtype)) for stay, w, new in moved]
+    torch._foreach_copy_(values, perturbed)
 
 
 def _seconds(table: TensorTable, y: int, indices: Sequence[int]) -> Tensors:
-    values = _take(table.values, indices)
-    if y == DISTANCE:
+    """The y of each parameter; zeros where there is none."""
+    values = take(table.values, indices)
+    if y == PERTURBATION:
         dtype = opmath_dtype(table.dtype)
-        return list(torch._foreach_sub(_to(values, dtype), _to(_take(table.backups, indices), dtype)))
+        return list(torch._foreach_sub(convert(values, dtype), convert(take(table.backups, indices), dtype)))
     row = table.row(y)
-    return [torch.zeros_like(w) if (t := row[i]) is None else t for i, w in zip(indices, values, strict=True)]
+    dtype = next((t.dtype for t in row if t is not None), table.dtype)
+    return [
+        torch.zeros_like(w, dtype=dtype) if (t := row[i]) is None else t for i, w in zip(indices, values, strict=True)
+    ]
 
 
-def _mapped(xs: Tensors, points: Tensors, form: Map, weights: Tensor) -> Tensors:
+def _mapped(xs: Tensors, points: Tensors, form: Map, coefficients: Tensor) -> Tensors:
     if form == Map.IDENTITY:
         return xs
-    scales, terms = (list(weights[:, column].to(xs[0].dtype).unbind()) for column in (SCALE, TERM))
+    scales, terms = (
+        list(coefficients[:, column].to(xs[0].dtype).unbind())
+        for column in (AscentCoefficients.SCALE, AscentCoefficients.TERM)
+    )
     if form == Map.POWER:
         powers = torch._foreach_pow(torch._foreach_abs(torch._foreach_mul(xs, scales)), terms)
         return list(torch._foreach_mul(torch._foreach_sign(xs), powers))
@@ -167,243 +203,128 @@ def _mapped(xs: Tensors, points: Tensors, form: Map, weights: Tensor) -> Tensors
     return list(torch._foreach_mul(torch._foreach_mul(operators, operators), xs))
 
 
-def _times(factors: Tensor, tensors: Tensors) -> Tensors:
-    """Selected, not multiplied by zero: 0 * inf would be NaN."""
-    products = list(torch._foreach_mul(tensors, list(factors.to(tensors[0].dtype).unbind())))
-    zero = factors == 0
-    if zero.device.type == "cpu" and not zero.any():
-        return products
-    return [torch.where(none, 0.0, product) for none, product in zip(zero.unbind(), products, strict=True)]
+# ---- the descent ----
 
 
 def restore_(table: TensorTable) -> None:
-    if table.climbing:
-        torch._foreach_copy_(_take(table.values, table.climbing), _take(table.backups, table.climbing))
+    if table.perturbed:
+        torch._foreach_copy_(take(table.values, table.perturbed), take(table.backups, table.perturbed))
 
 
-def restore_and_sgd_(
+def restore_and_update_(
     table: TensorTable,
-    options: Sequence[SGDOptions],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    combination: Combination | None = None,
+    update: Update,
+    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    descent: Descent | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     restore_(table)
-    for group, indices in _by_group(table.present, table, options):
-        work = _Work(table, indices, grad_scale, found_inf, group, group.weight_decay, combination)
-        lr = as_scalar(group.lr, table.device)
-        directions = work.grads
-        if group.momentum != 0:
-            (buffers,) = work.state
-            torch._foreach_mul_(buffers, group.momentum)
-            if group.dampening != 0:
-                later = (work.steps != 0).double()  # a tensor's first step is not dampened
-                weights = (1.0 - group.dampening * later).to(work.dtype)
-                torch._foreach_add_(buffers, list(torch._foreach_mul(work.grads, list(weights.unbind()))))
-            else:
-                torch._foreach_add_(buffers, work.grads)
-            directions = buffers
-            if group.nesterov:
-                directions = list(torch._foreach_add(work.grads, buffers, alpha=group.momentum))
-        _add_scaled_(work.values, directions, -lr)
-        work.store()
+    if update == Update.NONE:
+        if descent is not None:
+            _hand_over_(table, _Directions(table, table.present, descent))
+        return
+    overflow = None if found_inf is None else found_inf != 0
+    if overflow is not None and overflow.device.type == "cpu":
+        if overflow:
+            return
+        overflow = None
+    for group, indices in _by_group(table.present, table, options):  # type: ignore[misc]
+        directions = None if descent is None else _Directions(table, indices, descent)
+        _update_group_(table, indices, group, directions, grad_scale, overflow)
 
 
-def restore_and_adam_(
-    table: TensorTable,
-    options: Sequence[AdamOptions],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    combination: Combination | None = None,
-) -> None:
-    restore_(table)
-    for group, indices in _by_group(table.present, table, options):
-        coupled_decay = 0.0 if group.decoupled else group.weight_decay
-        work = _Work(table, indices, grad_scale, found_inf, group, coupled_decay, combination)
-        lr, beta1, beta2 = (as_scalar(x, table.device) for x in (group.lr, group.beta1, group.beta2))
-        exp_avgs, exp_avg_sqs, *max_exp_avg_sqs = work.state
-        if group.decoupled and group.weight_decay != 0:
-            torch._foreach_mul_(work.values, _scalar(1 - lr * group.weight_decay, work.dtype))
-        torch._foreach_lerp_(exp_avgs, work.grads, _scalar(1 - beta1, work.dtype))
-        torch._foreach_mul_(exp_avg_sqs, _scalar(beta2, work.dtype))
-        if isinstance(beta2, Tensor):
-            _add_scaled_(exp_avg_sqs, list(torch._foreach_mul(work.grads, work.grads)), 1 - beta2)
-        else:
-            torch._foreach_addcmul_(exp_avg_sqs, work.grads, work.grads, value=1 - beta2)
-        second_moments = exp_avg_sqs
-        if group.amsgrad:
-            (second_moments,) = max_exp_avg_sqs
-            torch._foreach_maximum_(second_moments, exp_avg_sqs)
-        steps = work.steps.double() + 1
-        denominators = list(torch._foreach_sqrt(second_moments))
-        torch._foreach_div_(denominators, list((1 - beta2**steps).sqrt().to(work.dtype).unbind()))
-        torch._foreach_add_(denominators, group.eps)
-        moves = list(torch._foreach_mul(exp_avgs, list((-lr / (1 - beta1**steps)).to(work.dtype).unbind())))
-        torch._foreach_addcdiv_(work.values, moves, denominators)
-        work.store()
+class _Directions:
+    """What a descent makes of one group's gradients, for the parameters ``indices`` that have a part in it."""
 
-
-class _Work:
-    """The tensors of one group in the arithmetic's dtype: the stored ones themselves, or copies to store back."""
-
-    def __init__(
-        self,
-        table: TensorTable,
-        indices: Sequence[int],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        group: SGDOptions | AdamOptions,
-        weight_decay: float,
-        combination: Combination | None,
-    ) -> None:
-        self.dtype = opmath_dtype(table.dtype)
-        self._table, self._indices, self._found_inf, self._seed = table, indices, found_inf, group.rounding_seed
-        slots = [_take(slot, indices) for slot in table.state if slot[indices[0]] is not None]
-        self._stored = [_take(table.masters if table.has_masters else table.values, indices), *slots]
-        self.values, *self.state = [_to(tensors, self.dtype, copy=found_inf is not None) for tensors in self._stored]
-        if table.has_masters:
-            self.values = self._followed_masters()
-        changed = grad_scale is not None or group.maximize or weight_decay != 0
-        self._combined = None if combination is None else _Combined(table, indices, combination, found_inf)
-        self.grads = _to(_take(table.grads, indices), self.dtype, copy=changed)
-        if self._combined is not None:
-            self.grads = self._combined.grads(self.grads)
-        if grad_scale is not None:
-            torch._foreach_mul_(self.grads, grad_scale.double().reciprocal().to(self.dtype).reshape(()))
-        if group.maximize:
-            torch._foreach_neg_(self.grads)
-        if weight_decay != 0:
-            torch._foreach_add_(self.grads, self.values, alpha=weight_decay)
-        self._places = torch.tensor(indices, device=table.device)
-        self.steps = table.steps[self._places]
-
-    def _followed_masters(self) -> Tensors:
-        climbed = set(self._table.climbing)  # their masters did it before the climb
-        return [
-            master if i in climbed else followed_master(master, self._table.values[i])
-            for i, master in zip(self._indices, self.values, strict=True)
-        ]
-
-    def store(self) -> None:
-        """Rounds the results once, at the store; under ``found_inf`` everything stays as it is."""
-        if self._combined is not None:
-            self._combined.move_(self.values)
-            self._combined.keep()
-        table = self._table
-        results = [self.values, *self.state]
-        if table.has_masters:
-            self._store(_take(table.values, self._indices), self.values)
-        elif table.stochastic:
-            results = [
-                [round_for(table, i, t, UPDATE + k, self._seed) for i, t in zip(self._indices, tensors, strict=True)]
-                for k, tensors in enumerate(results)
-            ]
-        for stored, computed in zip(self._stored, results, strict=True):
-            self._store(stored, computed)
-        advanced = self.steps + 1
-        if self._found_inf is not None:
-            advanced = torch.where(self._found_inf != 0, self.steps, advanced)
-        table.steps.index_copy_(0, self._places, advanced)
-
-    def _store(self, stored: Tensors, computed: Tensors) -> None:
-        if self._found_inf is not None:
-            computed = [
-                torch.where(self._found_inf != 0, old, new.to(old.dtype))
-                for old, new in zip(stored, computed, strict=True)
-            ]
-        if any(new is not old for old, new in zip(stored, computed, strict=True)):
-            torch._foreach_copy_(stored, computed)
-
-
-class _Combined:
-    """A combination's part in one group's update."""
-
-    def __init__(
-        self, table: TensorTable, indices: Sequence[int], combination: Combination, found_inf: Tensor | None
-    ) -> None:
-        form, weights = combination
-        assert isinstance(form, Descent)
-        self._form, self._table, self._found_inf = form, table, found_inf
+    def __init__(self, table: TensorTable, indices: Sequence[int], descent: Descent) -> None:
+        form, dtype = descent.form, opmath_dtype(table.dtype)
         part = set(taking_part(form, table))
-        self._places = [place for place, i in enumerate(indices) if i in part]
-        self._indices = [indices[place] for place in self._places]
-        self._weights = weights[torch.tensor(self._indices, dtype=torch.int64, device=table.device)]
-        dtype = opmath_dtype(table.dtype)
-        self._xs = _to(_take(table.grads, self._indices), dtype) if self._indices else []
-        self._ys = _to(_seconds(table, form.y, self._indices), dtype) if self._indices and form.y != NOTHING else []
-
-    def grads(self, grads: Tensors) -> Tensors:
-        """``A * x + B * y``, where there is a y to combine with."""
-        if not self._indices or self._form.y == NOTHING:
-            return grads
-        combined = _times(self._weights[:, A], self._xs)
-        torch._foreach_add_(combined, _times(self._weights[:, B], self._ys))
-        result = list(grads)
-        for place, grad in zip(self._places, combined, strict=True):
-            result[place] = grad
-        return result
-
-    def move_(self, values: Tensors) -> None:
-        """``w`` past the base."""
-        if not self._indices or not self._form.decoupled:
+        self.places = [place for place, i in enumerate(indices) if i in part]
+        self.indices = [indices[place] for place in self.places]
+        self.grads: Tensors = []
+        self.moves: Tensors = []
+        self.states: Tensors = []
+        if not self.indices:
             return
-        mine = [values[place] for place in self._places]
-        extra = _times(self._weights[:, EXTRA_X], self._xs)
-        torch._foreach_add_(extra, _times(self._weights[:, EXTRA_Y], self._ys))
-        torch._foreach_sub_(mine, extra)
-
-    def keep(self) -> None:
-        if not self._indices or not self._form.keeps:
-            return
-        dtype = opmath_dtype(self._table.dtype)
-        kept = _take(self._table.kept, self._indices)
-        total = _times(self._weights[:, KEEP_X], self._xs)
-        taken = _to(_take(self._table.taken, self._indices), dtype)
-        torch._foreach_add_(total, _times(self._weights[:, KEEP_TAKEN], taken))
-        torch._foreach_add_(total, _times(self._weights[:, KEEP_KEPT], _to(kept, dtype)))
-        if self._found_inf is not None:
-            overflow = self._found_inf != 0
-            total = [torch.where(overflow, old, new.to(old.dtype)) for old, new in zip(kept, total, strict=True)]
-        torch._foreach_copy_(kept, total)
+        columns = [column.contiguous() for column in _rows(descent.coefficients, self.indices).unbind(1)]
+        c = DescentCoefficients
+        xs = convert(take(table.grads, self.indices), dtype)
+        ys = convert(_seconds(table, form.y, self.indices), dtype) if form.y != NONE else None
+        self.grads = _combine(columns[c.A], xs, columns[c.B], ys)
+        if form.decoupled:
+            self.moves = _combine(columns[c.DECOUPLED_X], xs, columns[c.DECOUPLED_Y], ys)
+        if form.keeps:
+            firsts = convert(take(table.first_grads, self.indices), dtype)
+            states = convert(take(table.method_state, self.indices), dtype)
+            self.states = _combine(columns[c.KEEP_X], xs, columns[c.KEEP_FIRST], firsts)
+            torch._foreach_add_(self.states, multiply(columns[c.KEEP_STATE], states))
 
 
-def combine_(table: TensorTable, combination: Combination) -> None:
-    """``g <- A * x + B * y`` in the gradients themselves, and what is kept: for bases that are not fused."""
-    combined = _Combined(table, table.present, combination, None)
-    grads = _take(table.grads, table.present)
-    if grads:
-        results = combined.grads(_to(grads, opmath_dtype(table.dtype)))
-        combined.keep()
-        torch._foreach_copy_(grads, results)
+def _combine(a: Tensor, xs: Tensors, b: Tensor, ys: Tensors | None) -> Tensors:
+    results = multiply(a, xs)
+    if ys is not None:
+        torch._foreach_add_(results, multiply(b, ys))
+    return results
+
+
+def _hand_over_(table: TensorTable, directions: _Directions) -> None:
+    """For a base that runs by itself: it reads the gradients, and what is decoupled comes after it."""
+    for row, results in (
+        (table.grads, directions.grads),
+        (table.method_state, directions.states),
+        (table.first_grads, directions.moves),
+    ):
+        if results:
+            torch._foreach_copy_(take(row, directions.indices), results)
+
+
+def _update_group_(
+    table: TensorTable,
+    indices: list[int],
+    group: SGDOptions | AdamOptions,
+    directions: _Directions | None,
+    grad_scale: Tensor | None,
+    overflow: Tensor | None,
+) -> None:
+    """``overflow``: 0-dim bool on an accelerator; where it is true, nothing changes."""
+    dtype = opmath_dtype(table.dtype)
+    grads = take(table.grads, indices)
+    if directions is not None and directions.indices:
+        grads = list(convert(grads, dtype))
+        for place, grad in zip(directions.places, directions.grads, strict=True):
+            grads[place] = grad
+    if grad_scale is not None:
+        grads = list(torch._foreach_mul(convert(grads, dtype), grad_scale.double().reciprocal().to(dtype)))
+    work = list_updates.Work(table, indices, group, grads, overflow)
+    work.update_()
+    if directions is not None and directions.moves:
+        work.subtract_(directions.places, directions.moves)
+    work.store_()
+    if directions is not None and directions.states:
+        states, mine = directions.states, directions.indices
+        if table.stochastic and not table.has_masters:
+            states = round_all(table, mine, states, Draw.METHOD_STATE, group.rounding_seed)
+        store_(take(table.method_state, mine), states, overflow)
+    counts = [count for count in (table.steps[i] for i in indices) if count is not None]
+    if counts:
+        torch._foreach_add_(counts, 1.0 if overflow is None else overflow.logical_not().float())
+
+
+# ---- small things ----
 
 
 def _by_group(
     indices: Sequence[int], table: TensorTable, options: Sequence[Options]
 ) -> Iterator[tuple[Options, list[int]]]:
     for group, option in enumerate(options):
-        mine = [i for i in indices if table.groups[i] == group]
+        mine = list(indices) if len(options) == 1 else [i for i in indices if table.groups[i] == group]
         if mine:
             yield option, mine
 
 
-def _take(tensors: Sequence[Tensor | None], indices: Sequence[int]) -> Tensors:
-    return [tensors[i] for i in indices]  # type: ignore[misc]
-
-
-def _to(tensors: Tensors, dtype: torch.dtype, *, copy: bool = False) -> Tensors:
-    if not copy and tensors[0].dtype == dtype:
-        return tensors
-    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
-    torch._foreach_copy_(copies, tensors)
-    return copies
-
-
-def _scalar(value: Scalar, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) else value
-
-
-def _add_scaled_(tensors: Tensors, others: Tensors, factor: Scalar) -> None:
-    if isinstance(factor, Tensor):
-        torch._foreach_add_(tensors, list(torch._foreach_mul(others, factor.to(others[0].dtype))))
-    else:
-        torch._foreach_add_(tensors, others, alpha=factor)
+def _rows(coefficients: Tensor, indices: Sequence[int]) -> Tensor:
+    """The rows of some parameters, without an index that would have to be sent to an accelerator if it can be."""
+    if len(indices) == len(coefficients):
+        return coefficients
+    return torch.stack([coefficients[i] for i in indices])

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fastsam.backends.device_table import DeviceTable, Options, fit_chunk_size
+from fastsam.backends.device_table import GPU_CHUNK_SIZE, DeviceTable, Options, fit_chunk_size
 from fastsam.spec import ROWS, Row
 from fastsam.tables import TensorTable
 
@@ -18,6 +18,8 @@ from fastsam.tables import TensorTable
 # chunks backward costs perturb_ up to a half).
 CHUNK_SIZE = 65536
 SMALLEST_CUDA_CHUNK = 4096
+# Beyond so many, chunks become longer: the table of them is read, too.
+MOST_CUDA_CHUNKS = 2**18
 
 Arguments = tuple[Tensor, Tensor, Tensor, int, torch.dtype, Tensor | None, Tensor | None, bool]
 """Of every operator, in the order of csrc/ops.cpp: addresses, tensors, chunks, chunk_size, dtype, device_addresses,
@@ -59,16 +61,22 @@ class HostTable:
 
 
 class CudaTable:
-    """For operators that run on CUDA. The gradients' addresses are not copied: they travel with each launch."""
+    """For operators that run on CUDA. The gradients' addresses are not copied: they travel with each launch.
+
+    Attributes:
+        norm: the result of ``grad_norm``, float64, 0-dim.
+        norm_partials, dot_partials: what each chunk adds to a reduction.
+    """
 
     def __init__(self, table: TensorTable) -> None:
-        elements = sum(value.numel() for value in table.values)
-        self._chunk_size = fit_chunk_size(elements, SMALLEST_CUDA_CHUNK, CHUNK_SIZE)
+        self._chunk_size = cuda_chunk_size(sum(value.numel() for value in table.values))
         self._copy = DeviceTable(table, self._chunk_size, rows=[row for row in range(ROWS) if row != Row.GRAD])
         chunks = len(self._copy.chunks)
         self.norm = torch.empty((), dtype=torch.float64, device=table.device)
         self.norm_partials = torch.empty(chunks, dtype=torch.float64, device=table.device)
         self.dot_partials = torch.empty((chunks, 3), dtype=torch.float64, device=table.device)
+        counts = self._copy.bounds.diff().to(torch.int32)
+        self._finished = torch.stack([torch.zeros_like(counts), counts])
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Arguments, Tensor]:
         """The table with its copy, and its options as the device reads them."""
@@ -78,5 +86,13 @@ class CudaTable:
         return (table.addresses, table.tensors, *cut, table.dtype, addresses, *precision), packed
 
     def counting(self) -> AbstractContextManager[Tensor]:
-        """What the blocks of an operation count themselves by."""
-        return self._copy.counting()
+        """What the blocks of a launch count themselves by, back to 0; and the number of each tensor's chunks."""
+        return nullcontext(self._finished)
+
+
+def cuda_chunk_size(elements: int) -> int:
+    """How many elements a block gets at most, of a table of so many: a power of two."""
+    size = fit_chunk_size(elements, SMALLEST_CUDA_CHUNK, GPU_CHUNK_SIZE)
+    while elements > size * MOST_CUDA_CHUNKS:
+        size *= 2
+    return size

@@ -7,6 +7,7 @@ https://nullprogram.com/blog/2018/07/31/).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -103,6 +104,11 @@ def round_for(table: TensorTable, i: int, x: Tensor, draw: int, seed: int) -> Te
         piece, target = (t.as_strided((count,), (1,), t.storage_offset() + start) for t in (x, result))
         target.copy_(round_stochastically(piece, random_words(keys, start, count), table.dtype))
     return result
+
+
+def round_all(table: TensorTable, indices: Sequence[int], xs: Sequence[Tensor], draw: int, seed: int) -> list[Tensor]:
+    """:func:`round_for`, for some parameters."""
+    return [round_for(table, i, x, draw, seed) for i, x in zip(indices, xs, strict=True)]
 
 
 def _updates(table: TensorTable, i: int) -> Tensor:

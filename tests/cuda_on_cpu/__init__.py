@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,14 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     headers = [f"-I{HERE}", *(f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include")))]
-    objects = []
-    for source in [*kernels, HERE / "ops.cpp"]:
-        objects.append(str(folder / f"{source.stem}.o"))
-        subprocess.run(
-            [*compiler, *FLAGS, *headers, "-x", "c++", "-c", str(source), "-o", objects[-1]], check=True, timeout=280
-        )
+
+    def compile_one(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        subprocess.run([*compiler, *FLAGS, *headers, "-x", "c++", "-c", str(source), "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, [*kernels, HERE / "ops.cpp"]))
     unfinished = folder / f"{os.getpid()}.so"
     torch_library = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
     subprocess.run([*compiler, "-shared", "-pthread", *objects, *torch_library, "-o", str(unfinished)], check=True)
@@ -51,7 +54,7 @@ def load() -> ctypes.CDLL:
     if not (ROOT / "csrc").exists():
         pytest.skip("the tests run without the checkout, against an installed wheel")
     functions = ctypes.CDLL(str(build()))
-    for name in ("plan", "few_tensors", "many_tensors"):
+    for name in ("plan", "few_tensors", "many_tensors", "method_tensors"):
         getattr(functions, name).restype = ctypes.c_int64
     functions.power.restype = ctypes.c_double
     return functions

@@ -20,7 +20,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(threads, blocks)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 struct dim3 {
@@ -34,7 +34,19 @@ inline std::barrier<>* block_barrier = nullptr;
 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline int atomicAdd(int* counter, int value) { return std::atomic_ref<int>(*counter).fetch_add(value); }
+inline int __syncthreads_or(int condition) {
+  static std::atomic<int> any{0};
+  __syncthreads();
+  if (condition != 0) any = 1;
+  __syncthreads();
+  const int result = any;
+  __syncthreads();
+  any = 0;
+  return result;
+}
+
+// csrc/cuda/walk.cuh's, which are in PTX.
+inline int count_release(int* counter) { return std::atomic_ref<int>(*counter).fetch_add(1); }
 
 // In volatile variables nothing is fused.
 inline double __dmul_rn(double a, double b) {
@@ -60,33 +72,28 @@ void check_alignment(const T* address) {
 }
 
 template <typename T>
-T __ldca(const T* address) {
+T load_global(const T* address) {
   check_alignment(address);
   return *address;
 }
 template <typename T>
-T __ldcs(const T* address) {
-  return __ldca(address);
-}
-template <typename T>
 T __ldcg(const T* address) {
-  return __ldca(address);
+  return load_global(address);
 }
 template <typename T>
-void __stwb(T* address, T value) {
+void store_global(T* address, T value) {
   check_alignment(address);
   *address = value;
 }
-template <typename T>
-void __stcs(T* address, T value) {
-  __stwb(address, value);
-}
 
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
 using cudaStream_t = struct CUstream_st*;
 struct cudaFuncAttributes {};
 
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+// How many launches succeed from now on, for tests of what happens when one does not; negative: all.
+inline int launches_left = -1;
+
+inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 template <typename Arguments>
@@ -97,6 +104,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Arguments)) {
 template <typename Arguments>
 cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 blocks, dim3 threads, void** pointers, size_t,
                              cudaStream_t) {
+  if (launches_left == 0) {
+    launches_left = -1;
+    return cudaErrorMemoryAllocation;
+  }
+  --launches_left;
   const Arguments& arguments = *static_cast<const Arguments*>(pointers[0]);
   std::barrier<> barrier(threads.x);
   block_barrier = &barrier;

@@ -44,10 +44,14 @@ EXPORT int64_t plan(const int64_t* sizes, int64_t count, int64_t chunk_size, int
 
 EXPORT int64_t few_tensors() { return kFewTensors; }
 EXPORT int64_t many_tensors() { return kManyTensors; }
+EXPORT int64_t method_tensors() { return kMethodTensors; }
+
+// The launch after the next `count` ones fails.
+EXPORT void fail_after(int count) { launches_left = count; }
 
 // The addresses that a launch's arguments hold, of a table whose gradients are at `addresses`.
 EXPORT void packed_grads(const int64_t* addresses, int64_t count, int64_t first, int64_t launch_count, int64_t* grads) {
-  std::vector<int64_t> rows(kRoles * count, -1);
+  std::vector<int64_t> rows(kRows * count, -1);
   std::copy(addresses, addresses + count, rows.begin() + kGrad * count);
   const TensorTable table{rows.data(), nullptr, nullptr, nullptr, count, 0, 1, 0, nullptr, false};
   Arguments<int, kManyTensors> arguments;

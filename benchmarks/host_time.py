@@ -1,0 +1,109 @@
+"""Measures what a step costs beside the arithmetic: the host's time, and on a GPU launches and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+
+import torch
+from torch import Tensor
+
+from benchmarks import implementations, operations
+from benchmarks.device import Device, Step, reason_of
+from benchmarks.implementations import FUSED_BASE, Implementation
+from benchmarks.measure import Gradients, Timing
+from benchmarks.operations import BACKENDS, KERNELS
+from benchmarks.records import CHANGING_LR, NEW_GRADIENTS, STATIC, HostTime
+from benchmarks.shapes import Shapes, shapes_of, sizes
+
+BASE = "SGD"
+WARM_UP, MOST_REPEATS = 10, 2000
+
+
+def host_time(device: Device, model: str, seconds: float) -> HostTime:
+    """Every backend's optimizer part, and one fused step of the base alone.
+
+    Args:
+        device: what to measure on; on the CPU the kernels' backends run their path for CUDA, launches stubbed out.
+        model: whose parameters; where nothing is launched they have 8 elements each.
+        seconds: for each implementation and each kind of step.
+    """
+    stubbed = not device.asynchronous
+    shapes = [(8,)] * len(shapes_of(model)) if stubbed else shapes_of(model)
+    times, skipped, launches, peaks = {}, {}, {}, {}
+    for name in (FUSED_BASE, *(KERNELS if stubbed else BACKENDS)):
+        try:
+            with _stubbed(name) if stubbed else contextlib.nullcontext():
+                times[name] = _kinds_of_step(device, name, shapes, seconds)
+            if not stubbed:
+                launches[name] = device.launches(_warmed_up(*_build(device, name, shapes)))
+                peaks[name] = _peak(device, name, shapes)
+        except Exception as error:
+            skipped[name] = reason_of(error)
+    size = 4 * int(sizes(model)["parameters"])
+    extra = {name: (peak - peaks[FUSED_BASE]) / size for name, peak in peaks.items() if name != FUSED_BASE}
+    return HostTime(
+        **sizes(model),
+        base=BASE,
+        times=times,
+        skipped=skipped,
+        stubbed=stubbed,
+        launches=launches,
+        extra_copies=extra,
+    )
+
+
+def _stubbed(name: str) -> contextlib.AbstractContextManager[None]:
+    return implementations.stubbed_fused_base() if name == FUSED_BASE else operations.stubbed_launches(name)
+
+
+def _kinds_of_step(device: Device, name: str, shapes: Shapes, seconds: float) -> dict[str, Timing]:
+    params, implementation = _build(device, name, shapes)
+    gradients = Gradients(shapes, device=device.type)
+
+    def change_lr() -> None:
+        gradients.hand_to(params)
+        implementation.optimizer.param_groups[0]["lr"] *= 0.999
+
+    kinds = {STATIC: lambda: None, NEW_GRADIENTS: lambda: gradients.hand_to(params), CHANGING_LR: change_lr}
+    return {kind: _repeated(device, implementation.step, prepare, seconds) for kind, prepare in kinds.items()}
+
+
+def _build(device: Device, name: str, shapes: Shapes) -> tuple[list[Tensor], Implementation]:
+    params = [torch.randn(shape, device=device.type).mul_(0.02).requires_grad_() for shape in shapes]
+    Gradients(shapes, device=device.type).hand_to(params)
+    return params, implementations.build(name, params, BASE)
+
+
+def _repeated(device: Device, step: Step, prepare: Step, seconds: float) -> Timing:
+    # With launches that do nothing all is this thread's work, of which a busy machine takes nothing.
+    clock = time.perf_counter if device.asynchronous else time.thread_time
+    taken: list[float] = []
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        while len(taken) < WARM_UP + 2 or (time.perf_counter() < end and len(taken) < MOST_REPEATS):
+            prepare()
+            device.synchronize()
+            start = clock()
+            step()
+            taken.append(clock() - start)
+    finally:
+        gc.enable()
+    device.synchronize()
+    return Timing.of(taken[WARM_UP:])
+
+
+def _warmed_up(params: list[Tensor], implementation: Implementation) -> Step:
+    for _ in range(3):
+        implementation.step()
+    return implementation.step
+
+
+def _peak(device: Device, name: str, shapes: Shapes) -> int:
+    """Over the first steps, which allocate the state."""
+    device.release_memory()
+    _, implementation = _build(device, name, shapes)
+    return device.peak_bytes(lambda: [implementation.step() for _ in range(3)])

@@ -1,0 +1,171 @@
+"""All that the benchmarks know of the package's inside: its operations, its chunk sizes, how launches are stubbed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.device import Device, Unavailable
+from fastsam import backends
+from fastsam.backends import device_table, native, native_table, triton_gpu
+from fastsam.doctor.self_check import Outcome, check_backend
+
+UPDATE = "restore_and_update_"
+# Bytes per fp32 parameter that an operation cannot do without: everything is read once and written once.
+BYTES = {"grad_norm": 4, "perturb_": 16, "restore_": 8}
+UPDATE_BYTES = {"SGD": 20, "AdamW": 28}
+
+# FastSAM's backends, slowest first; the last are the ones with kernels of their own.
+BACKENDS = ("foreach", "triton", "native")
+KERNELS = BACKENDS[1:]
+
+_NAMES = {"restore_and_sgd_": UPDATE, "restore_and_adam_": UPDATE}
+
+
+def operation_bytes(operation: str, base: str) -> int:
+    """What an operation cannot do without, in bytes per fp32 parameter."""
+    return UPDATE_BYTES[base] if operation == UPDATE else BYTES[operation]
+
+
+def sam_bytes(base: str) -> int:
+    """The same for a SAM step with the base's update in it."""
+    return BYTES["grad_norm"] + BYTES["perturb_"] + UPDATE_BYTES[base]
+
+
+def obstacle(backend: str, device_type: str) -> str:
+    """Why a backend cannot run on a device, or an empty text."""
+    try:
+        backends.load(backend, device_type)
+    except backends.BackendUnavailable as reason:
+        return str(reason)
+    return ""
+
+
+def fastest(device_type: str) -> str:
+    """The backend that "auto" takes."""
+    return next(name for name in reversed(BACKENDS) if not obstacle(name, device_type))
+
+
+def compare_with_reference(backend: str, device_type: str) -> Outcome:
+    """The five operations of a backend over awkward tensors, beside ``reference``'s: ``outcome.ok``, ``.where``."""
+    return check_backend(backend, torch.device(device_type))
+
+
+class OperationClock:
+    """Times operations where FastSAM calls them, in the time of a device."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._marks: dict[str, list[tuple[Any, Any]]] = {}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """A block whose operations are timed."""
+        self._marks = {}
+        with backends.observe(self._time):
+            yield
+
+    def seconds(self) -> dict[str, float]:
+        """By operation, of the last block; the device must be idle."""
+        return {
+            name: sum(self._device.seconds(start, end) for start, end in marks) for name, marks in self._marks.items()
+        }
+
+    def _time(self, name: str, run: Callable[[], Any]) -> Any:
+        start = self._device.mark()
+        result = run()
+        self._marks.setdefault(_NAMES.get(name, name), []).append((start, self._device.mark()))
+        return result
+
+
+@contextlib.contextmanager
+def chunk_size(elements: int | None) -> Iterator[None]:
+    """A block in which GPU tables are cut into chunks of so many elements; None: of as many as the package likes."""
+    if elements is None:
+        yield
+        return
+
+    def fixed(*of_table: int) -> int:
+        return elements
+
+    with (
+        mock.patch.object(triton_gpu, "chunk_size", fixed),
+        mock.patch.object(native_table, "fit_chunk_size", fixed),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def stubbed_launches(backend: str) -> Iterator[None]:
+    """A block in which a backend's path for CUDA runs over CPU tensors, as far as the launches, which do nothing.
+
+    Left out beside the kernels is what only CUDA has: pinned memory, and the question whether a graph is captured.
+    """
+    path = {"native": _stubbed_native, "triton": _stubbed_triton}[backend]
+    with contextlib.ExitStack() as stack:
+        path(stack)
+        backends.resolve.cache_clear()
+        stack.callback(backends.resolve.cache_clear)
+        yield
+
+
+class _Operators:
+    """In the place of ``torch.ops.fastsam``."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return do_nothing
+
+
+def do_nothing(*args: Any, **options: Any) -> None:
+    """A launch that is none."""
+
+
+def _stubbed_native(stack: contextlib.ExitStack) -> None:
+    if reason := obstacle("native", "cpu"):
+        raise Unavailable(reason)
+    stack.enter_context(mock.patch.object(native, "_ops", _Operators()))
+    stack.enter_context(mock.patch.dict(native._tables, {"cpu": native_table.CudaTable}))
+    stack.enter_context(mock.patch.object(device_table, "is_capturing", do_nothing))
+
+
+def _stubbed_triton(stack: contextlib.ExitStack) -> None:
+    if reason := triton_gpu.find_obstacle():
+        raise Unavailable(reason)
+    if triton_gpu._interpreted:
+        raise Unavailable("Triton's interpreter launches nothing that could be stubbed")
+    from triton.runtime import driver
+
+    stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
+    stack.enter_context(mock.patch.object(triton_gpu, "check", do_nothing))
+
+
+class _Driver:
+    """In the place of Triton's: kernels are compiled for an H100 and launched nowhere."""
+
+    def __init__(self) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", 90, 32)
+        self.utils = mock.Mock()
+        self.utils.load_binary.return_value = (1, 2, 32, 0, 1024)  # module, function, registers, spills, threads
+        properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+        self.utils.get_device_properties.return_value = properties
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return do_nothing
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")

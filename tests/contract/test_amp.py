@@ -1,0 +1,672 @@
+"""GradScaler in stock loops, both passes inside one autocast block, and autograd's version counters."""
+
+import itertools
+
+import pytest
+import torch
+from checks import assert_same_bits, values
+from problem import Problem, Snapshot, assert_same_state, state_of
+from registry import BASES, every_base, every_fused_base, first_or_later, low_dtypes
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from fastsam import FastSAM
+
+SCALE = 1024.0  # a power of two: scaling then changes no bit, and only a fault shows
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def scaler_for(device, **options):
+    return torch.amp.GradScaler(device.type, **{"init_scale": SCALE, "growth_interval": 1000, **options})
+
+
+def scaled_backward(problem, scaler):
+    loss = problem.loss()
+    scaler.scale(loss).backward()
+    return loss
+
+
+def scaled_step(problem, optimizer, scaler, *, clip=None):
+    """The loop of torch's AMP examples, with a first phase in front."""
+    optimizer.zero_grad()
+    scaled_backward(problem, scaler)
+    optimizer.first_step()
+    scaled_backward(problem, scaler)
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(problem.model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def plain_step(problem, optimizer, *, clip=None):
+    problem.first_step(optimizer)
+    problem.backward()
+    if clip is not None:
+        clip_grad_norm_(problem.model.parameters(), clip)
+    optimizer.second_step()
+
+
+class Poison:
+    """Puts an Inf into the next gradients of a parameter."""
+
+    def __init__(self, param):
+        self.armed = False
+        param.register_hook(self)
+
+    def __call__(self, grad):
+        if not self.armed:
+            return None
+        grad = grad.clone()
+        grad.view(-1)[1] = torch.inf
+        return grad
+
+
+# ---- GradScaler ----
+
+
+@every_base
+@pytest.mark.parametrize("clip", [None, 0.01, 1e6], ids=["no-clip", "clip", "loose-clip"])
+def test_a_scaled_loop_is_the_unscaled_one(backend, device, base, clip):
+    one, two = Problem(device), Problem(device)
+    scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
+    scaler = scaler_for(device)
+    for _ in range(4):
+        scaled_step(one, scaled, scaler, clip=clip)
+        plain_step(two, plain, clip=clip)
+        assert not scaled.perturbed
+        assert_same_bits(one.weights(), two.weights())
+    assert_same_state(state_of(scaled), state_of(plain))
+    assert scaler.get_scale() == SCALE
+
+
+@every_base
+def test_the_scaler_drives_the_second_phase_itself(backend, device, base):
+    """Its contract: step() is called on overflow too, because an overflow must not leave the weights perturbed."""
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    assert optimizer._step_supports_amp_scaling
+    calls = []
+    optimizer.register_step_post_hook(lambda o, a, k: calls.append((a, k)))
+    scaled_step(problem, optimizer, scaler_for(device))
+    assert calls == [((optimizer,), {})]
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
+
+
+@every_base
+@pytest.mark.parametrize("scale", [2.0**40, 2.0**-20], ids=["large", "small"])
+def test_the_perturbation_does_not_depend_on_the_scale(backend, device, base, scale):
+    one, two = Problem(device), Problem(device)
+    scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
+    scaled_backward(one, scaler_for(device, init_scale=scale))
+    scaled.first_step()
+    two.first_step(plain)
+    torch.testing.assert_close(one.weights(), two.weights(), rtol=1e-6, atol=1e-8)
+
+
+@every_base
+def test_whoever_unscales_both_calls_update_in_between(backend, device, base):
+    one, two = Problem(device), Problem(device)
+    scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
+    scaler = scaler_for(device)
+    for _ in range(3):
+        scaled.zero_grad()
+        scaled_backward(one, scaler)
+        scaler.unscale_(scaled)
+        scaled.first_step()
+        scaler.update()
+        scaled_backward(one, scaler)
+        scaler.unscale_(scaled)
+        scaler.step(scaled)
+        scaler.update()
+        plain_step(two, plain)
+        assert_same_bits(one.weights(), two.weights())
+
+
+@every_base
+def test_gradients_are_the_unscaled_ones_where_the_scaler_was_told_to(backend, device, base):
+    """After unscale_ and a step, ``.grad`` is what was applied, as with torch's own fused optimizers."""
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    scaler = scaler_for(device)
+    problem.first_step(optimizer)
+    scaled_backward(problem, scaler)
+    scaler.unscale_(optimizer)
+    grads = [p.grad.clone() for p in problem.params]
+    scaler.step(optimizer)
+    assert_same_bits([p.grad for p in problem.params], grads)
+
+
+@every_base
+@first_or_later
+def test_overflow_in_the_first_pass_does_not_perturb(backend, device, base, warm):
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    scaler, poison = scaler_for(device), Poison(problem.params[2])
+    if warm:
+        scaled_step(problem, optimizer, scaler)
+    start = problem.weights()
+    optimizer.zero_grad()
+    poison.armed = True
+    scaled_backward(problem, scaler)
+    optimizer.first_step()
+    poison.armed = False
+    assert_same_bits(problem.weights(), start, "at w")
+    scaled_backward(problem, scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(w.isfinite().all() for w in problem.weights())
+    assert all((w != s).any() for w, s in zip(problem.weights(), start, strict=True)), "but updated"
+    assert scaler.get_scale() == SCALE
+
+
+@every_base
+@pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscale-step"])
+@pytest.mark.parametrize("warm", [0, 1, 3], ids=["first", "second", "later"])
+def test_overflow_in_the_second_pass_changes_nothing(backend, device, base, unscale, warm):
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    scaler, poison = scaler_for(device), Poison(problem.params[2])
+    for _ in range(warm):
+        scaled_step(problem, optimizer, scaler)
+    weights, state, scale = problem.weights(), state_of(optimizer), scaler.get_scale()
+    optimizer.zero_grad()
+    scaled_backward(problem, scaler)
+    optimizer.first_step()
+    poison.armed = True
+    scaled_backward(problem, scaler)
+    poison.armed = False
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not optimizer.perturbed
+    assert scaler.get_scale() == scale / 2
+    assert_same_bits(problem.weights(), weights)
+    if warm:
+        assert_same_state(state_of(optimizer), state)
+    # What a first step has allocated must not be what the next one takes for a past: it is as if there had been none.
+    undisturbed = Problem(device)
+    expected = undisturbed.optimizer(backend, base)
+    other = scaler_for(device)
+    for _ in range(warm):
+        scaled_step(undisturbed, expected, other)
+    for _ in range(2):
+        scaled_step(problem, optimizer, scaler)
+        scaled_step(undisturbed, expected, other)
+    assert_same_bits(problem.weights(), undisturbed.weights())
+    assert_same_state(state_of(optimizer), state_of(expected))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dampening": 0.5}, {"nesterov": True}], ids=["plain", "dampening", "nesterov"]
+)
+def test_overflow_in_the_first_step_leaves_a_state_that_the_base_takes_for_none(backend, device, options):
+    """Torch's fused SGD leaves its buffer uninitialised there and uses it on the second step."""
+    mine, theirs = Problem(device), Problem(device)
+    options = {"lr": 0.1, "momentum": 0.9, **options}
+    optimizer = FastSAM(mine.params, rho=0.0, backend=backend, **options)
+    base = torch.optim.SGD(theirs.params, foreach=False, **options)
+    scaler, poison = scaler_for(device), Poison(mine.params[2])
+    optimizer.zero_grad()
+    scaled_backward(mine, scaler)
+    optimizer.first_step()
+    poison.armed = True
+    scaled_backward(mine, scaler)
+    poison.armed = False
+    scaler.step(optimizer)
+    scaler.update()
+    base_again = torch.optim.SGD(mine.params, foreach=False, **options)
+    base_again.load_state_dict(optimizer.state_dict())
+    if "dampening" in options:  # a first buffer is taken whole; where that makes no difference, zeros will do
+        assert not any(base_again.state.values())
+    for _ in range(3):
+        mine.step(optimizer)
+        theirs.plain_step(base)
+    torch.testing.assert_close(mine.weights(), theirs.weights(), rtol=1e-6, atol=1e-7)
+
+
+@every_base
+@pytest.mark.parametrize(
+    ("hand_over", "message"),
+    [
+        (lambda s, o, c: s.step(o, c), r"GradScaler.step\(optimizer, closure\) is not supported.*first_step\(\)"),
+        (lambda s, o, c: s.step(o, closure=c), "Closure use is not currently supported"),  # the scaler's own words
+    ],
+    ids=["positional", "keyword"],
+)
+def test_a_scaler_that_is_handed_a_closure_is_refused(backend, device, base, hand_over, message):
+    problem, undisturbed = Problem(device), Problem(device)
+    optimizer, other = problem.optimizer(backend, base), undisturbed.optimizer(backend, base)
+    scaler = scaler_for(device)
+    scaled_step(problem, optimizer, scaler)
+    scaled_step(undisturbed, other, scaler_for(device))
+    scaled_backward(problem, scaler)
+    before, called = Snapshot(optimizer), []
+    with pytest.raises(RuntimeError, match=message):
+        hand_over(scaler, optimizer, lambda: called.append(1))
+    assert called == []
+    before.assert_unchanged()
+    # Neither a scale nor a found_inf is left behind for the steps that follow: with a scaler of its own, or none.
+    scaled_step(problem, optimizer, scaler_for(device))
+    problem.step(optimizer)
+    scaled_step(undisturbed, other, scaler_for(device))
+    undisturbed.step(other)
+    assert_same_bits(problem.weights(), undisturbed.weights())
+
+
+@every_base
+def test_a_scaler_without_a_first_step_is_refused(backend, device, base):
+    problem, undisturbed = Problem(device), Problem(device)
+    optimizer, other = problem.optimizer(backend, base), undisturbed.optimizer(backend, base)
+    scaler = scaler_for(device)
+    scaled_backward(problem, scaler)
+    before = Snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"first_step\(\)"):
+        scaler.step(optimizer)
+    before.assert_unchanged()
+    problem.two_phase(optimizer)
+    undisturbed.two_phase(other)
+    assert_same_bits(problem.weights(), undisturbed.weights())
+
+
+@every_base
+def test_a_disabled_scaler_is_none(backend, device, base):
+    one, two = Problem(device), Problem(device)
+    scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
+    scaler = scaler_for(device, enabled=False)
+    for _ in range(2):
+        scaled_step(one, scaled, scaler, clip=0.1)
+        plain_step(two, plain, clip=0.1)
+    assert_same_bits(one.weights(), two.weights())
+    one.step(scaled)
+    scaler.step(scaled, one.closure(scaled))
+
+
+@every_base
+def test_no_gradient_in_the_second_pass_under_a_scaler(backend, device, base):
+    """found_inf is then the number 0, the sum of nothing."""
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    scaler = scaler_for(device)
+    scaled_step(problem, optimizer, scaler)
+    before = Snapshot(optimizer)
+    optimizer.zero_grad()
+    scaled_backward(problem, scaler)
+    optimizer.first_step()
+    scaler.step(optimizer)
+    before.assert_unchanged(grads=False)
+
+
+def test_two_optimizers_under_one_scaler(backend, device):
+    one, two, three, four = (Problem(device, seed) for seed in (1, 2, 1, 2))
+    mine = one.optimizer(backend), two.optimizer(backend, "rmsprop")
+    alone = three.optimizer(backend), four.optimizer(backend, "rmsprop")
+    scaler = scaler_for(device)
+    for _ in range(3):
+        for problem, optimizer in zip((one, two), mine, strict=True):
+            optimizer.zero_grad()
+            scaled_backward(problem, scaler)
+            optimizer.first_step()
+            scaled_backward(problem, scaler)
+        for optimizer in mine:
+            scaler.step(optimizer)
+        scaler.update()
+        plain_step(three, alone[0])
+        plain_step(four, alone[1])
+    assert_same_bits(one.weights() + two.weights(), three.weights() + four.weights())
+
+
+@every_base
+@pytest.mark.parametrize("clip", [None, 0.1], ids=["no-clip", "clip"])
+@pytest.mark.parametrize("warm", [0, 2], ids=["first", "later"])
+def test_overflow_in_both_passes_is_skipped_alike(backend, device, base, warm, clip):
+    """As a scale too large does it: no perturbation, no update; the scale backs off and nothing is left of it."""
+    problem, undisturbed = Problem(device), Problem(device)
+    optimizer, expected = problem.optimizer(backend, base), undisturbed.optimizer(backend, base)
+    scaler, other = scaler_for(device), scaler_for(device)
+    scaler.scale(problem.y)  # a scaler makes its scale when it is first used
+    for each in (problem, undisturbed):
+        each.y += 1000.0  # far enough for 2^125 to overflow
+    for _ in range(warm):
+        scaled_step(problem, optimizer, scaler, clip=clip)
+        scaled_step(undisturbed, expected, other, clip=clip)
+    weights, state = problem.weights(), state_of(optimizer)
+    scaler.update(2.0**127)
+    for overflows in (1, 2, 3):
+        optimizer.zero_grad()
+        scaled_backward(problem, scaler)
+        assert not all(p.grad.isfinite().all() for p in problem.params)
+        optimizer.first_step()
+        assert optimizer.perturbed
+        assert_same_bits(problem.weights(), weights, "at w")
+        scaled_backward(problem, scaler)
+        if clip is not None:
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(problem.params, clip)
+        scaler.step(optimizer)
+        scaler.update()
+        assert not optimizer.perturbed
+        assert_same_bits(problem.weights(), weights)
+        if warm:
+            assert_same_state(state_of(optimizer), state)
+        assert scaler.get_scale() == 2.0 ** (127 - overflows)
+    scaler.update(SCALE)
+    for _ in range(2):
+        scaled_step(problem, optimizer, scaler, clip=clip)
+        scaled_step(undisturbed, expected, other, clip=clip)
+    assert_same_bits(problem.weights(), undisturbed.weights())
+    assert_same_state(state_of(optimizer), state_of(expected))
+
+
+@every_base
+def test_batch_norm_and_overflow(backend, device, base):
+    """Statistics move in the first pass, whatever becomes of it, and never in the second."""
+    problem = Problem(device)
+    norm = nn.BatchNorm1d(3).to(device)
+    problem.model.append(norm)
+    optimizer = problem.optimizer(backend, base, model=problem.model)
+    scaler = scaler_for(device, init_scale=2.0**127)
+    for seen in (1, 2):
+        optimizer.zero_grad()
+        scaled_backward(problem, scaler)
+        statistics = [b.clone() for b in norm.buffers()]
+        optimizer.first_step()
+        scaled_backward(problem, scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        assert_same_bits(list(norm.buffers()), statistics)
+        assert int(norm.num_batches_tracked) == seen
+    assert scaler.get_scale() == 2.0**125
+
+
+# ---- unscaling before the first phase ----
+
+
+@every_base
+@pytest.mark.parametrize("clip", [None, 0.01], ids=["no-clip", "clip"])
+def test_a_scale_that_grows_between_the_passes(backend, device, base, clip):
+    """Clipping the first pass's gradients changes nothing: the perturbation has their direction alone."""
+    one, two = Problem(device), Problem(device)
+    scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
+    scaler = scaler_for(device, growth_interval=1)
+    for _ in range(3):
+        scaled.zero_grad()
+        scales = []
+        for phase in (scaled.first_step, lambda: scaler.step(scaled)):
+            scaled_backward(one, scaler)
+            scaler.unscale_(scaled)
+            if clip is not None:
+                clip_grad_norm_(one.params, clip)
+            phase()
+            scales.append(scaler.get_scale())
+            scaler.update()
+        assert scales[1] == 2 * scales[0]
+        plain_step(two, plain, clip=clip)
+        torch.testing.assert_close(one.weights(), two.weights(), rtol=1e-6, atol=1e-7)
+
+
+@every_base
+def test_unscaling_both_passes_without_update_is_the_scalers_error(backend, device, base):
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    scaler = scaler_for(device)
+    start = problem.weights()
+    scaled_backward(problem, scaler)
+    scaler.unscale_(optimizer)
+    optimizer.first_step()
+    scaled_backward(problem, scaler)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) has already been called"):
+        scaler.unscale_(optimizer)
+    optimizer.restore()
+    assert_same_bits(problem.weights(), start)
+
+
+def test_unscaling_the_first_pass_alone_without_update_leaves_the_second_scaled(backend, device):
+    """Why the README says to call update(): the scaler takes the second pass's gradients for unscaled, silently."""
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, lr=1.0, momentum=0.0)
+    scaler = scaler_for(device)
+    start = problem.weights()
+    scaled_backward(problem, scaler)
+    scaler.unscale_(optimizer)
+    optimizer.first_step()
+    scaled_backward(problem, scaler)
+    scaler.step(optimizer)
+    for weight, first, param in zip(problem.weights(), start, problem.params, strict=True):
+        torch.testing.assert_close(weight, first - param.grad)  # which is 1,024 times the gradient
+
+
+# ---- low-precision parameters ----
+
+
+class LowPrecision(Problem):
+    """A model of low-precision parameters; its loss is a float32."""
+
+    def __init__(self, device, dtype):
+        super().__init__(device)
+        self.model.to(dtype)
+        self.x, self.y = self.x.to(dtype), self.y.to(dtype)
+
+    def loss(self):
+        return (self.model(self.x) - self.y).float().square().mean()
+
+
+@every_fused_base
+@low_dtypes
+def test_low_precision_parameters_under_a_scaler(backend, device, base, dtype):
+    """The scaler itself unscales no float16 gradients; the update divides by the scale in float32."""
+    one, two = LowPrecision(device, dtype), LowPrecision(device, dtype)
+    scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
+    scaler = scaler_for(device, init_scale=16.0)
+    for _ in range(3):
+        scaled_step(one, scaled, scaler)
+        plain_step(two, plain)
+        tolerance = 4 * torch.finfo(dtype).eps  # small gradients of the unscaled loop are subnormal
+        torch.testing.assert_close(one.weights(), two.weights(), rtol=tolerance, atol=tolerance)
+    assert scaler.get_scale() == 16.0
+
+
+@every_fused_base
+def test_float16_gradients_that_overflow(backend, device, base):
+    """Beyond 65,504 they are Inf, in both passes: skipped, and the scale comes down to where they fit."""
+    problem = LowPrecision(device, torch.float16)
+    optimizer = problem.optimizer(backend, base)
+    scaler = scaler_for(device, init_scale=2.0**20)
+    start = problem.weights()
+    scaled_step(problem, optimizer, scaler)
+    assert scaler.get_scale() == 2.0**19
+    assert_same_bits(problem.weights(), start)
+    while scaler.get_scale() > 2.0**10:
+        scale = scaler.get_scale()
+        scaled_step(problem, optimizer, scaler)
+        if scaler.get_scale() == scale:
+            break
+    assert 2.0**10 < scale < 2.0**19
+    assert all((w != s).any() and w.isfinite().all() for w, s in zip(problem.weights(), start, strict=True))
+
+
+@every_base
+def test_float16_gradients_are_not_unscaled_by_the_scaler(backend, device, base):
+    """torch refuses it; the perturbation can be given up."""
+    problem = LowPrecision(device, torch.float16)
+    optimizer = problem.optimizer(backend, base)
+    scaler = scaler_for(device)
+    start = problem.weights()
+    scaled_backward(problem, scaler)
+    optimizer.first_step()
+    scaled_backward(problem, scaler)
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        scaler.unscale_(optimizer)
+    optimizer.restore()
+    assert_same_bits(problem.weights(), start)
+
+
+# ---- autocast ----
+
+
+@every_base
+@low_dtypes
+@pytest.mark.parametrize("use", ["closure", "two-phase"])
+def test_both_passes_inside_one_autocast_block(backend, device, base, use, dtype):
+    """autocast keeps copies of the weights; were they kept on, the second gradient would be the first again."""
+    one, two = Problem(device), Problem(device)
+    optimizer, expected = (p.optimizer(backend, base, rho=2.0) for p in (one, two))
+    grads, expected_grads = [], []
+
+    def one_block():
+        optimizer.zero_grad()
+        one.backward()
+        grads.append([p.grad.clone() for p in one.params])
+
+    def own_block():
+        expected.zero_grad()
+        with torch.autocast(device.type, dtype):
+            loss = two.loss()
+        loss.backward()
+        expected_grads.append([p.grad.clone() for p in two.params])
+
+    with torch.autocast(device.type, dtype):
+        for _ in range(2):
+            if use == "closure":
+                optimizer.step(one_block)
+            else:
+                one_block()
+                optimizer.first_step()
+                one_block()
+                optimizer.second_step()
+    for _ in range(2):
+        expected.step(own_block)
+    first, second, third, _ = grads
+    assert not torch.equal(first[0], second[0]), "the perturbation was seen"
+    assert not torch.equal(first[0], third[0]), "the update was seen"
+    assert_same_bits(grads, expected_grads)
+    assert_same_bits(one.weights(), two.weights())
+
+
+@every_base
+@pytest.mark.parametrize("clip", [None, 0.01], ids=["no-clip", "clip"])
+def test_a_scaled_float16_loop_inside_one_autocast_block(backend, device, base, clip):
+    """The whole of a float16 step: the second pass sees the perturbed weights, the next step the updated ones."""
+    one, two = Problem(device), Problem(device)
+    inside, outside = (p.optimizer(backend, base, rho=2.0) for p in (one, two))
+    scaler, other = scaler_for(device), scaler_for(device)
+    for _ in range(3):
+        with torch.autocast(device.type, torch.float16):
+            scaled_step(one, inside, scaler, clip=clip)
+        outside.zero_grad()
+        for phase in (1, 2):
+            with torch.autocast(device.type, torch.float16):
+                loss = two.loss()
+            other.scale(loss).backward()
+            if phase == 1:
+                outside.first_step()
+        if clip is not None:
+            other.unscale_(outside)
+            clip_grad_norm_(two.params, clip)
+        other.step(outside)
+        other.update()
+        assert_same_bits(one.weights(), two.weights())
+    assert scaler.get_scale() == SCALE
+
+
+@every_base
+def test_restore_inside_an_autocast_block(backend, device, base):
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base, rho=2.0)
+    with torch.autocast(device.type, torch.bfloat16), torch.enable_grad():
+        before = problem.loss().detach().clone()
+        problem.first_step(optimizer)
+        assert not torch.equal(problem.loss().detach(), before)
+        optimizer.restore()
+        assert_same_bits(problem.loss().detach(), before)
+
+
+# ---- version counters ----
+
+
+def versions(tensors):
+    return [t._version for t in tensors]
+
+
+@every_base
+def test_every_write_to_a_weight_is_counted(backend, device, base):
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    for _ in range(2):
+        counts = [versions(problem.params)]
+        problem.first_step(optimizer)
+        counts.append(versions(problem.params))
+        problem.backward()
+        optimizer.second_step()
+        counts.append(versions(problem.params))
+        problem.first_step(optimizer)
+        counts.append(versions(problem.params))
+        optimizer.restore()
+        counts.append(versions(problem.params))
+        for earlier, later in itertools.pairwise(counts):
+            assert all(a < b for a, b in zip(earlier, later, strict=True))
+
+
+@every_base
+@pytest.mark.parametrize("write", ["perturb", "restore", "update", "step"])
+def test_a_graph_that_saved_a_weight_before_a_write_cannot_go_backward_after_it(backend, device, base, write):
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    problem.step(optimizer)
+    if write in ("restore", "update"):
+        problem.first_step(optimizer)
+    # The input's gradient needs the weights.
+    x = problem.x.clone().requires_grad_()
+    stale = problem.model(x).sum()
+    if write == "perturb":
+        problem.first_step(optimizer)
+    elif write == "restore":
+        optimizer.restore()
+    elif write == "update":
+        problem.backward()
+        optimizer.second_step()
+    else:
+        problem.step(optimizer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+@every_fused_base
+def test_every_write_to_the_state_is_counted(backend, device, base):
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    problem.step(optimizer)
+    state = [value for entries in optimizer.state.values() for value in entries.values()]
+    assert len(state) == {"sgd": 4, "adamw": 12}[base]
+    for _ in range(2):
+        before = versions(state)
+        problem.step(optimizer)
+        assert all(a < b for a, b in zip(before, versions(state), strict=True))
+
+
+@every_base
+def test_what_is_not_written_is_not_counted(backend, device, base):
+    """A frozen parameter may be saved by a graph that outlives the step."""
+    problem = Problem(device)
+    frozen, outside = (nn.Parameter(values((3,), torch.float32, device)) for _ in range(2))
+    frozen.requires_grad_(False)
+    still = nn.Parameter(values((3,), torch.float32, device))
+    cls, options = BASES[base]
+    groups = [{"params": [*problem.params, frozen]}, {"params": [still], "perturb": False}]
+    optimizer = FastSAM(groups, cls, backend=backend, **options)
+    before = versions([frozen, outside, still])
+    for _ in range(2):
+        problem.first_step(optimizer)
+        optimizer.restore()
+        problem.step(optimizer)
+        problem.two_phase(optimizer)
+    assert versions([frozen, outside, still]) == before
+    still.grad = torch.ones_like(still)
+    optimizer.first_step(zero_grad=False)
+    assert versions([still]) == before[2:], "it is not perturbed"
+    optimizer.second_step()
+    assert still._version > before[2]

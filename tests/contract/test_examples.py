@@ -1,0 +1,86 @@
+"""What examples/ shows does what it says. (examples/resumable_training.py: test_crash.py.)"""
+
+import runpy
+
+import pytest
+import torch
+from checkout import ROOT
+from torch import nn
+from torch.nn import functional as F
+
+from fastsam import FastSAM, methods
+
+EXAMPLES = ROOT / "examples"
+
+
+def example(name):
+    """The names that examples/``name``.py defines."""
+    path = EXAMPLES / f"{name}.py"
+    if not path.exists():
+        pytest.skip("the tests run without the checkout, against an installed wheel")
+    pytest.importorskip("sklearn")
+    return runpy.run_path(str(path))
+
+
+@pytest.fixture
+def train(backend, device, one_thread):
+    """The training of examples/mixed_precision.py."""
+    function = example("mixed_precision")["train"]
+    return lambda dtype, **options: function(dtype, device=device.type, backend=backend, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mixed_precision_learns(train, dtype):
+    model, accuracy, scaler = train(dtype, epochs=3)
+    assert accuracy > 0.5
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+    assert scaler is None or scaler.get_scale() == 2.0**16, "nothing has overflowed"
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_a_scale_that_is_too_large_comes_down_by_itself(train):
+    """Both passes overflow until it fits: no perturbation, no update, half the scale; then training begins."""
+    model, accuracy, scaler = train(torch.float16, epochs=3, init_scale=2.0**40)
+    assert 1 < scaler.get_scale() < 2.0**30
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert accuracy > 0.5
+
+
+def test_adversarial_training_perturbs_inputs_and_weights(backend, device, one_thread):
+    """The attack stays in its ball and does harm; both passes see its images, the second at AWP's weights."""
+    names = example("adversarial_training")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to(device)
+    images, labels = torch.rand(20, 1, 8, 8, device=device), torch.randint(10, (20,), device=device)
+    worst = names["attack"](model, images, labels)
+    assert (worst - images).abs().max() <= names["EPSILON"] + 1e-6
+    assert worst.min() >= 0
+    assert worst.max() <= 1
+    assert F.cross_entropy(model(worst), labels) > F.cross_entropy(model(images), labels) + 0.5
+    assert all(p.grad is None for p in model.parameters())
+
+    gamma = 0.1
+    optimizer = FastSAM(model.parameters(), method=methods.AWP(gamma), lr=0.1, backend=backend)
+    weight = model[1].weight
+    before = weight.detach().clone()
+    seen = []
+    model.register_forward_hook(lambda module, given, _: seen.append((given[0], (weight - before).norm().item())))
+    names["train_step"](model, optimizer, images, labels)
+    attacks, (proxy, at_weights), (clean, perturbed), (adversarial, perturbed_too) = seen[:-3], *seen[-3:]
+    assert len(attacks) == 5
+    assert at_weights == 0
+    assert adversarial is proxy
+    assert clean is images
+    assert perturbed == perturbed_too == pytest.approx(gamma * before.norm().item(), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_adversarial_training_learns(backend, device, one_thread):
+    train = example("adversarial_training")["train"]
+    _, clean, attacked = train(epochs=4, backend=backend, device=device.type)
+    assert clean > 70
+    assert attacked > 20

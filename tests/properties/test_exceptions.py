@@ -1,0 +1,406 @@
+"""What an exception, an operator that fails, or a Ctrl-C leaves behind: the step is made, or it is not."""
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import internals
+import pytest
+import torch
+import triton_interpreter
+from checks import assert_same_bits
+from problem import Operators, Problem, Snapshot, Stop, TwoDtypes, WideGradients, assert_same_state, state_of
+from registry import BASES, FUSED_BASES, every_base, every_fused_base, first_or_later
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastsam
+
+PACKAGE = str(Path(fastsam.__file__).parent)
+TORCH_OPTIM = str(Path(torch.optim.__file__).parent)
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is a KeyboardInterrupt here even where the test run ignores it, as one in the background does."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, previous)
+
+
+def patched(patch, functions, wrap):
+    """Replaces each ``(object, attribute)`` by ``wrap`` of what was there."""
+    for owner, name in functions:
+        patch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+@every_base
+@pytest.mark.parametrize("kind", [Stop, KeyboardInterrupt], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("call", [1, 2], ids=["pass-1", "pass-2"])
+@first_or_later
+def test_a_closure_that_raises_changes_nothing(backend, device, base, kind, call, warm):
+    problem = TwoDtypes(device)
+    optimizer = problem.optimizer(backend, base)
+    if warm:
+        problem.step(optimizer)
+    before, error, calls = Snapshot(optimizer), kind("enough"), []
+
+    def closure():
+        calls.append(1)
+        problem.closure(optimizer)()
+        if len(calls) == call:
+            raise error
+
+    with pytest.raises(kind) as caught:
+        optimizer.step(closure)
+    assert caught.value is error
+    before.assert_unchanged(grads=False)
+    # And nothing is left behind: training goes on as if the failed step had never been tried.
+    other = TwoDtypes(device)
+    expected = other.optimizer(backend, base)
+    for _ in range(1 + warm):
+        other.step(expected)
+    problem.step(optimizer)
+    assert_same_bits(problem.weights(), other.weights())
+    assert_same_state(state_of(optimizer), state_of(expected))
+
+
+def test_an_ascent_closure_that_raises_changes_nothing(backend, device):
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend)
+    before, error = Snapshot(optimizer), Stop()
+
+    def ascent():
+        problem.backward()
+        raise error
+
+    with pytest.raises(Stop) as caught:
+        optimizer.step(problem.backward, ascent_closure=ascent)
+    assert caught.value is error
+    before.assert_unchanged(grads=False)
+
+
+OPERATIONS = {"grad_norm": 0, "perturb_-1": 0, "perturb_-2": 1}
+
+
+@every_base
+@pytest.mark.parametrize(("operation", "after"), OPERATIONS.items(), ids=OPERATIONS)
+def test_an_operation_of_the_perturbation_that_fails_changes_nothing(
+    backend, device, operations, monkeypatch, base, operation, after
+):
+    """Of two tables the first is perturbed when the second one's operation fails."""
+    problem = TwoDtypes(device)
+    optimizer = problem.optimizer(backend, base)
+    problem.step(optimizer)
+    before, calls = Snapshot(optimizer), []
+    name = operation.split("-")[0]
+    original = getattr(operations, name)
+
+    def fail(*args):
+        calls.append(1)
+        if len(calls) > after:
+            raise Stop
+        return original(*args)
+
+    for run in (lambda: problem.step(optimizer), lambda: problem.first_step(optimizer)):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(operations, name, fail)
+            with pytest.raises(Stop):
+                run()
+        assert len(calls) == after + 1
+        before.assert_unchanged(grads=False)
+
+
+@every_fused_base
+def test_an_update_that_fails_leaves_no_perturbed_weights(backend, device, operations, monkeypatch, base):
+    problem = TwoDtypes(device)
+    optimizer = problem.optimizer(backend, base)
+    problem.step(optimizer)
+    before = Snapshot(optimizer)
+
+    def fail(*args):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patched(patch, internals.update_operations(operations), lambda run: fail)
+        with pytest.raises(Stop):
+            problem.step(optimizer)
+    before.assert_unchanged(grads=False)
+
+
+@every_base
+def test_a_base_that_fails_leaves_no_perturbed_weights(backend, device, monkeypatch, base):
+    """Whatever the base does: here, options that it has lost."""
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    problem.step(optimizer)
+    lr = optimizer.param_groups[0].pop("lr")
+    before = Snapshot(optimizer)
+    with pytest.raises(KeyError, match="lr"):
+        problem.step(optimizer)
+    before.assert_unchanged(grads=False)
+    optimizer.param_groups[0]["lr"] = lr
+    problem.step(optimizer)
+
+
+def _raises(kind, act, *arguments):
+    try:
+        act(*arguments)
+    except kind:
+        return True
+    return False
+
+
+class FailAt(TorchDispatchMode):
+    """The ``nth`` operator that is run while ``armed`` fails, as any that allocates may."""
+
+    def __init__(self, nth):
+        super().__init__()
+        self.nth, self.count, self.armed, self.failed = nth, 0, True, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.armed:
+            self.count += 1
+            if self.count == self.nth:
+                self.failed = str(func)
+                raise torch.OutOfMemoryError(self.failed)
+        return func(*args, **(kwargs or {}))
+
+
+FAILING = [*((base, TwoDtypes) for base in BASES), *((base, WideGradients) for base in FUSED_BASES)]
+
+
+@pytest.mark.parametrize(("base", "make_problem"), FAILING, ids=lambda x: x if isinstance(x, str) else x.__name__)
+@first_or_later
+def test_any_operator_that_fails_before_the_update_changes_nothing(
+    backend, device, operations, monkeypatch, base, make_problem, warm
+):
+    """Every single operator of PyTorch's outside the closures, allocations among them, fails in its turn."""
+    began = []
+    starts = [internals.publish_state, internals.base_step, *internals.update_operations(operations)]
+    patched(monkeypatch, starts, lambda run: lambda *a: (began.append(1), run(*a))[1])
+    problem, failed = None, []
+    for nth in range(1, 1000):
+        if problem is None or not warm:  # a first step is one only once
+            problem = make_problem(device)
+            optimizer = problem.optimizer(backend, base)
+            for _ in range(warm):
+                problem.step(optimizer)
+            before = Snapshot(optimizer)
+            began.clear()
+        mode = FailAt(nth)
+
+        def closure(problem=problem, optimizer=optimizer, mode=mode):
+            mode.armed = False
+            loss = problem.closure(optimizer)()
+            mode.armed = True
+            return loss
+
+        with mode:
+            raised = _raises(torch.OutOfMemoryError, optimizer.step, closure)
+        if began:
+            break
+        assert raised
+        before.assert_unchanged(grads=False)
+        failed.append(mode.failed)
+    assert any("perturb" in name or "copy_" in name for name in failed)
+    # Backups, and where the base is fused a state.
+    allocations = [name for name in failed if "empty" in name or "zeros" in name]
+    assert warm or len(allocations) >= (2 if base == "rmsprop" else 4)
+
+
+@every_fused_base
+def test_all_state_is_allocated_before_any_is_put_in_place(backend, device, operations, monkeypatch, base):
+    """Of two tables the second must not run out of memory when the first one's state is there already."""
+    problem, ran = TwoDtypes(device), Operators()
+    optimizer = problem.optimizer(backend, base)
+    positions = {}
+
+    def noting(what):
+        return lambda run: lambda *a: (positions.setdefault(what, len(ran.names)), run(*a))[1]
+
+    patched(monkeypatch, [internals.publish_state], noting("state"))
+    patched(monkeypatch, internals.update_operations(operations), noting("update"))
+    problem.first_step(optimizer)
+    problem.backward()
+    with ran:
+        optimizer.second_step()
+    first, last = positions["state"], positions["update"]
+    assert any("zeros" in name for name in ran.names[:first])
+    assert [n for n in ran.names[first:last] if any(w in n for w in ("empty", "zeros", "clone", "_to_copy"))] == []
+
+
+# ---- Ctrl-C ----
+
+MOMENTS = ["before", "in-forward", "in-backward", "after"]
+
+
+@every_base
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("call", [1, 2], ids=["pass-1", "pass-2"])
+def test_ctrl_c_in_a_closure_changes_nothing(backend, device, interruptible, base, moment, call):
+    problem = Problem(device)
+    optimizer = problem.optimizer(backend, base)
+    problem.step(optimizer)
+    before, calls = Snapshot(optimizer), []
+
+    def ctrl_c(at):
+        if at == moment and len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    problem.model[1].register_forward_hook(lambda *_: ctrl_c("in-forward"))
+    problem.model[1].register_full_backward_hook(lambda *_: ctrl_c("in-backward"))
+
+    def closure():
+        calls.append(1)
+        ctrl_c("before")
+        problem.closure(optimizer)()
+        ctrl_c("after")
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert len(calls) == call
+    before.assert_unchanged(grads=False)
+
+
+@every_base
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ctrl_c_during_the_update_waits_for_its_end(
+    backend, device, operations, interruptible, monkeypatch, base, when
+):
+    problem, undisturbed = TwoDtypes(device), TwoDtypes(device)
+    optimizer, other = problem.optimizer(backend, base), undisturbed.optimizer(backend, base)
+    undisturbed.step(other)
+    ran = []
+
+    def interrupted(run):
+        def wrapper(*args, **kwargs):
+            if when == "before":
+                signal.raise_signal(signal.SIGINT)
+            run(*args, **kwargs)
+            if when == "after":
+                signal.raise_signal(signal.SIGINT)
+            ran.append(1)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        if base == "rmsprop":
+            patched(patch, [internals.base_step], interrupted)
+        patched(patch, internals.update_operations(operations), interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            problem.step(optimizer)
+    assert len(ran) == (1 if base == "rmsprop" else 2), "to its end"
+    assert not optimizer.perturbed
+    assert_same_bits(problem.weights(), undisturbed.weights())
+    assert_same_state(state_of(optimizer), state_of(other))
+
+
+def test_ctrl_c_during_first_step_can_be_restored(backend, device, operations, interruptible, monkeypatch):
+    problem = TwoDtypes(device)
+    optimizer = problem.optimizer(backend)
+    before, perturb = Snapshot(optimizer), operations.perturb_
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        perturb(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(operations, "perturb_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            problem.first_step(optimizer)
+    optimizer.restore()
+    before.assert_unchanged(grads=False)
+
+
+@contextmanager
+def ctrl_c_at_line(nth, files=(PACKAGE, TORCH_OPTIM)):
+    """SIGINT when the ``nth`` line of the code under ``files`` is about to run; gives the count of those run."""
+    count = [0]
+
+    def trace(frame, event, arg):
+        if not frame.f_code.co_filename.startswith(files):
+            return None
+        if event == "line":
+            count[0] += 1
+            if count[0] == nth:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield count
+    finally:
+        sys.settrace(previous)
+
+
+@every_base
+@first_or_later
+def test_ctrl_c_anywhere_is_all_or_nothing(backend, device, interruptible, base, warm):
+    """A real SIGINT at one line after the other: afterwards the step has been made, or it has not."""
+    made = TwoDtypes(device)
+    after = made.optimizer(backend, base)
+    for _ in range(1 + warm):
+        made.step(after)
+    outcomes, nth, problem = {"nothing": 0, "all": 0}, 1, None
+    while True:
+        if problem is None or not warm:  # a first step is one only once
+            problem = TwoDtypes(device)
+            optimizer = problem.optimizer(backend, base)
+            for _ in range(warm):
+                problem.step(optimizer)
+            before = Snapshot(optimizer)
+        with ctrl_c_at_line(nth) as count:
+            interrupted = _raises(KeyboardInterrupt, problem.step, optimizer)
+        if count[0] < nth:
+            break
+        assert interrupted, f"at line {nth}"
+        assert not optimizer.perturbed, f"at line {nth}"
+        if torch.equal(problem.params[0].detach(), before.weights[0]):
+            outcomes["nothing"] += 1
+            before.assert_unchanged(grads=False)
+        else:
+            outcomes["all"] += 1
+            assert_same_bits(problem.weights(), made.weights(), f"at line {nth}")
+            assert_same_state(state_of(optimizer), state_of(after))
+            problem = None
+        nth += triton_interpreter.fewer(19, 127, backend, device)  # every line would take minutes
+    assert outcomes["nothing"] > triton_interpreter.fewer(10, 3, backend, device)
+    assert outcomes["all"] > 0
+
+
+@pytest.mark.parametrize(
+    "files",
+    [(PACKAGE,), tuple(f"{PACKAGE}/{name}" for name in internals.WORK_FILES)],
+    ids=["anywhere", "in-the-work-itself"],
+)
+def test_ctrl_c_while_an_exception_is_undone(backend, device, interruptible, files):
+    """Of an impatient user's two, the second does not stop the undoing; between two lines of Python it may at worst
+    leave a perturbation, which restore() ends.
+    """
+    problem = TwoDtypes(device)
+    optimizer = problem.optimizer(backend)
+    problem.step(optimizer)
+    before, calls, perturbations = Snapshot(optimizer), [], 0
+
+    def closure():
+        calls.append(1)
+        problem.closure(optimizer)()
+        if len(calls) == 2:
+            raise Stop
+
+    with ctrl_c_at_line(0, files) as count, pytest.raises(Stop):
+        optimizer.step(closure)
+    for nth in range(count[0], count[0] - triton_interpreter.fewer(40, 12, backend, device), -1):
+        calls.clear()
+        with ctrl_c_at_line(nth, files), pytest.raises((KeyboardInterrupt, Stop)):
+            optimizer.step(closure)
+        perturbations += optimizer.perturbed
+        optimizer.restore()
+        before.assert_unchanged(grads=False)
+    assert perturbations == 0 or files == (PACKAGE,)

@@ -1,0 +1,51 @@
+"""Random programs on every backend: whatever is done in whatever order, steps are the oracle's and memory is let alone.
+
+In the suite always the same ones, more of them with --thorough; `make fuzz` draws new ones for as long as it is told.
+"""
+
+import os
+import random
+import time
+
+import pytest
+from fuzz_machine import run
+from fuzz_programs import programs
+from hypothesis import HealthCheck, given, seed, settings
+from internals import BACKENDS
+
+MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
+"""For all backends together; 0: the suite's fixed programs."""
+
+QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+# So many programs by default, and thoroughly; in Triton's interpreter each takes longer.
+COUNTS = {"reference": (30, 480), "foreach": (30, 480), "native": (80, 1020), "triton": (2, 20)}
+ROUND = settings(QUIET, max_examples=50)
+
+
+def search(chosen, backend, operations):
+    """Carries out random programs until one fails; then prints the smallest that does."""
+
+    @chosen
+    @given(programs())
+    def carry_out(program):
+        with pytest.MonkeyPatch.context() as patch:
+            if hasattr(operations, "CHUNK_SIZE"):
+                patch.setattr(operations, "CHUNK_SIZE", program.chunk_size)
+            run(backend, program)
+
+    return carry_out
+
+
+@pytest.mark.timeout(60 * MINUTES + 600)
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_programs(backend, device, operations, request):
+    if MINUTES == 0:
+        count = COUNTS[backend][request.config.option.thorough]
+        search(settings(QUIET, max_examples=count, derandomize=True), backend, operations)()
+        return
+    end, count = time.monotonic() + 60 * MINUTES / len(BACKENDS), 0
+    while time.monotonic() < end:
+        chosen = random.randrange(2**32)
+        print(f"\n{backend}: {count} programs; next: seed {chosen}", end="", flush=True)
+        seed(chosen)(search(ROUND, backend, operations))()
+        count += ROUND.max_examples

@@ -1,0 +1,289 @@
+"""``python -m fastsam demo``: its data, its training, its loss profiles, its table, its picture, its errors."""
+
+import copy
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastsam import FastSAM, demo
+from fastsam import __main__ as command_line
+from fastsam.demo.data import TRAIN_SIZE, load_noisy_digits
+from fastsam.demo.landscape import losses_along
+from fastsam.demo.methods import FAMILY, LEARNING_RATES, METHODS, chosen
+from fastsam.demo.model import make_cnn
+from fastsam.demo.options import FAMILY_NAMES, Options
+from fastsam.demo.report import results_table, sweep_table
+from fastsam.demo.train import Run, train_model
+
+for extra in demo.EXTRAS:
+    pytest.importorskip(extra)
+
+SGD, LONGER_SGD, FASTSAM = METHODS
+TINY = Options(seeds=1, epochs=2, batch_size=100)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with demo.one_thread():
+        yield
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+
+
+def train_quietly(method, options=TINY, seed=0):
+    return train_model(method, load_noisy_digits(options.noise, seed), seed, options, lambda *_: None)
+
+
+# ---- data ----
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4, 0.333, 1.0])
+def test_noise_hits_exactly_its_share_and_never_keeps_a_label(noise):
+    data = load_noisy_digits(noise, seed=0)
+    assert data.mislabelled.sum() == round(noise * TRAIN_SIZE)
+    assert data.train_labels.min() >= 0
+    assert data.train_labels.max() <= 9
+
+
+def test_wrong_labels_are_evenly_spread_over_the_nine_others():
+    data = load_noisy_digits(1.0, seed=0)
+    shifts = (data.train_labels - data.true_train_labels) % 10
+    counts = torch.bincount(shifts, minlength=10)
+    assert counts[0] == 0
+    assert counts[1:].min() > 0.6 * TRAIN_SIZE / 9
+
+
+def test_splits_are_disjoint_and_complete():
+    from sklearn.datasets import load_digits
+
+    data = load_noisy_digits(0.4, seed=3)
+    digits = load_digits()
+    split = torch.cat([data.train_images, data.test_images]).flatten(1) * 16
+    labels = torch.cat([data.true_train_labels, data.test_labels])
+    rows = sorted(map(tuple, torch.cat([split, labels[:, None]], dim=1).int().tolist()))
+    assert rows == sorted(
+        (*map(int, image), int(label)) for image, label in zip(digits.data, digits.target, strict=True)
+    )
+    assert len(data.train_images) == TRAIN_SIZE
+
+
+def test_a_seed_decides_the_data():
+    assert same(load_noisy_digits(0.4, seed=1), load_noisy_digits(0.4, seed=1))
+    assert not same(load_noisy_digits(0.4, seed=1), load_noisy_digits(0.4, seed=2))
+
+
+def test_noise_leaves_the_split_alone():
+    clean, noisy = load_noisy_digits(0.0, seed=1), load_noisy_digits(0.4, seed=1)
+    assert torch.equal(clean.train_images, noisy.train_images)
+    assert torch.equal(clean.test_labels, noisy.test_labels)
+
+
+# ---- training ----
+
+
+def test_model_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    first, second = make_cnn(0), make_cnn(0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", [SGD, FASTSAM], ids=lambda method: method.name)
+def test_a_seed_decides_every_bit(method):
+    options = dataclasses.replace(TINY, epochs=1)
+    first, second = train_quietly(method, options), train_quietly(method, options)
+    states = first.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert first.test_accuracy == second.test_accuracy
+    assert train_quietly(method, options, seed=1).test_accuracy != first.test_accuracy
+
+
+def test_methods_differ_in_the_optimizer_alone():
+    sgd = train_quietly(SGD, dataclasses.replace(TINY, lr=0.01))
+    flat = train_quietly(FASTSAM, dataclasses.replace(TINY, lr=0.01, rho=0.0, backend="reference"))
+    for a, b in zip(sgd.model.parameters(), flat.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)  # torch's SGD rounds in another order; chaos does the rest
+
+
+def test_fastsam_takes_the_options():
+    options = dataclasses.replace(TINY, rho=0.123, backend="foreach")
+    optimizer = FASTSAM.make_optimizer(make_cnn(0), 0.01, options)
+    assert isinstance(optimizer, FastSAM)
+    assert optimizer.param_groups[0]["rho"] == 0.123
+    assert optimizer.backend == "foreach"
+
+
+def test_epochs_passes_and_progress():
+    calls = []
+    data = load_noisy_digits(0.4, 0)
+    for method in METHODS:
+        calls.clear()
+        run = train_model(method, data, 0, TINY, lambda *call: calls.append(call))
+        assert len(run.test_accuracy) == TINY.epochs * method.epochs_factor
+        assert len(calls) == 9 * len(run.test_accuracy)
+        assert {passes for passes, _, _ in calls} == {method.passes}
+        assert calls[0][2] is None
+        assert calls[-1][2] == run.test_accuracy[-2]
+        assert 0 < run.optimizer_ms < run.step_ms
+    assert LONGER_SGD.epochs_factor == FASTSAM.passes == 2  # the same number of gradients
+
+
+def test_the_methods_learning_rates_are_in_the_sweep():
+    assert {method.lr for method in METHODS} <= set(LEARNING_RATES)
+    assert all(min(LEARNING_RATES) <= method.lr < max(LEARNING_RATES) for method in METHODS)
+
+
+# ---- loss profiles ----
+
+
+def test_profile_at_0_is_the_training_loss_and_the_model_stays():
+    data, model = load_noisy_digits(0.4, 0), make_cnn(0).eval()
+    before = copy.deepcopy(model.state_dict())
+    left, middle, right = losses_along(model, data, [-0.5, 0.0, 0.5], seed=0)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not model.training
+    expected = F.cross_entropy(copy.deepcopy(model).train()(data.train_images), data.train_labels).item()
+    assert middle == pytest.approx(expected, rel=1e-6)
+    assert left != middle != right
+
+
+def test_directions_scale_with_the_filters():
+    data, model = load_noisy_digits(0.4, 0), make_cnn(0)
+    larger = copy.deepcopy(model)
+    with torch.no_grad():  # batch norm undoes the scale of the filters before it, if the directions scale with them
+        for module in larger.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.mul_(4)
+    radii = [-0.3, 0.3]
+    assert losses_along(larger, data, radii, 5) == pytest.approx(losses_along(model, data, radii, 5), rel=1e-2)
+
+
+# ---- the command ----
+
+
+def test_command_prints_a_table_and_draws_a_png(tmp_path, capsys):
+    picture = tmp_path / "demo.png"
+    assert command_line.main(["demo", "--quick", "--batch-size", "150", "--output", str(picture)]) == 0
+    printed = capsys.readouterr()
+    for method in METHODS:
+        (line,) = (line for line in printed.out.splitlines() if line.startswith(f"{method.name}  "))
+        assert "%" in line
+        assert f"{method.lr:g}" in line
+        assert method.name in printed.err  # the progress bar
+    assert "loss=" in printed.err
+    assert "accuracy=" in printed.err
+    assert str(picture) in printed.out
+    assert max(map(len, printed.out.splitlines())) <= 100 + len(str(picture))
+
+    from matplotlib import image
+
+    pixels = image.imread(picture)
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert pixels.shape[0] > 400
+    assert pixels.shape[1] > 1000
+    assert pixels.std() > 0.05  # something is drawn
+
+
+def test_sweep_trains_every_method_at_every_rate(monkeypatch, tmp_path, capsys):
+    torch.set_num_threads(2)
+    monkeypatch.setattr(demo, "LEARNING_RATES", (0.001, 0.1))
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(["demo", "--sweep", "--quick", "--batch-size", "450"]) == 0
+    printed = capsys.readouterr().out
+    assert "lr 0.001" in printed
+    assert "lr 0.1" in printed
+    assert all(method.name in printed for method in METHODS)
+    assert not list(tmp_path.iterdir())
+    assert torch.get_num_threads() == 2  # the demo's one thread is for the demo
+
+
+def test_tables():
+    run = Run(model=make_cnn(0), test_accuracy=[50.0, 90.0], wrong_labels_learned=12.0, step_ms=4.0, optimizer_ms=1.0)
+    better = dataclasses.replace(run, test_accuracy=[60.0, 92.0], wrong_labels_learned=14.0)
+    *_, line = results_table({FASTSAM: [run, better]}, Options(seeds=2)).splitlines()
+    assert line.split() == ["FastSAM", f"{FASTSAM.lr:g}", "60", "91.0", "(90.0-92.0)", "13", "4.00", "25%"]
+    unlearnable = dataclasses.replace(run, wrong_labels_learned=math.nan)
+    assert "nan" not in results_table({SGD: [unlearnable]}, Options(noise=0.0))
+    *_, line = sweep_table({SGD: {0.1: 80.0, 0.2: 90.0, 0.3: 85.0}}).splitlines()
+    assert line.split() == ["SGD", "80.0", "90.0*", "85.0"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--noise", "1.5", "in [0, 1], got '1.5'"),
+        ("--noise", "much", "in [0, 1], got 'much'"),
+        ("--rho", "-0.1", ">= 0, got '-0.1'"),
+        ("--rho", "nan", ">= 0, got 'nan'"),
+        ("--seeds", "0", ">= 1, got '0'"),
+        ("--epochs", "2.5", ">= 1, got '2.5'"),
+        ("--batch-size", "-1", ">= 1, got '-1'"),
+        ("--lr", "0", "> 0, got '0'"),
+        ("--device", "abacus", "'abacus' cannot be used here"),
+        ("--device", "meta", "'meta' cannot be used here"),
+        ("--backend", "warp", "'warp'"),
+        ("--output", "demo.jpg", "must end in .png, got 'demo.jpg'"),
+        ("--output", "nowhere/demo.png", "the folder 'nowhere' is not there"),
+    ],
+)
+def test_invalid_options_name_themselves_and_their_value(option, value, reason, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command_line.main(["demo", f"{option}={value}"])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert f"argument {option}: " in message
+    assert reason in message
+
+
+def test_backend_that_cannot_run_gives_its_reason(monkeypatch, capsys):
+    from fastsam.backends import BackendUnavailable
+    from fastsam.demo import options
+
+    def resolve(name, device_type):
+        raise BackendUnavailable("needs a full moon")
+
+    monkeypatch.setattr(options, "resolve", resolve)
+    with pytest.raises(SystemExit) as exit_:
+        command_line.main(["demo", "--backend=native"])
+    assert exit_.value.code == 2
+    assert "argument --backend: 'native' cannot run on 'cpu': needs a full moon" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", demo.EXTRAS)
+def test_missing_extras_are_named_in_one_line(extra, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == extra else find_spec(name))
+    assert command_line.main(["demo"]) == 1
+    message = capsys.readouterr().err
+    assert message == f"the demo needs {extra}: pip install fastsam-optim[demo]\n"
+
+
+def test_importing_the_command_line_needs_no_extras():
+    package = Path(demo.__file__).parent
+    for module in ("__init__", "data", "landscape", "methods", "model", "options", "report", "train"):
+        lines = (package / f"{module}.py").read_text().splitlines()
+        assert not any(line.startswith(("import", "from")) and extra in line for line in lines for extra in demo.EXTRAS)
+
+
+def test_the_whole_family_can_be_compared(tmp_path):
+    assert tuple(FAMILY) == FAMILY_NAMES
+    assert chosen("sam") == METHODS
+    assert chosen("all") == (*METHODS, *FAMILY.values())
+    (*usual, added) = chosen("looksam")
+    assert tuple(usual) == METHODS
+    assert (added.name, added.passes, added.profiled) == ("LookSAM", 1.2, True)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_a_member_of_the_family_trains(name):
+    options = Options(seeds=1, epochs=1, batch_size=100)
+    (split,) = [load_noisy_digits(0.4, 0, torch.device("cpu"))]
+    runs = demo.train_all([FAMILY[name]], [split], options)[FAMILY[name]]
+    assert runs[0].test_accuracy[-1] > 5

@@ -1,0 +1,204 @@
+"""Packaging: what setup.py builds for each FASTSAM_BUILD, and what an installed fastsam carries."""
+
+import importlib.metadata
+import importlib.resources
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from checkout import ROOT
+from internals import BackendUnavailable, native
+from setuptools import Distribution
+
+import fastsam
+
+
+@pytest.fixture
+def setup_script(monkeypatch) -> ModuleType:
+    """setup.py as a module, in its own folder and with the machine's default compiler."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("the tests run without the checkout, against an installed wheel")
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CXX", "c++")
+    return module
+
+
+def run_build_py(build: dict) -> None:
+    command = build["cmdclass"]["build_py"](Distribution())
+    command.ensure_finalized()
+    command.run()
+
+
+def test_every_source_is_compiled_and_every_header_is_watched(setup_script):
+    (extension,) = setup_script.choose_build("cpu")["ext_modules"]
+    found = {suffix: set((ROOT / "csrc").rglob(f"*.{suffix}")) for suffix in ("cpp", "h")}
+    for suffix, paths in (("cpp", extension.sources), ("h", extension.depends)):
+        others = {path for path in found[suffix] if path.parent.name == "cuda"}
+        assert {ROOT / path for path in paths} == found[suffix] - others
+    assert "csrc/ops.cpp" in extension.sources
+
+
+def test_auto_compiles_where_it_can(setup_script):
+    assert setup_script.choose_build("auto")["ext_modules"]
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"], ids=["absent", "broken"])
+def test_auto_without_a_compiler_is_pure_python_and_says_so_in_one_line(setup_script, monkeypatch, capsys, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    build = setup_script.choose_build("auto")
+    assert "ext_modules" not in build
+    run_build_py(build)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "slower" in line
+    assert compiler in line
+
+
+def test_none_compiles_nothing_and_says_nothing(setup_script, capsys):
+    build = setup_script.choose_build("none")
+    assert "ext_modules" not in build
+    run_build_py(build)
+    assert capsys.readouterr().err == ""
+
+
+def test_cpu_without_a_compiler_fails(setup_script, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match=r"FASTSAM_BUILD=cpu: .*no-such-compiler"):
+        setup_script.choose_build("cpu")
+
+
+@pytest.fixture
+def nvcc(monkeypatch, tmp_path):
+    """Puts an nvcc of some version in the place of the machine's; for an empty version, none."""
+
+    def install(version, codes="sm_75 sm_80 sm_90 sm_100"):
+        monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+        if version:
+            (tmp_path / "nvcc").write_text(
+                f'#!/bin/sh\ncase $1 in --version) echo "release {version}, V{version}.1";; *) echo {codes};; esac\n'
+            )
+            (tmp_path / "nvcc").chmod(0o755)
+
+    return install
+
+
+def test_cuda_is_a_library_beside_the_extension(setup_script, nvcc):
+    nvcc("12.8")
+    names = [extension.name for extension in setup_script.choose_build("cuda")["ext_modules"]]
+    assert names == ["fastsam._C", "fastsam._C_cuda"]
+
+
+@pytest.mark.parametrize(("version", "reason"), [("", "does not work"), ("11.8", "older than 12.1")])
+def test_cuda_without_its_compiler_fails(setup_script, nvcc, version, reason):
+    nvcc(version)
+    with pytest.raises(SystemExit, match=f"FASTSAM_BUILD=cuda: .*{reason}"):
+        setup_script.choose_build("cuda")
+
+
+def test_sanitize_is_the_cpus_build_with_sanitizers(setup_script):
+    (plain,) = setup_script.choose_build("cpu")["ext_modules"]
+    (sanitized,) = setup_script.choose_build("sanitize")["ext_modules"]
+    assert sanitized.sources == plain.sources
+    added = [flag for flag in sanitized.extra_compile_args if flag not in plain.extra_compile_args]
+    assert "-fsanitize=address,undefined" in added
+    assert "-fsanitize=address,undefined" in sanitized.extra_link_args
+
+
+@pytest.mark.parametrize(("torch_has_cuda", "version"), [(True, "12.8"), (True, ""), (False, "12.8")])
+def test_auto_compiles_for_cuda_where_torch_and_compiler_are_for_it(
+    setup_script, nvcc, monkeypatch, torch_has_cuda, version
+):
+    nvcc(version)
+    monkeypatch.setattr(setup_script, "torch_has_cuda", lambda: torch_has_cuda)
+    names = [extension.name for extension in setup_script.choose_build("auto")["ext_modules"]]
+    assert ("fastsam._C_cuda" in names) == (torch_has_cuda and version != "")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "targets"),
+    [
+        ("", [("80", "sm_80"), ("90", "sm_90"), ("100", "[sm_100,compute_100]")]),
+        ("90", [("90", "[sm_90,compute_90]")]),
+        ("100;75", [("75", "sm_75"), ("100", "[sm_100,compute_100]")]),
+    ],
+    ids=["all-that-nvcc-knows", "one", "two"],
+)
+def test_every_gpu_gets_its_code_and_the_newest_ptx(setup_script, nvcc, monkeypatch, wanted, targets):
+    nvcc("12.8")
+    monkeypatch.setenv("FASTSAM_CUDA_ARCHS", wanted)
+    flags = setup_script.target_flags(setup_script.find_nvcc()[0])
+    assert flags == [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
+
+
+def test_an_unknown_gpu_is_an_error_that_names_it(setup_script, nvcc, monkeypatch):
+    nvcc("12.8")
+    monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "90;banana")
+    with pytest.raises(SystemExit, match=r"FASTSAM_CUDA_ARCHS: .* banana; it knows sm_75"):
+        setup_script.target_flags(setup_script.find_nvcc()[0])
+
+
+@pytest.mark.parametrize("choice", ["banana", "CPU", ""], ids=["unknown", "case", "empty"])
+def test_any_other_choice_is_an_error_that_names_it(setup_script, choice):
+    with pytest.raises(SystemExit, match=f"auto, cpu, cuda, sanitize, none, got '{choice}'"):
+        setup_script.choose_build(choice)
+
+
+def test_installed_package_is_complete():
+    assert importlib.metadata.version("fastsam-optim") == fastsam.__version__
+    assert (importlib.resources.files("fastsam") / "py.typed").is_file()
+    assert importlib.util.find_spec("fastsam.kernels") is not None
+
+
+def test_extension_needs_the_stable_abi_alone():
+    spec = importlib.util.find_spec("fastsam._C")
+    if spec is None:
+        pytest.skip("fastsam was built pure Python")
+    binary = Path(spec.origin)
+    assert binary.name == "_C.abi3.so"
+    content = binary.read_bytes()
+    assert b"libtorch_cpu.so" in content
+    for library in (b"libtorch_python.so", b"libc10.so", b"libtorch.so", b"libpython"):
+        assert library not in content
+
+
+@pytest.fixture
+def cuda_library():
+    if not native.cuda_library().exists():
+        pytest.skip("fastsam was built without CUDA: make cuda")
+    return native.cuda_library()
+
+
+def test_the_cuda_library_needs_no_cuda_to_load(cuda_library):
+    """Beside a PyTorch without CUDA it registers its kernels, and those of the CPU run."""
+    script = f"""
+import torch, fastsam
+torch.ops.load_library({str(cuda_library)!r})
+assert torch._C._dispatch_has_kernel_for_dispatch_key("fastsam::perturb_", "CUDA")
+weight = torch.nn.Parameter(torch.ones(3))
+optimizer = fastsam.FastSAM([weight], lr=0.1, backend="native")
+weight.square().sum().backward()
+optimizer.first_step()
+weight.square().sum().backward()
+optimizer.second_step()
+assert (weight < 1).all(), weight
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_the_cuda_library_has_its_own_runtime(cuda_library):
+    content = cuda_library.read_bytes()
+    assert b"libtorch_cpu.so" in content
+    for library in (b"libcudart.so", b"libtorch_python.so", b"libc10.so", b"libpython"):
+        assert library not in content
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_without_cuda_the_native_backend_says_so():
+    with pytest.raises(BackendUnavailable, match="was built without CUDA"):
+        native.check("cuda")
