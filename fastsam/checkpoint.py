@@ -141,7 +141,9 @@ def _pairs(saved: Groups, base: Optimizer) -> Iterator[tuple[Any, Tensor, Mappin
             yield key, param, theirs, mine
 
 
-def _check_shapes(pairs: Iterable[Any], state: Mapping[Any, Any], defaults: Mapping[str, Any], update: FusedUpdate) -> None:
+def _check_shapes(
+    pairs: Iterable[Any], state: Mapping[Any, Any], defaults: Mapping[str, Any], update: FusedUpdate
+) -> None:
     """Raises RuntimeError if a state tensor has another shape than its parameter."""
     for index, (key, param, theirs, mine) in enumerate(pairs):
         names = (*update.state_names({**defaults, **mine, **theirs}).moments, MASTER_NAME)

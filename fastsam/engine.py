@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from fastsam.directions import choose_directions, draw_noise
 from fastsam.groups import ascent_options, learning_rate
 from fastsam.methods import Method
 from fastsam.precision import ascent_seed
+from fastsam.runtime.accumulation import AccumulationWatch
+from fastsam.runtime.weight_caches import clear_weight_caches
+from fastsam.runtime.writers import ForeignWrites
 from fastsam.spec import Ascent, AscentOptions, Descent, Row, StateNames, Update
 from fastsam.tables import TensorTable, TensorTables, Wanted
 from fastsam.tables.memory import as_real
@@ -62,6 +65,7 @@ class Engine:
         ascents: how many ascent steps this step has had.
         is_running: whether a closure runs.
         is_constructed: whether the optimizer's constructor is through.
+        accumulation: warns of gradients that a closure adds to.
     """
 
     def __init__(self, backend: str, method: Method) -> None:
@@ -71,7 +75,15 @@ class Engine:
         self.is_single = self.is_running = False
         self.ascents = 0
         self.is_constructed = False
+        self.accumulation = AccumulationWatch()
+        self._writes = ForeignWrites()
+        self._watched_builds = 0
         self._coefficients = Coefficients(method)
+
+    def watch(self, params: Iterable[Tensor]) -> None:
+        """These are the parameters, to which nobody else may write while they are perturbed."""
+        self._watched_builds = self.tables.builds
+        self._writes.watch(params)
 
     # ---- perturb ----
 
@@ -83,6 +95,8 @@ class Engine:
             RuntimeError: no parameter has a gradient, or one cannot be used; nothing has been changed then.
         """
         further = self.perturbed
+        if not further:
+            self._writes.begin()
         with self.tables.holding_grads():
             if further:
                 self._read_grads_again()
@@ -98,7 +112,7 @@ class Engine:
             if self.method.needs_first_grads:
                 for table in tables:
                     table.keep_first_grads()
-        torch.clear_autocast_cache()
+        clear_weight_caches()
 
     def _choose_perturbed(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> None:
         """Decides which parameters move, and gives them all that the ascent reads or writes."""
@@ -144,6 +158,17 @@ class Engine:
             self.restore()
             raise
         self.ascents += 1
+        self._writes.note_ascent()
+
+    def check_writes(self) -> None:
+        """Raises RuntimeError if somebody else has written to a perturbed parameter."""
+        if not self.perturbed or (param := self._writes.find()) is None:
+            return
+        name = next(t.name(i) for t in self.tables for i, mine in enumerate(t.params) if mine is param)
+        raise RuntimeError(
+            f"{name} was written to while it was perturbed, by another optimizer, say: the restore would undo that; "
+            "call restore() to give the ascent up, and let the other one step before first_step() or after second_step()"
+        )
 
     # ---- restore ----
 
@@ -217,6 +242,7 @@ class Engine:
                 base_step()
                 for param, move in moves:
                     param.sub_(move)
+            self._writes.end()
 
     def _plan_descents(self, tables: Sequence[TensorTable], plan: Plan) -> list[Descent] | None:
         form = self.method.descent_form(self.ascents > 0)
@@ -310,6 +336,8 @@ class Engine:
         return operations(self.backend, table.device.type, table.has_own_grads)
 
     def _read_grads_again(self) -> None:
+        for table in self.tables:
+            table.check_first_grads()
         if self.tables.has_strange_grads():
             raise RuntimeError(
                 "a parameter that was frozen in the first pass, and cannot be trained as it is, has a gradient in the "
@@ -326,7 +354,11 @@ class Engine:
         self.perturbed, self.ascents = False, 0
         for table in self.tables:
             table.end_step()
-        torch.clear_autocast_cache()
+        if self.tables.builds != self._watched_builds:
+            self.watch([param for table in self.tables for param in table.params])
+        else:
+            self._writes.end()
+        clear_weight_caches()
 
 
 def _for_ascent(options: AscentOptions, number: int) -> AscentOptions:

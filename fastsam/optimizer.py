@@ -136,7 +136,7 @@ class FastSAM(BaseWrapper):
             self._check_group(group)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own})
         self._engine.is_constructed = True
-        self._hook_base()
+        self._adopt_base()
 
     # ---- steps ----
 
@@ -152,7 +152,8 @@ class FastSAM(BaseWrapper):
 
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()``, returns the loss; called once per
-                pass, with gradients enabled. Between the passes gradients are set to None whatever it does.
+                pass, with gradients enabled. Between the passes gradients are set to None (views
+                of a buffer: to zeros) whatever it does.
                 While the weights are perturbed it is the second pass (a wrapper's closure that does nothing is allowed:
                 the gradients are there then).
             ascent_closure: takes ``closure``'s place in all passes but the last of a step with an ascent (a part of the
@@ -186,15 +187,17 @@ class FastSAM(BaseWrapper):
         first = ascent_closure or closure
         ascends = self._ascends_now()
         states = self._generator_states()
-        loss = self._run(first if ascends else closure)
+        loss = self._run_first(first if ascends else closure)
         if not self._has_gradients():
+            if ascends and ascent_closure is not None:
+                raise RuntimeError("no parameter has a gradient; ascent_closure must call backward()")
             return loss
         if states is not None and ascends:
             closure, first = states.replayed(closure), states.replayed(first)
         with self._undone_by_exceptions():
             if ascends:
                 self._ascend_all_the_way(first)
-                self._run(closure)
+                self._run_second(closure)
             self._descend()
         return loss
 
@@ -223,11 +226,11 @@ class FastSAM(BaseWrapper):
                 if losses:
                     self._clear_grads()
                 states = self._generator_states()
-                losses.append(self._run(closure))
+                losses.append(self._run(closure) if losses else self._run_first(closure))
                 if self._ascends_now() and self._has_gradients():
                     again = closure if states is None else states.replayed(closure)
                     self._ascend_all_the_way(again, number)
-                    self._run(again)
+                    self._run_second(again)
                     self.restore()
                 sums.add(self._parameters())
             if sums.hand_over(self._parameters(), len(closures)):
@@ -243,8 +246,8 @@ class FastSAM(BaseWrapper):
         pass.
 
         Args:
-            zero_grad: set the gradients to None afterwards. If the method needs them for the update, ``.grad`` is None
-                in any case.
+            zero_grad: set the gradients to None afterwards (to zeros, where they are views of a buffer). If the method
+                needs them for the update, this is done in any case.
 
         Returns:
             Whether the gradients must be computed once more. If not, they are there (or the only pass is still to
@@ -254,6 +257,7 @@ class FastSAM(BaseWrapper):
             RuntimeError: the weights are perturbed already, or no parameter has a gradient.
         """
         engine = self._engine
+        engine.check_writes()
         if engine.is_single or not (engine.perturbed and engine.ascents < self.method.ascents):
             self._refuse_perturbed("first_step()")
         if self.method.needs_first_pass and not self._ascends_now():
@@ -330,6 +334,7 @@ class FastSAM(BaseWrapper):
             note_step(self.base_optimizer)
             self._count_step()
             self._restore_statistics()
+        self._engine.accumulation.end_step(self._parameters())
 
     def _finish(self) -> None:
         """The update of two-phase use."""
@@ -340,9 +345,12 @@ class FastSAM(BaseWrapper):
                     engine.initialize_state(self._plan(), lambda: run_step(self.base_optimizer))
                     return
                 raise RuntimeError(
-                    "step() needs a closure; in a loop without one, call first_step() after the first backward and "
-                    "second_step() (or step()) after the second"
+                    "step() needs a closure; in a loop without one, or in a wrapper that calls the closure itself "
+                    "(opacus, GradScaler), call first_step() after the first backward and second_step() (or step()) "
+                    "after the second. A tool that steps by itself, such as a learning-rate finder, takes "
+                    "optimizer.base_optimizer"
                 )
+            engine.check_writes()
             if engine.perturbed and engine.ascents < self.method.ascents:
                 raise RuntimeError(
                     f"{self.method} ascends {self.method.ascents} times: call first_step() after each of so many "
@@ -357,7 +365,12 @@ class FastSAM(BaseWrapper):
         """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""
         lrs = [group.get("lr") for group in self.param_groups]
         on_host = all(lr.device.type == "cpu" if isinstance(lr, Tensor) else lr is not None for lr in lrs)
-        return not any(self.state.values()) and on_host and all(float(lr or 0) == 0 for lr in lrs) and self._has_gradients()
+        return (
+            not any(self.state.values())
+            and on_host
+            and all(float(lr or 0) == 0 for lr in lrs)
+            and self._has_gradients()
+        )
 
     def _finish_with(self, closure: Closure) -> Any:
         """``closure`` as the second pass of two-phase use, and the update."""
@@ -398,13 +411,6 @@ class FastSAM(BaseWrapper):
 
     # ---- small things ----
 
-    def _has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self._parameters())
-
-    def _clear_grads(self) -> None:
-        for param in self._parameters():
-            param.grad = None
-
     def _ascends_now(self) -> bool:
         step = self._step_count()
         return step % self._interval == 0 and self.method.ascends(step)
@@ -420,6 +426,22 @@ class FastSAM(BaseWrapper):
     def _restore_statistics(self) -> None:
         if self._statistics is not None:
             self._statistics.restore()
+
+    def _run_first(self, closure: Closure) -> Any:
+        watch = self._engine.accumulation
+        watch.begin(self._parameters())
+        try:
+            return self._run(closure)
+        finally:
+            watch.end_closure()
+
+    def _run_second(self, closure: Closure) -> None:
+        self._run(closure)
+        if not self._has_gradients():
+            raise RuntimeError(
+                "no parameter has a gradient after the second pass: the closure of step() must call backward() each "
+                "time it is called. If the gradients were computed outside of it, call first_step() and second_step()"
+            )
 
     def _run(self, closure: Closure) -> Any:
         engine = self._engine

@@ -88,6 +88,7 @@ class BaseWrapper(Optimizer):
         self._check_group({**self.base_optimizer.defaults, **group})
         self.base_optimizer.add_param_group(split_options(group)[0])
         give_options([self.param_groups[-1]], [group])
+        self._engine.watch(self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's: ``base`` alone can load it, and FastSAM loads the base's.
@@ -141,7 +142,7 @@ class BaseWrapper(Optimizer):
         self._engine = Engine(state["backend"], method)
         super().__setstate__(state)
         self._engine.is_constructed = True
-        self._hook_base()
+        self._adopt_base()
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -149,8 +150,9 @@ class BaseWrapper(Optimizer):
 
     # ---- small things ----
 
-    def _hook_base(self) -> None:
+    def _adopt_base(self) -> None:
         base, method = self.base_optimizer, self.method
+        self._engine.watch(self._parameters())
         LoadHooks(base, method, functools.partial(_check_group, type(base), method, type(base) in FUSED))
 
     def _complete_groups(self) -> None:
@@ -177,6 +179,17 @@ class BaseWrapper(Optimizer):
     def _step_count(self) -> int:
         # A group that was added later, or put first, has no count yet.
         return max((int(group.get(STEP_COUNT, 0)) for group in self.param_groups), default=0)
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self._parameters())
+
+    def _clear_grads(self) -> None:
+        """Sets gradients to None, or to zeros where they are views of a buffer, which are to remain the gradients."""
+        kept = {param: param.grad for param in self._engine.tables.in_buffers if param.grad is not None}
+        for param in self._parameters():
+            param.grad = None
+        for param, grad in kept.items():
+            param.grad = grad.detach().zero_() if grad.requires_grad else grad.zero_()
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._engine.perturbed:

@@ -26,6 +26,8 @@ class TensorTables:
         self._members: list[tuple[Any, ...]] = []
         self._tables: list[TensorTable] = []
         self._frozen: list[Tensor] = []
+        self.builds = 0
+        """How often tables were built."""
 
     def __iter__(self) -> Iterator[TensorTable]:
         return iter(self._tables)
@@ -37,12 +39,18 @@ class TensorTables:
         if not (usual and all(table.read_grads() for table in self._tables)):
             self.drop()
             self._tables, self._frozen = _build(groups)
+            self.builds += 1
             # A lazy parameter that has got its memory is still the same object, but not in a table yet.
             lazy = any(is_lazy(param) for group in groups for param in group["params"])
             self._members = [] if lazy else members
             for table in self._tables:
                 table.read_grads()
         return self._tables
+
+    @property
+    def in_buffers(self) -> list[Tensor]:
+        """The parameters whose gradients are views of a buffer of somebody else's."""
+        return [table.params[i] for table in self._tables for i in table.gradients.in_buffers]
 
     def has_strange_grads(self) -> bool:
         """Whether a parameter has a gradient that was frozen and could not be trained when the tables were built."""

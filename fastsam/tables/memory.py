@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,29 @@ def copy_into(memory: Tensor, tensor: Tensor, name: str) -> Tensor:
         raise RuntimeError(f"{name} has no memory (its storage was freed or resized); give it memory or set it to None")
     memory.copy_(tensor)
     return memory
+
+
+def _references(tensors: Sequence[Any], i: int) -> tuple[int, int, int]:
+    """Who refers to ``tensors[i]``: in Python, in C++, and to its storage."""
+    storage = torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)  # type: ignore[attr-defined]
+    return sys.getrefcount(tensors[i]), tensors[i]._use_count(), storage
+
+
+def _sample_references() -> tuple[int, int, int] | None:
+    """What :func:`_references` says of a gradient that only its parameter and one list have."""
+    if not hasattr(Tensor, "_use_count"):
+        return None
+    param = torch.nn.Parameter(torch.zeros((), device="cpu"))
+    param.grad = torch.zeros((), device="cpu")
+    return _references([param.grad], 0)
+
+
+_EXCLUSIVE = _sample_references()
+
+
+def is_exclusive(grads: Sequence[Any], i: int) -> bool:
+    """Whether only its parameter and the list ``grads`` have a gradient, so that nobody can write to it later."""
+    return _EXCLUSIVE is not None and grads[i]._base is None and _references(grads, i) == _EXCLUSIVE
 
 
 def is_dense(tensor: Tensor) -> bool:

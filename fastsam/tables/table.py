@@ -93,6 +93,7 @@ class TensorTable:
         self.blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
         self.gradients = Gradients()
         self.slots = StateSlots()
+        self._first_versions: list[int] = []
         self._backup_key: tuple[Any, ...] | None = None
         # Rows whose tensors live until the end of the step.
         self._of_this_step: set[Row] = set()
@@ -227,7 +228,18 @@ class TensorTable:
                 firsts[i] = self.gradients.adopt(self, i)
         self.first_grad_dtype = self.grad_dtype
         self.set_row(Row.FIRST_GRAD, firsts)
+        self._first_versions = [grad._version for grad in firsts if grad is not None]
         self._of_this_step.add(Row.FIRST_GRAD)
+
+    def check_first_grads(self) -> None:
+        """Raises RuntimeError if somebody has written to the first-pass gradients since."""
+        kept = [(i, grad) for i, grad in enumerate(self.first_grads) if grad is not None]
+        for (i, grad), version in zip(kept, self._first_versions, strict=True):
+            if grad._version != version:
+                raise RuntimeError(
+                    f"{self.name(i)}: its first-pass gradient was written to between the passes; call restore(), and "
+                    "give .grad a tensor that nobody else writes to"
+                )
 
     def fill_missing_grads(self) -> None:
         """Gives zeros to perturbed parameters without a gradient: a further ascent still counts their perturbation."""
@@ -247,6 +259,7 @@ class TensorTable:
     def end_step(self) -> None:
         """Lets go of what lives for one step: first-pass gradients and directions."""
         self.is_perturbed = False
+        self._first_versions = []
         self.first_grad_dtype = self.dtype
         for row in self._of_this_step:
             nothing: Tensors = [None] * len(self.params)

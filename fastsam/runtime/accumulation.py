@@ -1,0 +1,69 @@
+"""Gradients of earlier micro-batches that ``step(closure)`` would use in its first pass and lose in the second."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+class AccumulationWatch:
+    """Warns once if a step's closure adds to gradients that somebody computed before the step.
+
+    One parameter stands for all. Between two steps nothing is computed in normal use: its gradient is the one that the
+    last step left, at most zeroed in place. Otherwise a hook sees whether the closure clears it first.
+    """
+
+    def __init__(self) -> None:
+        self._is_over = False
+        self._param: Tensor | None = None
+        self._left: tuple[Tensor | None, int] = None, 0
+        self._hook: Any = None
+        self._is_found = False
+
+    def begin(self, params: Iterable[Tensor]) -> None:
+        """A step's first closure is about to run."""
+        if self._is_over:
+            return
+        param = self._param
+        if param is None:
+            param = next((p for p in params if p.grad is not None and p.requires_grad), None)
+        grad = None if param is None else param.grad
+        left, version = self._left
+        if param is None or grad is None or (grad is left and grad._version <= version + 1):
+            return
+        before = grad._version
+
+        def note(_: Tensor) -> None:
+            self._is_found = self._is_found or (param.grad is grad and grad._version == before)
+
+        self._hook = param.register_hook(note) if param.requires_grad else None
+
+    def end_closure(self) -> None:
+        """It has run, or raised."""
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        if self._is_found:
+            self._is_over = True
+            warnings.warn(
+                "step(closure) has added to gradients of earlier backward passes: its second pass sees the last "
+                "micro-batch alone. Clear the gradients in the closure; to accumulate, use step(closures=[...]) with "
+                "one closure per micro-batch, or first_step() and second_step() after all backward passes of each "
+                "phase (see fastsam.integrations for trainers)",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def end_step(self, params: Iterable[Tensor]) -> None:
+        """A step has used the present gradients."""
+        if self._is_over:
+            return
+        if self._param is None:
+            trained = [p for p in params if p.grad is not None and p.requires_grad]
+            self._param = min(trained, key=Tensor.numel, default=None)
+        grad = None if self._param is None else self._param.grad
+        self._left = grad, 0 if grad is None else grad._version
