@@ -120,7 +120,8 @@ def run_step(optimizer: torch.optim.Optimizer) -> None:
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__
-    args, kwargs = (optimizer,), {}
+    args: tuple[Any, ...] = (optimizer,)
+    kwargs: dict[str, Any] = {}
     for before in list(optimizer._optimizer_step_pre_hooks.values()):
         args, kwargs = before(optimizer, args, kwargs) or (args, kwargs)
     step(*args, **kwargs)

@@ -95,7 +95,8 @@ class LoadHooks:
 
     def _after(self, base: Optimizer) -> None:
         """Completes what torch has made of the state dict."""
-        given, self._given = self._given, {}
+        given = self._given
+        self._given = {}
         fill_options(base.param_groups, self._options)
         for group, mine in zip(base.param_groups, self._options, strict=False):
             if is_schedule(mine.get("rho")):

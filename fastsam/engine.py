@@ -167,7 +167,7 @@ class Engine:
         name = next(t.name(i) for t in self.tables for i, mine in enumerate(t.params) if mine is param)
         raise RuntimeError(
             f"{name} was written to while it was perturbed, by another optimizer, say: the restore would undo that; "
-            "call restore() to give the ascent up, and let the other one step before first_step() or after second_step()"
+            "call restore() to give the ascent up; the other one may step before first_step() or after second_step()"
         )
 
     # ---- restore ----

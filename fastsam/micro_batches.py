@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ class GradientSums:
         """Adds the present gradients; a parameter's first one becomes its sum, if nobody else has it."""
         self._check()
         present = [param for param in params if param.grad is not None]
-        grads = [param.grad for param in present]
+        grads: list[Any] = [param.grad for param in present]
         known = [i for i, param in enumerate(present) if param in self._sums]
         if known:
             torch._foreach_add_([self._sums[present[i]] for i in known], [grads[i] for i in known])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +20,7 @@ class AccumulationWatch:
     def __init__(self) -> None:
         self._is_over = False
         self._param: Tensor | None = None
-        self._left: tuple[Tensor | None, int] = None, 0
+        self._left: tuple[weakref.ref[Tensor] | None, int] = None, 0
         self._hook: Any = None
         self._is_found = False
 
@@ -32,7 +33,8 @@ class AccumulationWatch:
             param = next((p for p in params if p.grad is not None and p.requires_grad), None)
         grad = None if param is None else param.grad
         left, version = self._left
-        if param is None or grad is None or (grad is left and grad._version <= version + 1):
+        is_left = left is not None and grad is left()
+        if param is None or grad is None or (is_left and grad._version <= version + 1):
             return
         before = grad._version
 
@@ -66,4 +68,4 @@ class AccumulationWatch:
             trained = [p for p in params if p.grad is not None and p.requires_grad]
             self._param = min(trained, key=Tensor.numel, default=None)
         grad = None if self._param is None else self._param.grad
-        self._left = grad, 0 if grad is None else grad._version
+        self._left = (None, 0) if grad is None else (weakref.ref(grad), grad._version)

@@ -32,7 +32,7 @@ class DeferredInterrupts:
         # Only the main thread gets signals.
         if threading.get_ident() != threading.main_thread().ident:
             return
-        self._noted: list[tuple[int, FrameType | None]] = []
+        self._noted: dict[int, FrameType | None] = {}
         found = zip(_NUMBERS, map(getsignal, _NUMBERS), strict=True)
         self._handlers = {number: handler for number, handler in found if callable(handler)}
         try:
@@ -44,7 +44,7 @@ class DeferredInterrupts:
             raise
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.append((number, frame))
+        self._noted.setdefault(number, frame)  # once, as a pending signal
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -59,8 +59,8 @@ class DeferredInterrupts:
                 set_handler(self._replaced[-1], self._handlers[self._replaced[-1]])
                 self._replaced.pop()
             while self._noted:
-                number, frame = self._noted.pop(0)
-                self._handlers[number](number, frame)
+                number = next(iter(self._noted))
+                self._handlers[number](number, self._noted.pop(number))
         except BaseException:
             self._end()
             raise

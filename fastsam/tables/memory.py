@@ -44,7 +44,7 @@ def copy_into(memory: Tensor, tensor: Tensor, name: str) -> Tensor:
 
 def _references(tensors: Sequence[Any], i: int) -> tuple[int, int, int]:
     """Who refers to ``tensors[i]``: in Python, in C++, and to its storage."""
-    storage = torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)  # type: ignore[attr-defined]
+    storage = torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)
     return sys.getrefcount(tensors[i]), tensors[i]._use_count(), storage
 
 
