@@ -381,5 +381,5 @@ def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
     if scalar is None:
         return None
     # A number where the scaler saw no gradient at all.
-    tensor = torch.as_tensor(scalar, dtype=torch.float32)
-    return tensor.to(table.device, non_blocking=table.device.type != "cpu").reshape(())
+    tensor = scalar if isinstance(scalar, Tensor) else torch.tensor(scalar, dtype=torch.float32, device="cpu")
+    return tensor.to(table.device, torch.float32, non_blocking=table.device.type != "cpu").reshape(())

@@ -106,7 +106,7 @@ class Norms:
     """
 
     def __init__(self, table: TensorTable) -> None:
-        self._scratch = torch.empty((2, PIECE), dtype=torch.float64)
+        self._scratch = torch.empty((2, PIECE), dtype=torch.float64, device="cpu")
         self._batches: dict[tuple[int, ...], tuple[list[_Batch], list[int]]] = {}
 
     def of(self, table: TensorTable, indices: list[int], *, adaptive: bool) -> Iterator[Tensor]:
