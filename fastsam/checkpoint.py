@@ -68,7 +68,7 @@ class LoadHooks:
 
     def __init__(self, base: Optimizer, method: Method, check_group: Callable[[Mapping[str, Any]], None]) -> None:
         self._method, self._check_group = method, check_group
-        self._given: Mapping[str, Any] = {}
+        self._given: dict[str, Any] = {}
         self._options: list[dict[str, Any]] = []
         base.register_load_state_dict_pre_hook(self._before)
         base.register_load_state_dict_post_hook(self._after)
@@ -102,21 +102,21 @@ class LoadHooks:
             if is_schedule(mine.get("rho")):
                 group["rho"] = mine["rho"]
         is_fused = type(base) in FUSED
-        for key, param, _, group in _pairs(given["param_groups"], base):
+        for key, param, _, options in _pairs(given["param_groups"], base):
             saved = given["state"].get(key)
             for name, value in saved.items() if isinstance(saved, Mapping) else ():
                 if not isinstance(value, Tensor):
                     continue
                 entries = base.state[param]
                 # torch casts what it loads to the parameter's dtype, in which a count may end at 256.
-                if name.startswith("fastsam_") or (group.get("master_weights") and name != "step"):
+                if name.startswith("fastsam_") or (options.get("master_weights") and name != "step"):
                     entries[name] = value.to(param.device, copy=True)
                 elif is_fused and entries[name] is value:
                     entries[name] = value.clone()  # two optimizers may load one dict
 
     def _check_method(self, name: str | None) -> None:
         # Checkpoints of older versions name every method.
-        saved = None if name is None else getattr(methods, name, None)
+        saved: Any = None if name is None else getattr(methods, name, None)
         if name is None or getattr(saved, "state_name", "") is None or name == type(self._method).__name__:
             return
         raise ValueError(

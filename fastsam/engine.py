@@ -85,6 +85,21 @@ class Engine:
         self._watched_builds = self.tables.builds
         self._writes.watch(params)
 
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """Calls a closure with gradients enabled, and what it returns.
+
+        Raises:
+            RuntimeError: one is running already.
+        """
+        if self.is_running:
+            raise RuntimeError("step(closure) was called within a closure of the same optimizer")
+        self.is_running = True
+        try:
+            with torch.enable_grad():
+                return closure()
+        finally:
+            self.is_running = False
+
     # ---- perturb ----
 
     @torch.no_grad()

@@ -14,15 +14,13 @@ from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
 from fastsam.bases import check_base, note_step, run_step
-from fastsam.checkpoint import STEP_COUNT
-from fastsam.engine import Engine, Plan
+from fastsam.engine import Engine
 from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, give_options, split_options, with_defaults
 from fastsam.micro_batches import GradientSums
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
-from fastsam.runtime.replay_rng import GeneratorStates
-from fastsam.schedules import RhoSchedule, is_schedule
+from fastsam.schedules import RhoSchedule
 from fastsam.wrapper import BaseWrapper
 
 Closure = Callable[[], Any]
@@ -206,7 +204,7 @@ class FastSAM(BaseWrapper):
         with self._undone_by_exceptions():
             self._ascend()
             self._clear_grads()
-            loss = self._run(closure)
+            loss = self._engine.run(closure)
             if self._has_gradients():
                 self._descend()
             else:
@@ -226,7 +224,7 @@ class FastSAM(BaseWrapper):
                 if losses:
                     self._clear_grads()
                 states = self._generator_states()
-                losses.append(self._run(closure) if losses else self._run_first(closure))
+                losses.append(self._engine.run(closure) if losses else self._run_first(closure))
                 if self._ascends_now() and self._has_gradients():
                     again = closure if states is None else states.replayed(closure)
                     self._ascend_all_the_way(again, number)
@@ -302,7 +300,7 @@ class FastSAM(BaseWrapper):
         self._ascend(micro_batch)
         for _ in range(1, self.method.ascents):
             self._clear_grads()
-            self._run(ascent_closure)
+            self._engine.run(ascent_closure)
             self._ascend(micro_batch)
         self._clear_grads()
 
@@ -361,30 +359,11 @@ class FastSAM(BaseWrapper):
             self._forget_scaler()
             raise
 
-    def _is_initialized_by_this(self) -> bool:
-        """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""
-        lrs = [group.get("lr") for group in self.param_groups]
-        on_host = all(lr.device.type == "cpu" if isinstance(lr, Tensor) else lr is not None for lr in lrs)
-        return (
-            not any(self.state.values())
-            and on_host
-            and all(float(lr or 0) == 0 for lr in lrs)
-            and self._has_gradients()
-        )
-
     def _finish_with(self, closure: Closure) -> Any:
         """``closure`` as the second pass of two-phase use, and the update."""
-        loss = self._run(closure)
+        loss = self._engine.run(closure)
         self._finish()
         return loss
-
-    def _generator_states(self) -> GeneratorStates | None:
-        return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
-
-    def _plan(self, micro_batch: int = 0) -> Plan:
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        step = self._step_count()
-        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch)
 
     @contextmanager
     def _undone_by_exceptions(self) -> Iterator[None]:
@@ -404,52 +383,14 @@ class FastSAM(BaseWrapper):
                 "backward again, then scaler.step(optimizer) without a closure"
             )
 
-    def _forget_scaler(self) -> None:
-        # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
-        for name in ("grad_scale", "found_inf"):
-            self.__dict__.pop(name, None)
-
-    # ---- small things ----
-
-    def _ascends_now(self) -> bool:
-        step = self._step_count()
-        return step % self._interval == 0 and self.method.ascends(step)
-
-    def _count_step(self) -> None:
-        self._engine.is_single = False
-        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
-        if self._interval > 1 or self.method.counts_steps or schedules:
-            count = self._step_count() + 1
-            for group in self.param_groups:
-                group[STEP_COUNT] = count
-
-    def _restore_statistics(self) -> None:
-        if self._statistics is not None:
-            self._statistics.restore()
-
     def _run_first(self, closure: Closure) -> Any:
-        watch = self._engine.accumulation
-        watch.begin(self._parameters())
-        try:
-            return self._run(closure)
-        finally:
-            watch.end_closure()
+        with self._engine.accumulation.watching(self._parameters()):
+            return self._engine.run(closure)
 
     def _run_second(self, closure: Closure) -> None:
-        self._run(closure)
+        self._engine.run(closure)
         if not self._has_gradients():
             raise RuntimeError(
                 "no parameter has a gradient after the second pass: the closure of step() must call backward() each "
                 "time it is called. If the gradients were computed outside of it, call first_step() and second_step()"
             )
-
-    def _run(self, closure: Closure) -> Any:
-        engine = self._engine
-        if engine.is_running:
-            raise RuntimeError("step(closure) was called within a closure of the same optimizer")
-        engine.is_running = True
-        try:
-            with torch.enable_grad():
-                return closure()
-        finally:
-            engine.is_running = False

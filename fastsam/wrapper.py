@@ -14,7 +14,7 @@ from fastsam import methods
 from fastsam.backends import resolve
 from fastsam.bases import FUSED, FusedUpdate, fused_update
 from fastsam.checkpoint import STEP_COUNT, LoadHooks, complete_saved
-from fastsam.engine import Engine
+from fastsam.engine import Engine, Plan
 from fastsam.groups import (
     GROUP_OPTIONS,
     check_parameters,
@@ -26,6 +26,9 @@ from fastsam.groups import (
     with_defaults,
 )
 from fastsam.precision import check_precision
+from fastsam.runtime.batch_norm import RunningStatistics
+from fastsam.runtime.replay_rng import GeneratorStates
+from fastsam.schedules import is_schedule
 
 
 class BaseWrapper(Optimizer):
@@ -35,6 +38,8 @@ class BaseWrapper(Optimizer):
     backend: str
     _engine: Engine
     _interval: int
+    _replay_rng: bool
+    _statistics: RunningStatistics | None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -179,6 +184,46 @@ class BaseWrapper(Optimizer):
     def _step_count(self) -> int:
         # A group that was added later, or put first, has no count yet.
         return max((int(group.get(STEP_COUNT, 0)) for group in self.param_groups), default=0)
+
+    def _generator_states(self) -> GeneratorStates | None:
+        return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
+
+    def _plan(self, micro_batch: int = 0) -> Plan:
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        step = self._step_count()
+        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch)
+
+    def _forget_scaler(self) -> None:
+        # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
+
+    def _ascends_now(self) -> bool:
+        step = self._step_count()
+        return step % self._interval == 0 and self.method.ascends(step)
+
+    def _count_step(self) -> None:
+        self._engine.is_single = False
+        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
+        if self._interval > 1 or self.method.counts_steps or schedules:
+            count = self._step_count() + 1
+            for group in self.param_groups:
+                group[STEP_COUNT] = count
+
+    def _restore_statistics(self) -> None:
+        if self._statistics is not None:
+            self._statistics.restore()
+
+    def _is_initialized_by_this(self) -> bool:
+        """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""
+        lrs = [group.get("lr") for group in self.param_groups]
+        on_host = all(lr.device.type == "cpu" if isinstance(lr, Tensor) else lr is not None for lr in lrs)
+        return (
+            not any(self.state.values())
+            and on_host
+            and all(float(lr or 0) == 0 for lr in lrs)
+            and self._has_gradients()
+        )
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._parameters())

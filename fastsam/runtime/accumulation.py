@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -24,8 +25,16 @@ class AccumulationWatch:
         self._hook: Any = None
         self._is_found = False
 
-    def begin(self, params: Iterable[Tensor]) -> None:
-        """A step's first closure is about to run."""
+    @contextmanager
+    def watching(self, params: Iterable[Tensor]) -> Iterator[None]:
+        """A block in which a step's first closure runs."""
+        self._begin(params)
+        try:
+            yield
+        finally:
+            self._end_closure()
+
+    def _begin(self, params: Iterable[Tensor]) -> None:
         if self._is_over:
             return
         param = self._param
@@ -43,8 +52,7 @@ class AccumulationWatch:
 
         self._hook = param.register_hook(note) if param.requires_grad else None
 
-    def end_closure(self) -> None:
-        """It has run, or raised."""
+    def _end_closure(self) -> None:
         if self._hook is None:
             return
         self._hook.remove()
