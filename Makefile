@@ -1,9 +1,9 @@
-# FastSAM's commands. Each sets up what it needs, once: .venv, the pinned dependencies, the compiled extension.
+# FastSAM's commands. The first one sets up what it needs: .venv, the pinned dependencies, the compiled extension.
 #
-#   make test ARGS="-k native"        ARGS goes to the program that runs
-#   make demo PYTHON=python3.12       the interpreter that .venv is made from
+#   make test ARGS="-k native"        ARGS is passed to the program that runs
+#   make demo PYTHON=python3.12       the interpreter for .venv
 #   make test WORKERS=0               one process, which a debugger can stop; 2 by default
-#   make test SAMPLE=300              and so many of the tests that only make test-all runs, others every day
+#   make test SAMPLE=300              also 300 of the tests that only make test-all runs, different ones each day
 #   make kernels QUICK=1              two dtypes, one GPU of each vendor, one Triton
 #   make gpu-report OUT=report        with .venv's Python if there is one; PYTHON=python3: with that one, as it is
 #   make gpu-report STAGE=measure     one of its two stages, measure and tests
@@ -14,7 +14,7 @@ WORKERS ?= 2
 MINUTES ?= 60
 KILLS ?= 20
 SAMPLE ?= 0
-# Other releases of Triton that the kernels must compile with, beside the one in requirements/test.txt.
+# Other releases of Triton that the kernels must compile with, besides the one in requirements/test.txt.
 OTHER_TRITON ?= 3.6.0
 
 BIN := .venv/bin
@@ -24,7 +24,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 CUDA := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/*.h)
 FORMATTED := $(CSRC) $(CUDA) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 
-# What stands when a part of the set-up is done; touched last, so that a failure is tried again.
+# Marks that a part of the set-up is done; touched last, so that a failed part runs again.
 DEPENDENCIES := .venv/.dependencies
 PACKAGE := .venv/.package
 EXTENSION := .venv/.extension
@@ -37,7 +37,7 @@ EXTENSION := .venv/.extension
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 
-setup: $(EXTENSION)  ## Only the set-up: .venv with everything in it
+setup: $(EXTENSION)  ## Only the set-up: .venv with all dependencies and the extension
 
 demo: $(EXTENSION)  ## Train with SGD and with FastSAM on noisy labels: a table and a picture
 	$(BIN)/python -m fastsam demo $(ARGS)
@@ -51,7 +51,7 @@ test-all: $(EXTENSION)  ## All tests: every combination
 bench: $(EXTENSION)  ## The benchmarks, on the GPU or on THREADS=2 threads; ARGS="--device cpu"
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)
 
-# On a machine with a GPU that has all it needs, nothing is set up and nothing is fetched. A dry run is for any machine.
+# Sets up and downloads nothing: the machine with the GPU must have what is needed. A dry run works on any machine.
 OUT ?= build/gpu-report/report
 IS_PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
 REPORTING_PYTHON = $(if $(IS_PYTHON_GIVEN),$(PYTHON),$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)))
@@ -69,17 +69,17 @@ SANITIZED := build/sanitize/.extension
 fuzz: $(EXTENSION)  ## Random programs on every backend, from new seeds, for MINUTES=60 together
 	$(REQUIRED) FASTSAM_FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest tests/properties/test_fuzz.py --capture=no $(ARGS)
 
-crash: $(EXTENSION)  ## Kill a training run KILLS=20 times: it must end as an undisturbed one, bit for bit
+crash: $(EXTENSION)  ## Kill a training run KILLS=20 times: it must end like an undisturbed run, bit for bit
 	$(BIN)/python tools/crash.py --kills $(KILLS) $(ARGS)
 
-# The compiler's own runtime comes first, and the C++ library with it, whose exceptions it watches. Leaks are not looked
-# for: Python and torch keep what they have until the end.
+# The sanitizer's runtime must be loaded first, together with the C++ library, whose exceptions it intercepts. Leak
+# detection is off: Python and torch do not free everything at exit.
 sanitize: $(SANITIZED)  ## The native backend's tests under AddressSanitizer and UBSan
 	PYTHONPATH=$(dir $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  FASTSAM_REQUIRE_BACKENDS=native $(BIN)/pytest --numprocesses $(WORKERS) --capture=sys --timeout 600 -k "(native or fingerprint) and not cuda" $(ARGS)
 
-# A release that cannot be had is left out; the last line printed names those that were used.
+# A release that cannot be installed is left out; the last line printed names the ones that were used.
 kernels: $(PACKAGE)  ## Compile the Triton kernels for every GPU, without one; a table; QUICK=1: a part
 ifndef QUICK
 	for version in $(OTHER_TRITON); do \
@@ -95,7 +95,7 @@ cuda: $(EXTENSION)  ## Compile the CUDA kernels with nvcc, without a GPU; a tabl
 	FASTSAM_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python tools/inspect_cuda.py fastsam/_C_cuda.abi3.so
 
-# Every allocation by itself, so that an access behind one is seen.
+# Without PyTorch's caching allocator, an access behind an allocation is detected.
 sanitize-cuda:  ## The CUDA kernels under compute-sanitizer, on a machine with a GPU, after make cuda
 	for tool in memcheck racecheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTSAM_REQUIRE_BACKENDS=native:cuda compute-sanitizer --tool $$tool \
@@ -113,15 +113,15 @@ format: $(DEPENDENCIES)  ## Format everything in place
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-# build/lib would carry files that are gone from the checkout into the wheel.
+# A stale build/lib would add deleted files to the wheel.
 wheel: $(DEPENDENCIES)  ## The wheel, in dist/
 	rm -rf build/lib* build/bdist* dist
 	FASTSAM_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist
 
-# From its own folder: the checkout's fastsam/ must not stand in for the installed one. A release of torch may bring
-# gigabytes of CUDA with it; where pip is set up to find CPU builds, TORCH=2.11.0+cpu names one. Its own Triton gives
-# way to the one that the tests are for.
+# Runs in its own folder, so that the installed fastsam is tested, not the checkout's. A release of torch may download
+# gigabytes of CUDA; TORCH=2.11.0+cpu is a CPU build, where pip is configured to find these. The Triton of
+# requirements/test.txt replaces torch's own.
 compat:  ## The wheel's tests with another torch: make compat TORCH=2.11.0
 	@test -n "$(TORCH)" || { echo "make compat: which torch? make compat TORCH=2.11.0" >&2; exit 2; }
 	$(MAKE) --no-print-directory wheel
@@ -142,7 +142,7 @@ $(DEPENDENCIES): $(wildcard requirements/*.txt)
 	$(BIN)/python $(PIP_INSTALL) -r requirements/dev.txt
 	@touch $@
 
-# The link to this checkout alone: compiling is the next step, and repeats only what changed.
+# Only installs the link to this checkout; the next rule compiles, and only what has changed.
 $(PACKAGE): $(DEPENDENCIES) pyproject.toml setup.py
 	FASTSAM_BUILD=none $(BIN)/python $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -151,7 +151,7 @@ $(EXTENSION): $(PACKAGE) $(CSRC)
 	FASTSAM_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# A package of its own beside the checkout's, which comes first on PYTHONPATH.
+# A package of its own, which precedes the checkout's on PYTHONPATH.
 $(SANITIZED): $(DEPENDENCIES) setup.py $(CSRC) $(wildcard fastsam/*.py fastsam/*/*.py kernels/*.py)
 	FASTSAM_BUILD=sanitize $(BIN)/python setup.py --quiet build --build-temp build/sanitize/objects --build-lib build/sanitize
 	@touch $@

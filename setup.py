@@ -1,15 +1,15 @@
 """Compiles csrc/ into fastsam/_C.abi3.so, and csrc/cuda/ into fastsam/_C_cuda.abi3.so.
 
-The environment variable FASTSAM_BUILD says what is compiled:
+The environment variable FASTSAM_BUILD selects what is compiled:
 
-    auto  for the CPU if torch can be imported and a C++ compiler works, else nothing: pure Python; for CUDA, too, if
-          torch is a build for CUDA and there is an nvcc (the default)
+    auto  (the default) for the CPU if torch can be imported and a C++ compiler works, else nothing (pure Python); also
+          for CUDA if torch is a CUDA build and there is an nvcc
     cpu   for the CPU, or fail
     cuda  for the CPU and for CUDA, or fail; torch may be a CPU build
     sanitize  for the CPU, with AddressSanitizer and UBSan, or fail (make sanitize)
     none  nothing: pure Python
 
-FASTSAM_CUDA_ARCHS, if set, says for which GPUs: "90", or "80;90". CUDACXX, if set, is the nvcc.
+FASTSAM_CUDA_ARCHS, if set, selects the GPU architectures: "90", or "80;90". CUDACXX, if set, is the nvcc to use.
 
 The compiler needs torch's headers, so: pip install --no-build-isolation --no-deps .
 """
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setuptools
@@ -30,30 +31,30 @@ from setuptools import Extension, find_packages
 from setuptools.command.build_py import build_py
 
 CHOICES = ("auto", "cpu", "cuda", "sanitize", "none")
-CSRC = Path("csrc")  # relative, as setuptools wants sources; a build runs in this file's folder
+CSRC = Path("csrc")  # relative, as setuptools requires for sources; a build runs in this file's folder
 
-CPP_STANDARD = "-std=c++20"  # what the headers of torch 2.13 are written in
+CPP_STANDARD = "-std=c++20"  # required by the headers of torch 2.13
 COMPILE_ARGS = [
     CPP_STANDARD,
     "-O3",
-    "-g0",  # Python adds -g, and nine tenths of the file would be for a debugger
-    "-fno-math-errno",  # errno would keep sqrt, and with it Adam's loop, scalar
-    # GCC takes options such as `adaptive` out of a loop, without which AVX2 has no vectors for it, only if it is small.
+    "-g0",  # Python adds -g, and debug information would be nine tenths of the file
+    "-fno-math-errno",  # errno would prevent vectorising sqrt, and so Adam's loop
+    # GCC moves conditions such as `adaptive` out of a loop only if it is small, and needs that to vectorise for AVX2.
     "--param=max-unswitch-insns=1000",
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
-    # PyTorch's stable ABI of 2.10 and Python's of 3.10: one binary for these and all later ones.
+    # PyTorch's stable ABI of 2.10 and Python's of 3.10: one binary for these and all later versions.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DPy_LIMITED_API=0x030A0000",
 ]
-# After the others: reports name lines, and undefined behaviour, signed overflow too, ends the program.
+# These follow the others: reports contain line numbers, and undefined behaviour (also signed overflow) is fatal.
 SANITIZERS = "-fsanitize=address,undefined"
 SANITIZE_ARGS = [SANITIZERS, "-fno-sanitize-recover=all", "-fno-wrapv", "-fno-omit-frame-pointer", "-O1", "-g"]
 
 CUDA_LIBRARY = "fastsam._C_cuda"
 CUDA_ARCHS = ("80", "90", "100", "120")
-OLDEST_NVCC = (12, 1)  # takes 32,764 bytes of kernel arguments
+OLDEST_NVCC = (12, 1)  # allows 32,764 bytes of kernel arguments
 
 
 def first_line(text: object) -> str:
@@ -62,14 +63,14 @@ def first_line(text: object) -> str:
 
 
 def find_obstacle() -> str | None:
-    """Returns why nothing can be compiled here, in one line, or None."""
+    """Returns one line that says why nothing can be compiled here, or None."""
     try:
         import torch
     except (ImportError, OSError) as error:
         return f"torch cannot be imported ({first_line(error)}): --no-build-isolation --no-deps lets the build see it"
     if torch.__version__ < (2, 10):
         return f"torch {torch.__version__} is older than 2.10"
-    # setuptools and torch each have a default of their own: name one compiler for both.
+    # setuptools and torch have different defaults: this sets one compiler for both.
     compiler = os.environ.setdefault("CXX", "c++")
     with tempfile.TemporaryDirectory() as folder:
         flags = [CPP_STANDARD, "-shared", "-fPIC", "-I", sysconfig.get_path("include"), "-x", "c++", "-"]
@@ -85,21 +86,21 @@ def find_obstacle() -> str | None:
 
 
 def cpu_build(sanitize: bool = False) -> dict:
-    """Returns what compiles ``fastsam._C`` from csrc/*.cpp and csrc/cpu/*.cpp, as keywords of ``setup``."""
+    """Returns the keywords of ``setup`` that compile ``fastsam._C`` from csrc/*.cpp and csrc/cpu/*.cpp."""
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     extension = Extension(
         "fastsam._C",
         sources=[str(path) for folder in (CSRC, CSRC / "cpu") for path in sorted(folder.glob("*.cpp"))],
         depends=[str(path) for folder in (CSRC, CSRC / "cpu") for path in sorted(folder.glob("*.h"))],
-        # -isystem: warnings are for this project's code.
+        # -isystem: warn about this project's code only.
         extra_compile_args=[
             *COMPILE_ARGS,
             *(SANITIZE_ARGS if sanitize else []),
             *(f"-isystem{path}" for path in include_paths()),
         ],
         extra_link_args=[SANITIZERS] if sanitize else [],
-        # The stable ABI is all in libtorch_cpu; CppExtension's other libraries would be needed at run time for nothing.
+        # libtorch_cpu has the whole stable ABI; CppExtension would also link libraries that are not needed.
         libraries=["torch_cpu"],
         library_dirs=library_paths(),
         language="c++",
@@ -114,11 +115,11 @@ def cpu_build(sanitize: bool = False) -> dict:
 
 @functools.cache
 def find_nvcc() -> tuple[str, str]:
-    """Returns the nvcc, and why there is none that can be used, in one line: one of the two is empty."""
+    """Returns the nvcc to use, and one line that says why there is none: one of the two is empty."""
     cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{cuda_home}/bin")
     if nvcc is None:
-        return "", "there is no nvcc: CUDACXX or CUDA_HOME can say where it is"
+        return "", "no nvcc was found: set CUDACXX or CUDA_HOME"
     try:
         found = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -126,11 +127,25 @@ def find_nvcc() -> tuple[str, str]:
     release = re.search(r"release (\d+)\.(\d+)", found)
     if release is None or tuple(map(int, release.groups())) < OLDEST_NVCC:
         return "", f"{nvcc} is older than {'.'.join(map(str, OLDEST_NVCC))}"
+    # Each nvcc takes C++ compilers up to some version.
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text("#include <vector>\n__global__ void probe(std::vector<int>*) {}\n")
+        command = [*with_compiler(nvcc), CPP_STANDARD, "-c", str(source), "-o", f"{folder}/probe.o"]
+        probe = subprocess.run(command, capture_output=True, text=True, check=False)
+    if probe.returncode != 0:
+        reason = first_line((probe.stderr or probe.stdout).strip()) or f"exit status {probe.returncode}"
+        return "", f"{nvcc} does not compile with {os.environ['CXX']} ({reason})"
     return nvcc, ""
 
 
+def with_compiler(nvcc: str) -> list[str]:
+    """Returns nvcc, told which C++ compiler to use."""
+    return [nvcc, f"-ccbin={shlex.split(os.environ['CXX'])[-1]}"]
+
+
 def target_flags(nvcc: str) -> list[str]:
-    """Returns for which GPUs nvcc compiles: machine code for each kind, and PTX for those to come."""
+    """Returns nvcc's target flags: machine code for each architecture, and PTX for later ones."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     wanted = os.environ.get("FASTSAM_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split()
     if unknown := [arch for arch in wanted if f"sm_{arch}" not in known]:
@@ -144,29 +159,36 @@ def target_flags(nvcc: str) -> list[str]:
 
 
 def compile_cuda(folder: Path, library: Path) -> None:
-    """Compiles csrc/cuda/ into a library of its own, with CUDA's runtime inside. CUDAExtension refuses a CPU torch."""
+    """Compiles csrc/cuda/ into a library of its own, with CUDA's runtime linked statically.
+
+    It calls nvcc itself, because CUDAExtension refuses a CPU build of torch.
+    """
     from torch.utils.cpp_extension import include_paths, library_paths
 
     nvcc, _ = find_nvcc()
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    nvcc_with_compiler = [nvcc, f"-ccbin={shlex.split(os.environ['CXX'])[-1]}"]
-    command = [*nvcc_with_compiler, "-std=c++20", "-O3", "--threads=2", *target_flags(nvcc)]
+    command = [*with_compiler(nvcc), CPP_STANDARD, "-O3", "--threads=2", *target_flags(nvcc)]
     command += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-isystem={path}" for path in include_paths()]
-    objects = []
-    for source in sorted(path for path in (CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cpp")):
-        objects.append(str(folder / f"{source.stem}.o"))
-        subprocess.run([*command, "-c", str(source), "-o", objects[-1]], check=True)
+
+    def compile_one(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        subprocess.run([*command, "-c", str(source), "-o", target], check=True)
+        return target
+
+    sources = [path for path in sorted((CSRC / "cuda").iterdir()) if path.suffix in (".cu", ".cpp")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
     # libtorch brings libtorch_cuda where there is one. The runtime's symbols stay inside: torch has a runtime, too,
     # maybe another one.
     link = ["-shared", "-cudart=static", "-Xlinker=--no-as-needed", "-Xlinker=--exclude-libs,ALL"]
     link += [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"]
-    subprocess.run([*nvcc_with_compiler, *link, *objects, "-o", str(library)], check=True)
+    subprocess.run([*with_compiler(nvcc), *link, *objects, "-o", str(library)], check=True)
 
 
 def cuda_build() -> dict:
-    """Returns what also compiles csrc/cuda/: no Python module, but named and placed like one."""
+    """Returns the keywords of ``setup`` that also compile csrc/cuda/, into a library named and placed like a module."""
     build = cpu_build()
 
     class BuildWithCuda(build["cmdclass"]["build_ext"]):
@@ -176,7 +198,7 @@ def cuda_build() -> dict:
             else:
                 super().build_extension(extension)
 
-    library = Extension(CUDA_LIBRARY, sources=[], py_limited_api=True)  # its sources are not setuptools' to compile
+    library = Extension(CUDA_LIBRARY, sources=[], py_limited_api=True)  # setuptools does not compile its sources
     return build | {"ext_modules": [*build["ext_modules"], library], "cmdclass": {"build_ext": BuildWithCuda}}
 
 
@@ -188,7 +210,7 @@ def torch_has_cuda() -> bool:
 
 
 def pure_build(obstacle: str | None) -> dict:
-    """Returns a build that compiles nothing and, where that was not asked for, says so when it runs."""
+    """Returns a build that compiles nothing, and prints the obstacle, if there is one, when it runs."""
 
     class BuildPurePython(build_py):
         def run(self) -> None:
@@ -211,20 +233,22 @@ def choose_build(choice: str) -> dict:
         return pure_build(obstacle)
     if obstacle:
         raise SystemExit(f"FASTSAM_BUILD={choice}: {obstacle}")
-    _, cuda_obstacle = find_nvcc()
+    _, cuda_obstacle = find_nvcc() if choice in ("auto", "cuda") else ("", "")
     if choice == "cuda" and cuda_obstacle:
         raise SystemExit(f"FASTSAM_BUILD=cuda: {cuda_obstacle}")
-    with_cuda = choice == "cuda" or (choice == "auto" and torch_has_cuda() and not cuda_obstacle)
-    return cuda_build() if with_cuda else cpu_build(sanitize=choice == "sanitize")
+    wants_cuda = choice == "cuda" or (choice == "auto" and torch_has_cuda())
+    if wants_cuda and cuda_obstacle:
+        print(f"fastsam: without the compiled CUDA backend, because {cuda_obstacle}", file=sys.stderr)
+    return cuda_build() if wants_cuda and not cuda_obstacle else cpu_build(sanitize=choice == "sanitize")
 
 
 if __name__ == "__main__":
-    # Without isolation nobody checks what pyproject.toml requires, and an older one's own complaint misleads.
+    # Without isolation pip does not check pyproject.toml's requirements, and older versions give a misleading error.
     if int(setuptools.__version__.partition(".")[0]) < 77:
         raise SystemExit(f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
     setuptools.setup(
         packages=[*find_packages(include=["fastsam", "fastsam.*"]), "fastsam.kernels"],
-        # The folder has no place under fastsam/, and the top-level name `kernels` belongs to another project.
+        # The folder is not under fastsam/, and the top-level name `kernels` belongs to another project.
         package_dir={"fastsam.kernels": "kernels"},
         **choose_build(os.environ.get("FASTSAM_BUILD", "auto")),
     )

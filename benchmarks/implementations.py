@@ -36,7 +36,7 @@ DESCRIPTIONS = {
     PEER: "the published package, tensor by tensor, over the base by its default",
     PEER_IN_LISTS: "the same with its lists: restores in place; clones its backups anew in every step, keeps no masters"
     " and does not restore after an exception",
-    HEAVYBALL: "the published package, compiled: perturbs by ball * w^2 * g, without any norm (so neither SAM nor ASAM as"
+    HEAVYBALL: "the published package, compiled: perturbs by ball * w^2 * g, without any norm (neither SAM nor ASAM as"
     " published), zeroes the first gradients, needs a closure",
     LISTS: "_foreach_norm (4), _foreach_copy_ (8), _foreach_mul by the scale (8), _foreach_add_ (12), _foreach_copy_"
     " back (8), fused base",

@@ -159,8 +159,10 @@ def one_visit(device: Device, implementation: Implementation, params: list[Tenso
         with clock.running():
             step()
 
-    def restoring() -> dict[str, float]:
+    def restoring(head_start: float = 0.0) -> dict[str, float]:
         """``restore_``, which no step over a fused base calls."""
+        device.flush_cache()
+        device.head_start(head_start)
         optimizer.first_step(zero_grad=False)
         with clock.running():
             optimizer.restore()
@@ -172,12 +174,13 @@ def one_visit(device: Device, implementation: Implementation, params: list[Tenso
             return by_every_clock(device, prepare, step)
         if device.asynchronous:
             seconds = by_every_clock(device, prepare, step)
+            ahead = 2 * seconds[HOST]
             prepare()
             device.flush_cache()
-            device.head_start(2 * seconds[HOST])
+            device.head_start(ahead)
             timed_operations()
             device.synchronize()
-            return {**seconds, **clock.seconds(), **restoring()}
+            return {**seconds, **clock.seconds(), **restoring(ahead)}
         seconds = by_every_clock(device, prepare, timed_operations)
         parts = clock.seconds()
         return {**seconds, AROUND: seconds[STEP] - sum(parts.values()), **parts, **restoring()}
@@ -188,13 +191,12 @@ def one_visit(device: Device, implementation: Implementation, params: list[Tenso
 def method_costs(
     device: Device, model: str, base: str, seconds: float, drive: Drive | None = None, fewest: int = FEWEST_ROUNDS
 ) -> MethodCosts:
-    """Rounds over all methods, by the fastest backend."""
+    """Rounds over all methods, by the backend that "auto" takes for each."""
     shapes = shapes_of(model)
     torch.manual_seed(0)
     weights = [torch.randn(shape, device=device.type).mul_(0.02) for shape in shapes]
     gradients = Gradients(shapes, device=device.type)
     copy = Copy(device)
-    backend = operations.fastest(device.type)
 
     def clock() -> float:
         device.synchronize()
@@ -205,7 +207,7 @@ def method_costs(
     for name in METHODS:
         try:
             params = [w.clone().requires_grad_() for w in weights]
-            steps = MethodSteps(name, params, gradients, base, backend)
+            steps = MethodSteps(name, params, gradients, base, "auto")
             steps(clock)
             visits[name] = lambda steps=steps: {STEP: steps(clock)}
         except Exception as error:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from benchmarks import operations, plan
-from benchmarks.device import reason_of
+from benchmarks.device import Unavailable, reason_of
 from benchmarks.host_time import host_time
-from benchmarks.implementations import COMPILED, FUSED_BASE
+from benchmarks.implementations import FUSED_BASE
 from benchmarks.measure import Visit, driven_by, interleaved
 from benchmarks.optimizer_part import PartRun, method_costs
 from benchmarks.records import TrainingStep
@@ -19,8 +21,9 @@ from benchmarks.training import FASTSAM, HALF_BATCH, IN_A_GRAPH, prepare, rows
 def test_operations(case: plan.Backend, session: Session) -> None:
     """Before anything is timed: what is timed is right."""
     if reason := operations.obstacle(case.name, session.device.type):
-        session.missing(case.name, reason)
-        return
+        if case.name in session.required:
+            pytest.fail(f"{case.name}: {reason}", pytrace=False)
+        raise Unavailable(reason)
     start = time.perf_counter()
     outcome = operations.compare_with_reference(case.name, session.device.type)
     session.say(f"{case.name}: {outcome.steps} steps, largest error {outcome.error:.2g} eps ({outcome.where})")
@@ -32,7 +35,7 @@ def test_optimizer_part(case: plan.Part, session: Session, benchmark: Any) -> No
     run = PartRun(session.device, case, compiler="eager" if session.dry else "inductor", fewest=session.fewest)
     names, skipped = run.names()
     record = run.measure(names, skipped, session.seconds * case.pace, driven_by(benchmark))
-    session.add(record, needed={*session.required, FUSED_BASE, *([COMPILED] if case.compiled else [])})
+    session.add(record, needed={*session.required, FUSED_BASE})
 
 
 def test_method_costs(case: plan.MethodCosts, session: Session, benchmark: Any) -> None:

@@ -59,7 +59,8 @@ def prepare(network: Network, device: Device, row: str) -> Visit:
     model = network.build().to(device.type)
     network.on(model)
     inputs, targets = network.examples(device.type)
-    full, half = Pass(model, inputs, targets), Pass(model, inputs[::2], targets[::2])
+    count = network.batch // 2
+    full, half = Pass(model, inputs, targets), Pass(model, inputs[:count], targets[:count])
     step = _step(network, device, row, list(model.parameters()), full, half)
     steps = next((period(name) for name in METHODS if row == of_method(name)), 1)
 

@@ -95,12 +95,12 @@ void check_present(const TensorTable& table, Row row, const char* name, const Ne
 }
 
 inline void check_masters(const TensorTable& table) {
-  check_present(table, kMaster, "master", [&](int64_t) { return table.has_masters; });
+  if (table.has_masters) check_present(table, kMaster, "master", [](int64_t) { return true; });
 }
 
 // A count is a float of its own, of an empty tensor too.
 inline void check_steps(const TensorTable& table, bool needed) {
-  check_present(table, kStep, "step", [&](int64_t) { return needed; });
+  if (needed) check_present(table, kStep, "step", [](int64_t) { return true; });
   for (int64_t i = 0; i < table.tensor_count; ++i) {
     const int64_t address = table.addresses[kStep * table.tensor_count + i];
     STD_TORCH_CHECK(address % static_cast<int64_t>(sizeof(float)) == 0, "fastsam: the step of tensor ", i,

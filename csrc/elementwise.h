@@ -170,20 +170,27 @@ struct SgdStep {
     return weight_decay != 0 ? unscaled + weight_decay * param : unscaled;
   }
 
-  FASTSAM_HOST_DEVICE T update(T param, T grad) const { return param - lr * direction(param, grad); }
-
-  FASTSAM_HOST_DEVICE T update(T param, T grad, T& momentum_buffer) const {
+  // An update is in two parts, as Adam's: the state advances and may be stored, then the weights follow from what
+  // advance() returned. kSlots is the number of state tensors: 0, or 1 with momentum.
+  template <int kSlots>
+  FASTSAM_HOST_DEVICE T advance(T param, T grad, T& momentum_buffer, T&, T&) const {
     const T step = direction(param, grad);
+    if constexpr (kSlots == 0) return step;
     const T buffer = momentum * momentum_buffer + grad_weight * step;
     momentum_buffer = buffer;
-    return param - lr * (nesterov ? step + momentum * buffer : buffer);
+    return nesterov ? step + momentum * buffer : buffer;
   }
 
-  // The same for both: kSlots is the number of state tensors, 0 or 1.
-  template <int kSlots>
-  FASTSAM_HOST_DEVICE T updated(T param, T grad, T& momentum_buffer, T&, T&) const {
-    if constexpr (kSlots == 0) return update(param, grad);
-    return update(param, grad, momentum_buffer);
+  FASTSAM_HOST_DEVICE T apply(T param, T, T step) const { return param - lr * step; }
+
+  FASTSAM_HOST_DEVICE T update(T param, T grad) const {
+    T none = 0;
+    return apply(param, none, advance<0>(param, grad, none, none, none));
+  }
+
+  FASTSAM_HOST_DEVICE T update(T param, T grad, T& momentum_buffer) const {
+    T none = 0;
+    return apply(param, none, advance<1>(param, grad, momentum_buffer, none, none));
   }
 };
 
@@ -223,13 +230,17 @@ struct AdamStep {
     return param * decay_factor - step_size * exp_avg / denominator;
   }
 
-  // kSlots is the number of state tensors: 2, or 3 with amsgrad.
+  // See SgdStep. kSlots is the number of state tensors: 2, or 3 with amsgrad.
   template <int kSlots>
-  FASTSAM_HOST_DEVICE T updated(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
+  FASTSAM_HOST_DEVICE T advance(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
     moments(param, grad, exp_avg, exp_avg_sq);
-    if constexpr (kSlots == 2) return update(param, exp_avg, exp_avg_sq);
+    if constexpr (kSlots == 2) return exp_avg_sq;
     max_exp_avg_sq = larger(max_exp_avg_sq, exp_avg_sq);
-    return update(param, exp_avg, max_exp_avg_sq);
+    return max_exp_avg_sq;
+  }
+
+  FASTSAM_HOST_DEVICE T apply(T param, T exp_avg, T second_moment) const {
+    return update(param, exp_avg, second_moment);
   }
 };
 

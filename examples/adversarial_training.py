@@ -3,12 +3,12 @@
     python examples/adversarial_training.py --gamma 0.01      # 0: adversarial training alone
 
 Each step (Wu et al., NeurIPS 2020, https://arxiv.org/abs/2004.05884, algorithm 1) first finds adversarial inputs at the
-present weights, then climbs with the weights on a proxy loss over these inputs, and descends there by TRADES' loss
-(Zhang et al., ICML 2019, https://arxiv.org/abs/1901.08573): right on clean inputs, and alike on adversarial ones. Needs
-scikit-learn.
+present weights, then perturbs the weights to increase a proxy loss over these inputs, and descends with the gradient of
+TRADES' loss there (Zhang et al., ICML 2019, https://arxiv.org/abs/1901.08573), which asks for correct predictions on
+clean inputs and for the same predictions on adversarial ones. Needs scikit-learn.
 
-With --seed 0 and 1 and without AWP: 91.9 and 92.9% of the clean test digits, 42.9 and 43.3% of the attacked ones; with
-it 92.9 and 93.5%, 44.5 and 45.3%.
+Accuracy with --seed 0 and 1: without AWP 91.9 and 92.9% on the clean test digits, 42.9 and 43.3% on the attacked ones;
+with AWP 92.9 and 93.5%, 44.5 and 45.3%.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from fastsam import FastSAM, methods
 from fastsam.demo.data import load_noisy_digits
 
 BATCH_SIZE = 50
-EPSILON = 0.2  # how far a pixel in [0, 1] may be moved
+EPSILON = 0.2  # the largest change of a pixel in [0, 1]
 TRADE_OFF = 3.0  # TRADES' beta
 
 
@@ -30,7 +30,7 @@ def attack(model, images, labels, *, epsilon=EPSILON, steps=5):
     worst = images + torch.empty_like(images).uniform_(-epsilon, epsilon)
     for _ in range(steps):
         worst = worst.clamp(0, 1).requires_grad_()
-        # With respect to the images alone: the parameters' .grad stays as it is.
+        # With respect to the images only: the parameters' .grad is not changed.
         (grad,) = torch.autograd.grad(F.cross_entropy(model(worst), labels), worst)
         worst = worst.detach() + 2 * epsilon / steps * grad.sign()
         worst = torch.maximum(torch.minimum(worst, images + epsilon), images - epsilon)
@@ -82,7 +82,9 @@ def train(*, gamma=0.01, epochs=20, backend="auto", seed=0, device="cpu"):
 
 def main():
     parser = argparse.ArgumentParser(description="Adversarial training with AWP on scikit-learn's digits.")
-    parser.add_argument("--gamma", type=float, default=0.01, help="the weights' perturbation, by matrix: gamma * ||w||")
+    parser.add_argument(
+        "--gamma", type=float, default=0.01, help="length of the perturbation of each matrix: gamma * ||w||"
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--backend", default="auto", help="FastSAM's backend")
     parser.add_argument("--seed", type=int, default=0)

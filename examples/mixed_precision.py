@@ -19,26 +19,26 @@ CLIP = 1.0
 
 
 def float16_step(model, optimizer, scaler, images, labels):
-    """torch's own AMP loop with a first phase in front. Scaling keeps small gradients above zero in float16."""
+    """torch's AMP loop, preceded by a first phase. The scale keeps small float16 gradients from underflow."""
     device = images.device.type
     optimizer.zero_grad()
     with torch.autocast(device, torch.float16):
         loss = F.cross_entropy(model(images), labels)
     scaler.scale(loss).backward()
-    optimizer.first_step()  # the climb does not depend on the scale; after an overflow there is none
+    optimizer.first_step()  # does not depend on the scale; after an overflow it perturbs nothing
 
     with torch.autocast(device, torch.float16):
-        climbed_loss = F.cross_entropy(model(images), labels)
-    scaler.scale(climbed_loss).backward()
-    scaler.unscale_(optimizer)  # only because of the clipping
+        perturbed_loss = F.cross_entropy(model(images), labels)
+    scaler.scale(perturbed_loss).backward()
+    scaler.unscale_(optimizer)  # needed for clipping
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    scaler.step(optimizer)  # back to the weights, and an update unless a gradient has overflowed
+    scaler.step(optimizer)  # restores the weights, and updates them unless a gradient has overflowed
     scaler.update()
     return loss
 
 
 def bfloat16_step(model, optimizer, images, labels):
-    """bfloat16 has float32's range: nothing to scale, and a closure does. It may keep both passes in one autocast."""
+    """bfloat16 has float32's range: no scaler is needed. Both passes may be in one autocast block."""
 
     def closure():
         optimizer.zero_grad()
@@ -77,4 +77,4 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     _, accuracy, _ = train(getattr(torch, arguments.dtype), device=arguments.device)
-    print(f"{100 * accuracy:.1f}% of the test digits, learnt from labels of which 40% are wrong")
+    print(f"{100 * accuracy:.1f}% test accuracy, trained with 40% wrong labels")

@@ -1,10 +1,10 @@
-"""Training that may be killed at any moment: started again, it goes on from its last checkpoint, bit for bit.
+"""Training that may be killed at any moment: after a restart it resumes from its last checkpoint, bit for bit.
 
-    python examples/resumable_training.py run.pt     # kill -9 it as often as you like, and start it again
+    python examples/resumable_training.py run.pt     # kill -9 and start it again as often as you like
 
 A checkpoint holds everything that the next step depends on: the weights and batch-norm statistics, the optimizer's
-state, the schedule, torch's random numbers and the step. The order of the batches follows from the epoch alone.
-Checkpoints are made between steps: `optimizer.state_dict()` raises while the weights are climbed. Needs scikit-learn.
+state, the schedule, the state of torch's generator and the step. The order of the batches depends on the epoch only.
+Checkpoints are made between steps: `optimizer.state_dict()` raises while the weights are perturbed. Needs scikit-learn.
 """
 
 import os
@@ -22,7 +22,7 @@ BATCH_SIZE = 16
 
 
 def train(path, *, steps=1000, save_every=50, backend="auto"):
-    """Trains until `steps`, from the checkpoint at `path` if there is one; the last checkpoint is the result."""
+    """Trains up to step `steps`, from the checkpoint at `path` if there is one; the last checkpoint is the result."""
     data = load_noisy_digits(noise=0.4, seed=0)
     model = make_cnn(seed=0)
     optimizer = FastSAM(model.parameters(), rho=0.2, lr=3e-3, momentum=0.9, model=model, backend=backend)
@@ -61,13 +61,13 @@ def train(path, *, steps=1000, save_every=50, backend="auto"):
 
 
 def batch_at(step, size):
-    """The indices of a step's batch, whoever asks: nothing about the order has to be saved."""
+    """The indices of a step's batch, a function of the step: the order need not be saved."""
     epoch, position = divmod(step, -(-size // BATCH_SIZE))
     return torch.randperm(size, generator=torch.Generator().manual_seed(epoch)).split(BATCH_SIZE)[position]
 
 
 def save_atomically(checkpoint, path):
-    """After a kill, `path` is the old checkpoint or the new one, never a part of one."""
+    """After a kill, the file at `path` is the old or the new checkpoint, never a part of one."""
     unfinished = path.with_suffix(".unfinished")
     with open(unfinished, "wb") as file:
         torch.save(checkpoint, file)

@@ -1,4 +1,4 @@
-"""Which torch.optim classes run fused with the restore; for each: its options and its state names."""
+"""The torch.optim classes that run fused with the restore, with their options and state names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FusedUpdate(NamedTuple):
     options: Callable[[Group], SGDOptions | AdamOptions]
     state_names: Callable[[Group], StateNames]
     saved: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    """What of a parameter's state goes into a state_dict."""
+    """The entries of a parameter's state that a state_dict contains."""
 
 
 def _sgd_options(group: Group) -> SGDOptions:
@@ -39,14 +39,15 @@ def _sgd_options(group: Group) -> SGDOptions:
 def _sgd_state(group: Group) -> StateNames:
     if group["momentum"] == 0:
         return StateNames()
-    # torch.optim.SGD counts no steps. Only with dampening does a first step differ from one over a buffer of zeros, so
-    # only there must a checkpoint say whether it has happened.
-    return StateNames(("momentum_buffer",), STEP_NAME if group["dampening"] != 0 else None)
+    # torch.optim.SGD counts no steps. A first step differs from one with a buffer of zeros only with dampening, so only
+    # then a checkpoint must contain a count.
+    # A buffer of -0.0 becomes the first gradient bit for bit, as torch's: -0.0 + g is g.
+    return StateNames(("momentum_buffer",), STEP_NAME if group["dampening"] != 0 else None, -0.0)
 
 
 def _saved_sgd_state(entries: dict[str, Any]) -> dict[str, Any]:
-    # Before a first step (an overflow has skipped it, say) the buffer is zeros, in which torch.optim.SGD would see a
-    # past.
+    # Before the first step (which an overflow may have skipped) the buffer is zeros; torch.optim.SGD would take it for
+    # the result of an earlier step.
     if float(entries.get(STEP_NAME, 1)) != 0:
         return dict(entries)
     return {name: value for name, value in entries.items() if name not in ("momentum_buffer", STEP_NAME)}
@@ -74,7 +75,7 @@ def _adam_state(group: Group) -> StateNames:
 
 _ADAM = FusedUpdate(Update.ADAM, _adam_options, _adam_state)
 
-# Exactly these classes: a subclass may do anything in its step().
+# Exactly these classes: a subclass may have another step().
 FUSED: dict[type[torch.optim.Optimizer], FusedUpdate] = {
     torch.optim.SGD: FusedUpdate(Update.SGD, _sgd_options, _sgd_state, _saved_sgd_state),
     torch.optim.Adam: _ADAM,
@@ -83,7 +84,7 @@ FUSED: dict[type[torch.optim.Optimizer], FusedUpdate] = {
 
 
 def check_base(base: Any, options: Mapping[str, Any], reserved: Sequence[str]) -> None:
-    """Raises TypeError or ValueError if ``base`` cannot be the base optimizer; no option of it may be ``reserved``."""
+    """Raises TypeError or ValueError if ``base`` cannot be the base optimizer, or has a ``reserved`` option."""
     if isinstance(base, torch.optim.Optimizer):
         raise TypeError(f"base must be a class such as torch.optim.SGD, got an instance of {type(base).__name__}")
     if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):

@@ -1,4 +1,4 @@
-"""What FastSAM adds to the base's state_dict, and what it makes of one that is loaded."""
+"""What FastSAM adds to the base's state_dict, and how it completes a loaded one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastsam.schedules import is_schedule
 from fastsam.spec import MASTER_NAME, STEP_NAME
 
 STEP_COUNT = "fastsam_step"
-"""In each parameter group: the number of steps, where a method, an interval or a schedule asks for it."""
+"""In each parameter group: the number of steps, if a method, an interval or a schedule uses it."""
 
 METHOD = "fastsam_method"
 """In the groups of a checkpoint: the method, if it keeps something in ``state``."""
@@ -26,7 +26,7 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 def complete_saved(saved: dict[str, Any], method: Method, update: FusedUpdate | None, step: int) -> None:
-    """Makes what ``Optimizer.state_dict()`` has returned in step ``step`` loadable by FastSAM and by its base."""
+    """Completes the result of ``Optimizer.state_dict()`` in step ``step``, so that FastSAM and its base can load it."""
     if update is not None:
         saved["state"] = {key: update.saved(entries) for key, entries in saved["state"].items()}
         _bring_steps_to_host(saved)
@@ -38,7 +38,7 @@ def complete_saved(saved: dict[str, Any], method: Method, update: FusedUpdate | 
 
 
 def _bring_steps_to_host(saved: dict[str, Any]) -> None:
-    """Step counts are on the device; a base that is neither capturable nor fused would wait for each of them."""
+    """Moves step counts to the CPU, where a base that is neither capturable nor fused reads them without waiting."""
     found: list[tuple[dict[str, Any], str]] = []
     for group in saved["param_groups"]:
         if group.get("capturable") or group.get("fused"):
@@ -120,8 +120,8 @@ class LoadHooks:
         if name is None or getattr(saved, "state_name", "") is None or name == type(self._method).__name__:
             return
         raise ValueError(
-            f"the state is {name}'s, this optimizer's method is {self._method}: what one keeps is of no use to "
-            f"the other; to go on without, remove {METHOD!r} from the state's param_groups"
+            f"the state belongs to the method {name}, this optimizer's method is {self._method}, which cannot use it; "
+            f"to load it without the method's state, remove {METHOD!r} from its param_groups"
         )
 
 

@@ -14,8 +14,8 @@ from fastsam.optimizer import FastSAM
 class SAM(FastSAM):
     r"""FastSAM for code written for https://github.com/davda54/sam.
 
-    The differences from :class:`FastSAM` are that ``step(closure)`` expects the first pass's gradients to be there
-    already and calls the closure once, and that ``first_step`` and ``second_step`` keep the gradients unless told.
+    It differs from :class:`FastSAM` in two ways: ``step(closure)`` expects the gradients of the first pass to exist and
+    calls the closure once, and ``first_step`` and ``second_step`` do not clear the gradients by default.
 
     Example::
 
@@ -30,7 +30,7 @@ class SAM(FastSAM):
         params: as for any torch optimizer.
         base_optimizer: a :class:`torch.optim.Optimizer` class.
         rho: radius of the neighbourhood, >= 0.
-        adaptive: ASAM's ascent, with T = \|w\|.
+        adaptive: ASAM's perturbation, with T = \|w\|.
         **kwargs: the base optimizer's options; also FastSAM's ``model``, ``backend``, ``rounding``,
             ``rounding_seed`` and ``master_weights``.
     """
@@ -44,10 +44,10 @@ class SAM(FastSAM):
         **kwargs: Any,
     ) -> None:
         if kwargs.pop("replay_rng", False):
-            raise ValueError("replay_rng is FastSAM's: here the first pass is over before step(closure) begins")
+            raise ValueError("replay_rng is FastSAM's option: here the first pass is over before step(closure) begins")
         for name in ("method", "interval"):
             if name in kwargs:
-                raise ValueError(f"{name} is FastSAM's: here every step ascends once")
+                raise ValueError(f"{name} is FastSAM's option: here every step is plain SAM's")
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, **kwargs)
 
     def first_step(self, zero_grad: bool = False) -> bool:
@@ -55,7 +55,7 @@ class SAM(FastSAM):
         return super().first_step(zero_grad)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Perturbs by the gradients that are there, calls ``closure`` once for those at w + e, and updates.
+        """Perturbs by the present gradients, calls ``closure`` once for the gradients at w + e, and updates.
 
         Args:
             closure: a full forward and backward pass; gradients are set to None before it.

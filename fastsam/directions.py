@@ -1,4 +1,4 @@
-"""Directions of ascent that are no gradients: drawn at random, or computed by a method in plain PyTorch."""
+"""Directions of ascent that are not gradients: drawn at random, or computed by a method in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def draw_noise(tables: Sequence[TensorTable], seed: int, step: int) -> None:
 
 
 def choose_directions(tables: Sequence[TensorTable], method: Method, further: bool) -> None:
-    """Asks the method for the directions of the parameters that are to move; what gets none does not move.
+    """Asks the method for the directions of the perturbed parameters; a parameter without one is not perturbed.
 
     Raises:
-        TypeError: the method returned something else than a sequence of tensors and None.
+        TypeError: the method did not return a sequence of tensors and None.
         ValueError: it returned too many or too few, or one of another shape or device.
     """
     places = sorted(
@@ -69,5 +69,5 @@ def _check(method: Method, table: TensorTable, i: int, direction: Any) -> None:
 
 
 def _lay_out(table: TensorTable, i: int, direction: Tensor) -> Tensor:
-    """A copy, so that the step owns it: a method may return a gradient or a tensor that it keeps."""
+    """A copy, which the step owns: a method may return a gradient, or a tensor of its own."""
     return torch.empty_like(table.values[i]).copy_(as_real(direction.detach()))

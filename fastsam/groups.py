@@ -1,4 +1,4 @@
-"""What a parameter group may hold: FastSAM's options completed and checked, radii and their schedules."""
+"""FastSAM's options in parameter groups: defaults and checks; rho in a given step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastsam.spec import AscentOptions
 from fastsam.tables.memory import check_disjoint, check_parameter
 
 GROUP_OPTIONS = ("rho", "adaptive", "perturb", *PRECISION_OPTIONS)
-"""What FastSAM keeps in each group beside the base's options."""
+"""FastSAM's options in each group, besides the base's."""
 
 
 _OPTIONS = frozenset(GROUP_OPTIONS)
@@ -52,7 +52,7 @@ def fill_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
-    """The groups in what a constructor was given for ``params``."""
+    """The parameter groups in the argument ``params`` of a constructor."""
     if isinstance(params, (Tensor, Mapping)) or not isinstance(params, Iterable):
         raise TypeError(
             f"params must be an iterable of tensors, (name, tensor) pairs or dicts, got {type(params).__name__}"
@@ -64,7 +64,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
 
 
 def with_defaults(group: Any, own: Mapping[str, Any], base: type[Optimizer]) -> dict[str, Any]:
-    """A copy of a parameter group, with a list of parameters and FastSAM's options, all of them checked."""
+    """A copy of a parameter group, with its parameters as a list and with FastSAM's options, all checked."""
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"a parameter group must be a dict with 'params', got {group!r}")
     if group.get("differentiable"):
@@ -75,7 +75,7 @@ def with_defaults(group: Any, own: Mapping[str, Any], base: type[Optimizer]) -> 
             f"params must be an iterable of tensors, (name, tensor) pairs or dicts, got {type(params).__name__}"
         )
     if isinstance(params, set):
-        raise TypeError("params must be in an order that does not change from run to run, got a set")
+        raise TypeError("params must be in an order that is the same in every run, got a set; use a list")
     params = [params] if isinstance(params, Tensor) else list(params)
     _refuse_other_bases(group, base)
     whole = {**own, **group, "params": params}
@@ -84,12 +84,12 @@ def with_defaults(group: Any, own: Mapping[str, Any], base: type[Optimizer]) -> 
     _check_options(whole)
     check_precision(whole, base, fused=base in FUSED)
     if isinstance(whole["rho"], numbers.Real):
-        whole["rho"] = float(whole["rho"])  # a checkpoint with NumPy's numbers would not load as weights_only
+        whole["rho"] = float(whole["rho"])  # a checkpoint with NumPy's numbers does not load with weights_only
     return whole
 
 
 def _refuse_other_bases(group: Mapping[str, Any], base: type[Optimizer]) -> None:
-    """Raises TypeError for a group of another FastSAM over another base: its options would silently have no effect."""
+    """Raises TypeError for a group of a FastSAM with another base, whose options would silently have no effect."""
     if not all(name in group for name in GROUP_OPTIONS):
         return
     known = inspect.signature(base).parameters
@@ -97,8 +97,8 @@ def _refuse_other_bases(group: Mapping[str, Any], base: type[Optimizer]) -> None
     unknown = [name for name in group if name not in known and name not in implied and not name.startswith("fastsam_")]
     if unknown:
         raise TypeError(
-            f"this parameter group is another optimizer's: base {base.__name__} does not know {', '.join(unknown)}; "
-            "pass base= and method= as that optimizer was made with, or parameters without its options"
+            f"this parameter group belongs to another optimizer: base {base.__name__} has no {', '.join(unknown)}; "
+            "pass that optimizer's base= and method=, or parameters without its options"
         )
 
 
@@ -145,7 +145,7 @@ def learning_rate(group: Mapping[str, Any]) -> Any:
 
 
 def ascent_options(group: Mapping[str, Any], step: int) -> AscentOptions:
-    """What backends are told of ``group``'s ascent in step ``step``."""
+    """The options of ``group`` that backends need for the ascent in step ``step``."""
     rho = rho_in(group, step)
     _check_rho(rho, read=not isinstance(rho, Tensor) or rho.device.type == "cpu")
     return AscentOptions(rho, bool(group["adaptive"]), bool(group.get("maximize", False)), rounding_seed(group))
@@ -160,7 +160,7 @@ def _check_options(group: Mapping[str, Any]) -> None:
 
 
 def _check_rho(rho: Any, *, read: bool = True) -> None:
-    """Raises if ``rho`` is no radius; ``read=False``: without reading its value, which may be on an accelerator."""
+    """Raises if ``rho`` is not a radius; ``read=False``: does not read its value, which may be on an accelerator."""
     if isinstance(rho, Tensor):
         if rho.numel() != 1:
             raise ValueError(f"rho must be a number or a tensor with one element, got shape {tuple(rho.shape)}")

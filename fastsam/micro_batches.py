@@ -12,7 +12,7 @@ from fastsam.tables.memory import is_exclusive
 
 
 class GradientSums:
-    """The sums of the gradients that parameters have had."""
+    """The sums of the parameters' gradients over the micro-batches of a step."""
 
     def __init__(self) -> None:
         self._sums: dict[Tensor, Tensor] = {}
@@ -20,7 +20,7 @@ class GradientSums:
         self._copied: set[Tensor] = set()
 
     def add(self, params: Iterable[Tensor]) -> None:
-        """Adds the present gradients; a parameter's first one becomes its sum, if nobody else has it."""
+        """Adds the present gradients; a parameter's first gradient itself becomes the sum, if nothing else refers to it."""
         self._check()
         present = [param for param in params if param.grad is not None]
         grads: list[Any] = [param.grad for param in present]
@@ -35,7 +35,7 @@ class GradientSums:
         self._versions = {param: total._version for param, total in self._sums.items()}
 
     def hand_over(self, params: Iterable[Tensor], count: int) -> bool:
-        """Makes the averages of ``count`` micro-batches the parameters' gradients; False if there is none."""
+        """Sets the parameters' gradients to the averages over ``count`` micro-batches; False if there is none."""
         self._check()
         if self._sums:
             torch._foreach_mul_(list(self._sums.values()), 1 / count)

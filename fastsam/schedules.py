@@ -16,7 +16,7 @@ from fastsam.arguments import check
 class RhoByLR:
     """A rho that follows its group's learning rate, from ``rho_min`` at ``lr_min`` to ``rho_max`` at ``lr_max``.
 
-    Zhuang et al. (see :class:`fastsam.methods.GSAM`), algorithm 1. With the smallest values 0, rho is
+    Zhuang et al. (see :class:`fastsam.methods.GSAM`), algorithm 1. With ``rho_min`` and ``lr_min`` 0, rho is
     proportional to the lr.
     """
 
@@ -40,5 +40,5 @@ RhoSchedule = Callable[[int], "float | Tensor"] | RhoByLR
 
 
 def is_schedule(rho: Any) -> bool:
-    """Whether ``rho`` is no radius, but says which one it is in each step."""
+    """Whether ``rho`` is a schedule: a function of the step number, or :class:`RhoByLR`."""
     return callable(rho) or isinstance(rho, RhoByLR)

@@ -30,11 +30,11 @@ class Row(IntEnum):
     FIRST_GRAD = 7
     """The first pass's gradient, where a method needs it for the descent."""
     DIRECTION = 8
-    """A direction of ascent that is not a gradient, such as a random one."""
+    """A direction of ascent that is not a gradient, for example a random one."""
     METHOD_STATE = 9
-    """What a method keeps from step to step."""
+    """A method's state, from step to step."""
     STEP = 10
-    """The float32 count of the updates that the parameter has had; absent where nobody needs it."""
+    """The float32 count of the parameter's updates; absent where it is not needed."""
 
 
 ROWS = len(Row)
@@ -42,7 +42,7 @@ STATE_SLOTS = 3
 
 
 class Update(IntEnum):
-    """Which base update runs fused with the restore."""
+    """The base update that runs fused with the restore."""
 
     NONE = 0
     """The base's own ``step()`` follows: the gradients are prepared for it."""
@@ -116,7 +116,7 @@ class AscentForm(NamedTuple):
 class DescentForm(NamedTuple):
     """The compile-time part of a descent by ``A * x + B * y``, where x is the gradient.
 
-    It is about the parameters that have x and every other tensor that the form names; the others keep their gradient.
+    It applies to the parameters that have x and every other tensor that the form names; the others keep their gradient.
     """
 
     y: int = NONE
@@ -124,7 +124,7 @@ class DescentForm(NamedTuple):
     keeps: bool = False
     """``method_state <- KEEP_X * x + KEEP_FIRST * first_grad + KEEP_STATE * method_state``."""
     decoupled: bool = False
-    """``w`` also moves by ``-(DECOUPLED_X * x + DECOUPLED_Y * y)``, past the base update."""
+    """``w`` also moves by ``-(DECOUPLED_X * x + DECOUPLED_Y * y)``, outside the base update."""
 
 
 class AscentCoefficients(IntEnum):
@@ -183,7 +183,7 @@ class Draw(IntEnum):
 
 
 DRAWS = 8
-"""Room for each parameter's draws: those of parameter p begin at ``DRAWS * p``."""
+"""Draws reserved for each parameter: those of parameter p begin at ``DRAWS * p``."""
 
 
 class StateNames(NamedTuple):
@@ -193,6 +193,8 @@ class StateNames(NamedTuple):
     """One per state slot, of the parameter's shape and dtype (with master weights: float32)."""
     step: str | None = None
     """The 0-dim count of updates, where it is kept in the optimizer's state."""
+    initial: float = 0.0
+    """What fresh moments hold."""
 
 
 MASTER_NAME, STEP_NAME = "fastsam_master", "fastsam_step"

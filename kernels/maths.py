@@ -1,4 +1,4 @@
-"""Arithmetic of one element: selecting products, and what tl leaves imprecise (square root, division, powers)."""
+"""The mathematics of one element: maps, base updates, and arithmetic that tl leaves imprecise."""
 
 import triton
 import triton.language as tl
@@ -91,3 +91,52 @@ def _fraction_product(a, a_rest, b, b_rest):
     rest = part + second
     carry = (part < first).to(tl.uint64) + (rest < second).to(tl.uint64)
     return tl.umulhi(a, b) + carry, rest
+
+
+# ---- the base updates ----
+
+
+@triton.jit
+def _base_gradient(param, grad, grad_factor, weight_decay):
+    """The gradient that a base descends by; ``grad_factor`` unscales it, and negates it to maximize."""
+    unscaled = grad * grad_factor
+    # Selected, not multiplied by zero: 0 * inf is NaN.
+    return tl.where(weight_decay != 0, unscaled + weight_decay * param, unscaled)
+
+
+@triton.jit
+def sgd(param, grad, state, options, MOMENTUM: tl.constexpr):
+    """SGD (Sutskever et al. 2013, as torch.optim.SGD has it): the new weight and momentum buffer."""
+    lr, momentum, grad_weight, weight_decay, grad_factor, nesterov = options
+    step = _base_gradient(param, grad, grad_factor, weight_decay)
+    if MOMENTUM:
+        buffer = momentum * state[0] + grad_weight * step
+        step = tl.where(nesterov, step + momentum * buffer, buffer)
+        return param - lr * step, (buffer,)
+    else:
+        return param - lr * step, ()
+
+
+@triton.jit
+def adam(param, grad, state, options, AMSGRAD: tl.constexpr):
+    """Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), AMSGrad, AdamW: the new weight and moments."""
+    (lr, grad_weight, beta2, square_weight, eps, coupled_decay, decay_factor, inverse_root, grad_factor) = options
+    g = _base_gradient(param, grad, grad_factor, coupled_decay)
+    exp_avg, exp_avg_sq = state[0], state[1]
+    # torch.lerp's two forms: exact at both ends.
+    difference = g - exp_avg
+    exp_avg = tl.where(grad_weight < 0.5, exp_avg + grad_weight * difference, g - difference * (1 - grad_weight))
+    exp_avg_sq = beta2 * exp_avg_sq + square_weight * g * g
+    if AMSGRAD:
+        largest = state[2]
+        # Written so that a NaN in either stays one, as in torch.maximum.
+        keeps = (largest > exp_avg_sq) | (largest != largest)
+        second_moment = tl.where(keeps, largest, exp_avg_sq)
+    else:
+        second_moment = exp_avg_sq
+    denominator = square_root(second_moment) * inverse_root + eps
+    param = param * decay_factor - quotient(lr * exp_avg, denominator)
+    if AMSGRAD:
+        return param, (exp_avg, exp_avg_sq, second_moment)
+    else:
+        return param, (exp_avg, exp_avg_sq)

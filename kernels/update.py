@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fastsam import spec
 
-from .maths import power, quotient, square_root, times
+from .maths import adam, power, sgd, times
 from .rounding import DRAW_METHOD_STATE, DRAW_STATE, DRAW_WEIGHT, is_rounding, random_stream, rounded, stored, widened
 from .walk import (
     BACKUP,
@@ -91,53 +91,7 @@ def _store_state(pointers, at, state, stream, mask, SLOTS: tl.constexpr):
         tl.store(pointers[slot] + at, value, mask=mask)
 
 
-# ---- the base updates ----
-
-
-@triton.jit
-def _base_gradient(param, grad, grad_factor, weight_decay):
-    """The gradient that a base descends by; ``grad_factor`` unscales it, and negates it to maximize."""
-    unscaled = grad * grad_factor
-    # Selected, not multiplied by zero: 0 * inf is NaN.
-    return tl.where(weight_decay != 0, unscaled + weight_decay * param, unscaled)
-
-
-@triton.jit
-def _sgd(param, grad, state, options, MOMENTUM: tl.constexpr):
-    """SGD (Sutskever et al. 2013, as torch.optim.SGD has it): the new weight and momentum buffer."""
-    lr, momentum, grad_weight, weight_decay, grad_factor, nesterov = options
-    step = _base_gradient(param, grad, grad_factor, weight_decay)
-    if MOMENTUM:
-        buffer = momentum * state[0] + grad_weight * step
-        step = tl.where(nesterov, step + momentum * buffer, buffer)
-        return param - lr * step, (buffer,)
-    else:
-        return param - lr * step, ()
-
-
-@triton.jit
-def _adam(param, grad, state, options, AMSGRAD: tl.constexpr):
-    """Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), AMSGrad, AdamW: the new weight and moments."""
-    (lr, grad_weight, beta2, square_weight, eps, coupled_decay, decay_factor, inverse_root, grad_factor) = options
-    g = _base_gradient(param, grad, grad_factor, coupled_decay)
-    exp_avg, exp_avg_sq = state[0], state[1]
-    # torch.lerp's two forms: exact at both ends.
-    difference = g - exp_avg
-    exp_avg = tl.where(grad_weight < 0.5, exp_avg + grad_weight * difference, g - difference * (1 - grad_weight))
-    exp_avg_sq = beta2 * exp_avg_sq + square_weight * g * g
-    if AMSGRAD:
-        largest = state[2]
-        # Written so that a NaN in either stays one, as in torch.maximum.
-        keeps = (largest > exp_avg_sq) | (largest != largest)
-        second_moment = tl.where(keeps, largest, exp_avg_sq)
-    else:
-        second_moment = exp_avg_sq
-    denominator = square_root(second_moment) * inverse_root + eps
-    param = param * decay_factor - quotient(lr * exp_avg, denominator)
-    if AMSGRAD:
-        return param, (exp_avg, exp_avg_sq, second_moment)
-    else:
-        return param, (exp_avg, exp_avg_sq)
+# ---- the options of the base updates ----
 
 
 @triton.jit
@@ -227,9 +181,9 @@ def _update_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr
     state = _load_state(pointers[6:], at, mask, SLOTS, opmath)
     grad = x if len(coefficients) == 0 else times(coefficients[0], x) + times(coefficients[1], y)
     if UPDATE == SGD:
-        param, state = _sgd(param, grad, state, options, SLOTS == 1)
+        param, state = sgd(param, grad, state, options, SLOTS == 1)
     else:
-        param, state = _adam(param, grad, state, options, SLOTS == 3)
+        param, state = adam(param, grad, state, options, SLOTS == 3)
     if DECOUPLED:
         param -= times(coefficients[5], x) + times(coefficients[6], y)
     if KEEPS:  # noqa: SIM102 (compile time, then run time)

@@ -92,8 +92,8 @@ def walk(
         addresses: of the tensors; 0 for one that ``element`` does not use.
         DTYPES: of the tensors.
         arguments: for ``element``: a tuple of numbers.
-        CONSTANTS: for ``element``: a tuple. It must be written where it is passed: assigned to a name, constants become
-            numbers.
+        CONSTANTS: for ``element``: a tuple. Where it is given a name first, the name must be annotated as constexpr, or
+            its entries become run-time numbers.
         length: elements of the chunk.
         SUMS: float64 sums that ``element`` adds to.
         BLOCK: elements that are walked at a time.

@@ -4,7 +4,17 @@ import torch
 from torch import Tensor
 
 from fastsam import optimizer as optimizer_module
-from fastsam.backends import BACKENDS, BackendUnavailable, foreach, load, native, reference, resolve, triton_gpu
+from fastsam.backends import (
+    BACKENDS,
+    BackendUnavailable,
+    Request,
+    foreach,
+    load,
+    native,
+    reference,
+    resolve,
+    triton_gpu,
+)
 from fastsam.bases import FUSED as FUSED_CLASSES
 from fastsam.precision import PRECISION_OPTIONS
 from fastsam.runtime.interrupts import DeferredInterrupts
@@ -23,6 +33,7 @@ __all__ = [
     "BackendUnavailable",
     "DeferredInterrupts",
     "GeneratorStates",
+    "Request",
     "backups",
     "base_step",
     "first_gradients",

@@ -2,8 +2,7 @@
 
 import triton
 import triton.language as tl
-
-from fastsam.kernels.arithmetic import power
+from fastsam.kernels.maths import power
 
 
 @triton.jit

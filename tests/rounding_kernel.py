@@ -2,18 +2,15 @@
 
 import triton
 import triton.language as tl
-
 from fastsam.kernels.rounding import random_bits, random_stream, stochastically_rounded
 
 
 @triton.jit
-def random_bits_kernel(
-    bits_ptr, seed_ptr, position_ptr, step_ptr, start_ptr, OPERATION: tl.constexpr, COUNT: tl.constexpr
-):
+def random_bits_kernel(bits_ptr, seed_ptr, position_ptr, step_ptr, start_ptr, DRAW: tl.constexpr, COUNT: tl.constexpr):
     """What is drawn for ``COUNT`` elements from ``start`` on, as int64."""
-    stream = random_stream(tl.load(seed_ptr), position_ptr, step_ptr, 0, tl.load(start_ptr))
+    stream = random_stream(tl.load(seed_ptr), tl.load(position_ptr), tl.load(step_ptr), tl.load(start_ptr))
     at = tl.arange(0, COUNT)
-    tl.store(bits_ptr + at, random_bits(stream, OPERATION, at).to(tl.int64))
+    tl.store(bits_ptr + at, random_bits(stream, DRAW, at).to(tl.int64))
 
 
 @triton.jit

@@ -46,6 +46,7 @@ from benchmarks.records import (
     Results,
     TrainingStep,
 )
+from benchmarks.session import Session
 from benchmarks.shapes import TINY, sizes
 from benchmarks.targets import Verdict, verdicts
 from benchmarks.training import FASTSAM, HALF_BATCH, IN_A_GRAPH, of_method
@@ -578,6 +579,16 @@ def test_the_report_has_everything() -> None:
     assert operations_rows[0][4:] == ["1.00", "10%", "4.00", "10%", "2.00", "10%", "5.00", "10%"]
 
 
+def test_what_must_run_and_did_not_fails_the_case() -> None:
+    said: list[str] = []
+    session = Session(Device(), results(), said.append, dry=False, seconds=0.0)
+    session.add(part(), needed={"native", FUSED_BASE})
+    with pytest.raises(pytest.fail.Exception, match="Llama 1B, SGD: compiled lists: because"):
+        session.add(part(), needed={COMPILED})
+    assert len(session.results.records) == 2, "what was measured stays"
+    assert any(line.startswith("native") for line in said)
+
+
 def test_plot_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from benchmarks.plot import draw
@@ -606,13 +617,24 @@ def test_without_the_flag_everything_is_skipped_with_the_reason() -> None:
 
 def test_findings_are_written_as_they_come_and_what_comes_too_late_is_named(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
-    options = ["--benchmark", "--dry", "-k", "tiny-AdamW", "--lines", str(lines), "--results", str(tmp_path)]
-    text = benchmarks(*options, FASTSAM_COMMIT="abc", TRITON_INTERPRET="1")
-    assert [record.name for record in Results.read(lines).records] == ["tiny, AdamW"]
+    options = [
+        "--benchmark",
+        "--dry",
+        "--threads",
+        "1",
+        "-k",
+        "tinyCNN",
+        "--lines",
+        str(lines),
+        "--results",
+        str(tmp_path),
+    ]
+    text = benchmarks(*options, FASTSAM_COMMIT="abc")
+    assert [record.name for record in Results.read(lines).records] == ["tiny CNN, SGD, batch 2"]
     assert len(list(tmp_path.glob("*_abc.json"))) == 1
-    assert text.index("tiny, AdamW:") < text.index("FastSAM's benchmarks")
+    assert text.index("tiny CNN, SGD, batch 2:") < text.index("FastSAM's benchmarks")
     benchmarks(*options, "--until", str(time.time()))
-    assert Results.read(lines).not_measured == ["test_optimizer_part[tiny-AdamW]: there was no time left"]
+    assert Results.read(lines).not_measured == ["test_training_step[tinyCNN]: there was no time left"]
 
 
 # ---- what the README says ----

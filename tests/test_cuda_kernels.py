@@ -1,17 +1,21 @@
 """The CUDA kernels without a GPU: compiled for the CPU (cuda_on_cpu/), through the suite of every backend."""
 
+import inspect
+
 import cuda_on_cpu
 import pytest
 import test_native_guards as guards
-import test_rounding
 import torch
 from checks import Canaries, assert_same_bits
-from operations import test_operations, test_whole_steps
-from operations.test_operations import *  # noqa: F403
-from operations.test_whole_steps import *  # noqa: F403
+from operations import test_operations, test_stochastic_rounding, test_whole_steps
+from operations.test_stochastic_rounding import weights_and_steps
+from operations.test_whole_steps import threads  # noqa: F401
 from scene import (
+    ASCENT_COLUMNS,
     ASCENTS,
     CHUNK,
+    FORMS,
+    STORED,
     UPDATES,
     Scene,
     assert_updated,
@@ -27,6 +31,12 @@ from fastsam.backends.native_table import CudaTable
 from fastsam.precision import Precision
 from fastsam.spec import Ascent, AscentOptions, Row, Update
 from fastsam.tables import Member, TensorTable
+
+for module in (test_operations, test_whole_steps, test_stochastic_rounding):
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if name.startswith("test_"):
+            # By a name of its own: some tests of different modules are called the same.
+            globals()[f"{name}_{module.__name__.rpartition('_')[2]}"] = function
 
 OPERATORS = ("grad_norm_", "dots_", "perturb_", "restore_", "restore_and_update_")
 
@@ -70,13 +80,13 @@ def shapes_around(boundaries, count):
     return shapes
 
 
-@pytest.mark.parametrize("count", [480, 481, 4064, 4065, 8129])
+@pytest.mark.parametrize("count", [480, 481, 4065])
 def test_more_tensors_than_the_arguments_hold(operations, device, count):
     """Steps are counted for empty tensors, too."""
     assert_whole_step(operations, Scene(shapes_around((480, 4064, 8128), count), torch.float32, device))
 
 
-@pytest.mark.parametrize("count", [1024, 1025, 2050])
+@pytest.mark.parametrize("count", [1024, 1025])
 def test_more_tensors_than_the_arguments_of_methods_hold(operations, device, count):
     scene = Scene(shapes_around((1024, 2048), count), torch.float32, device)
     scene.begin_ascent()
@@ -109,14 +119,14 @@ def test_launches_without_a_chunk_count_steps(operations, device):
 def test_a_launch_that_fails_leaves_no_table_half_perturbed(operations, device, cuda_kernels, stored, form):
     """What the launch before it has perturbed is restored; a further ascent is left for ``restore_``."""
     count = 5000 if form is None else 1100
-    scene = Scene([(1 + i % 3,) for i in range(count)], STORED[stored], device)  # noqa: F405
+    scene = Scene([(1 + i % 3,) for i in range(count)], STORED[stored], device)
     scene.begin_ascent()
     if form is None:
         ascent = Ascent([ASCENTS["sam"]], norm_of(1.0, device))
     else:
         if form == "further":
             scene.perturb()
-        ascent = combination(ASCENT_COLUMNS, FORMS[form], scene)  # noqa: F405
+        ascent = combination(ASCENT_COLUMNS, FORMS[form], scene)
     cuda_kernels.fail_after(1)
     with pytest.raises(RuntimeError, match="perturb_ cannot be launched on CUDA: out of memory"):
         operations.perturb_(scene.table, ascent)
@@ -167,7 +177,7 @@ def test_options_on_the_device_are_read_when_a_kernel_runs(operations, device, d
 def test_masters_and_parameters_of_any_alignment(operations, device, offset, master_offset, length):
     """Vectors where both can be aligned at one element, as many as that leaves; else one by one."""
     canaries = Canaries()
-    w, g = test_rounding.weights_and_steps(torch.bfloat16, length)
+    w, g = weights_and_steps(torch.bfloat16, length)
     param, grad = (canaries.around(t, offset=offset) for t in (w, g))
     param.grad = grad
     exact = w.float() + 2**-12  # below a rounding of w, which so is that of the master

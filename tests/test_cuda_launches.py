@@ -6,9 +6,9 @@ from fractions import Fraction
 import cuda_on_cpu
 import pytest
 import torch
+from golden import EDGES, GOLDEN, LOW, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from golden import EDGES, GOLDEN, LOW, rounded
 
 
 @pytest.fixture(scope="module")

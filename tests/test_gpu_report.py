@@ -57,16 +57,16 @@ except KeyboardInterrupt:
 
 
 def test_interrupted_tests_print_their_failures(tmp_path: Path) -> None:
-    test = "import time\ndef test_it(): assert False, 'because'\ndef test_long(): time.sleep(60)\n"
-    (tmp_path / "test_it.py").write_text(test)
+    lines = ["import os, signal", "def test_it(): assert False, 'because'"]
+    lines += ["def test_long(): os.kill(os.getpid(), signal.SIGINT)"]
+    (tmp_path / "test_it.py").write_text("\n".join(lines))
     stage = Stage("tests", tmp_path, 100.0)
     options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.tests_plugin", "-c", os.devnull, "--rootdir", "."]
     command = [sys.executable, "-m", "pytest", *options, "test_it.py"]
-    outcome = stage.run("tests", command, 15.0, {"PYTHONPATH": str(ROOT)}, tmp_path)
+    outcome = stage.run("tests", command, 60.0, {"PYTHONPATH": str(ROOT)}, tmp_path)
     log = (tmp_path / "tests.log").read_text()
-    assert outcome.status == "ran over"
     assert log.count("AssertionError: because") >= 2, "once when it failed, once in the summary"
-    assert "1 failed" in outcome.detail
+    assert (outcome.status, "1 failed" in outcome.detail) == ("failed", True)
 
 
 def test_what_a_command_leaves_behind_does_not_hold_it_up(tmp_path: Path) -> None:
@@ -142,9 +142,8 @@ def test_the_extension_of_the_checkout_is_used_if_it_loads(
     assert [name for name, *_ in stage.commands] == expected
     assert all(outcome.status == "passed" for outcome in stage.outcomes)
     assert (tmp_path / "lib" / "fastsam" / "kernels" / "__init__.py").exists()
-    command = "import fastsam, fastsam.kernels; print(fastsam.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
-    found = subprocess.run(
-        [sys.executable, "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert found.stdout.startswith(str(tmp_path / "lib"))
+    if loads:
+        command = [sys.executable, "-c", "import fastsam, fastsam.kernels; print(fastsam.__file__)"]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
+        found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert found.stdout.startswith(str(tmp_path / "lib"))

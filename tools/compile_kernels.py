@@ -45,19 +45,22 @@ QUICK = {"targets": ("sm_90", "gfx942"), "dtypes": ("float32", "bfloat16")}
 
 WIDE_PTX = re.compile(r"\b(?:ld|st)\.global\S*\.(?:v4\.\w32|v2\.\w64)\b")
 
-Job = tuple[str, str, str, int]
-"""Target, dtype, precision, and which of the kernels that these have."""
+Job = tuple[str, str, str, bool, int]
+"""Target, dtype, precision, whether in all forms, and which of the kernels that these have."""
 
 
-def every_kernel(target: str, dtype: str, precision: str) -> list[tuple[str, Any]]:
-    """All that the launcher may ask for, by plain SAM and by every method's forms: labels and kernels."""
+def every_kernel(target: str, dtype: str, precision: str, *, all_forms: bool = True) -> list[tuple[str, Any]]:
+    """All that the launcher may ask for, by plain SAM and by the methods' forms: labels and kernels.
+
+    ``all_forms`` False: of the forms, those that read and write the most.
+    """
     import torch
 
     from fastsam.backends import triton_kernels as kernels
     from fastsam.spec import NONE, AscentForm, DescentForm, Update
 
     kind = kernels.Kind(getattr(torch, dtype), nvidia=target.startswith("sm_"), **PRECISIONS[precision])
-    forms = method_forms()
+    forms = method_forms() if all_forms else largest_forms()
     ascents = [form for form in forms if isinstance(form, AscentForm)]
     descents = [form for form in forms if isinstance(form, DescentForm)]
     found = [("norm", kernels.norm(kind))]
@@ -84,6 +87,15 @@ def method_forms() -> list[Any]:
     forms = {form for method in variants for again in both for form in (method.ascent_form(again),)}
     forms |= {form for method in variants for ascended in both for form in (method.descent_form(ascended),)}
     return sorted(forms - {None}, key=repr)
+
+
+def largest_forms() -> list[Any]:
+    """Of AMP, FriendlySAM, WSAM and LookSAM."""
+    from fastsam.spec import PERTURBATION, AscentForm, DescentForm, Row
+
+    first = Row.FIRST_GRAD
+    ascents = [AscentForm(y=PERTURBATION), AscentForm(y=Row.METHOD_STATE)]
+    return [*ascents, DescentForm(y=first, decoupled=True), DescentForm(y=first, keeps=True)]
 
 
 # Methods without an argument that must be given.
@@ -170,8 +182,8 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    target_name, dtype, precision, number = job
-    label, kernel = every_kernel(target_name, dtype, precision)[number]
+    target_name, dtype, precision, all_forms, number = job
+    label, kernel = every_kernel(target_name, dtype, precision, all_forms=all_forms)[number]
     target = GPUTarget(*TARGETS[target_name])
     is_nvidia = target.backend == "cuda"
     begin = time.perf_counter()
@@ -243,12 +255,14 @@ def all_jobs(arguments: argparse.Namespace) -> list[Job]:
     """What the arguments ask for."""
     targets = arguments.targets or (QUICK["targets"] if arguments.quick else TARGETS)
     dtypes = arguments.dtypes or (QUICK["dtypes"] if arguments.quick else DTYPES)
+    # How a result is stored does not depend on the form: beside nearest, the largest will do.
     return [
-        (target, dtype, precision, number)
+        (target, dtype, precision, all_forms, number)
         for target in targets
         for dtype in dtypes
         for precision in (PRECISIONS if dtype in ROUNDED_DTYPES else ["nearest"])
-        for number, (label, _) in enumerate(every_kernel(target, dtype, precision))
+        for all_forms in [precision == "nearest" and not arguments.quick]
+        for number, (label, _) in enumerate(every_kernel(target, dtype, precision, all_forms=all_forms))
         if not arguments.kernels or any(label.startswith(start) for start in arguments.kernels)
     ]
 

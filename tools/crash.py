@@ -56,7 +56,7 @@ def then_die(call):
 MOMENTS = {
     "between the passes": (FastSAM, "_clear_grads", die),
     "while saving": (torch, "save", half_a_file),
-    "climbed": (FastSAM, "_climb", then_die(FastSAM._climb)),
+    "perturbed": (FastSAM, "_ascend", then_die(FastSAM._ascend)),
     "before the update": (FastSAM, "_descend", die),
     "after the update": (FastSAM, "_descend", then_die(FastSAM._descend)),
     "before the rename": (os, "replace", die),
@@ -70,8 +70,8 @@ def run(path, options, begun, moment=None, after=0):
     Sets the event ``begun`` at its first climb.
     """
     torch.set_num_threads(1)
-    climb = FastSAM._climb
-    FastSAM._climb = lambda optimizer: (begun.set(), climb(optimizer))[1]
+    ascend = FastSAM._ascend
+    FastSAM._ascend = lambda optimizer, *args: (begun.set(), ascend(optimizer, *args))[1]
     if moment is not None:
         owner, name, fatal = MOMENTS[moment]
         usual, calls = getattr(owner, name), itertools.count()

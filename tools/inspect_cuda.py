@@ -4,7 +4,7 @@
 
 Prints, for each kernel and GPU, its registers, the instructions that spill or reload them, and its 16-byte loads from
 and stores to global memory. Fails where registers are spilled, where a kernel is missing, or where there are fewer such
-accesses than the loops over vectors have (csrc/cuda/multi_tensor.cuh).
+accesses than the loops over vectors have (csrc/cuda/walk.cuh).
 """
 
 from __future__ import annotations
@@ -18,31 +18,66 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from text_table import text_table
 
-# The tensors that each path of a kernel reads and writes; "masters": as 16-byte accesses to 8 elements, of which one in
-# float32 takes two.
+# The 16-byte vectors of 8 narrow elements: one of the parameters' dtype, and two of a wide tensor's (a master, or state
+# beside masters).
+WIDE = 2
+
+
+class Walk(NamedTuple):
+    """The tensors that one loop of a kernel reads and writes."""
+
+    reads: int
+    writes: int
+    wide_reads: int = 0
+    wide_writes: int = 0
+
+    @property
+    def unroll(self) -> int:
+        """As kUnrollFor in csrc/cuda/walk.cuh."""
+        tensors = self.reads + WIDE * self.wide_reads
+        return 4 if tensors == 1 else 2 if tensors <= 3 else 1
+
+    @property
+    def accesses(self) -> tuple[int, int]:
+        """Its 16-byte loads and stores."""
+        loads, stores = self.reads + WIDE * self.wide_reads, self.writes + WIDE * self.wide_writes
+        return self.unroll * loads, self.unroll * stores
+
+
+class Kernel(NamedTuple):
+    """A kernel's loops, without masters and with them; and how else it is compiled."""
+
+    walks: tuple[Walk, ...]
+    with_masters: tuple[Walk, ...] = ()
+    stochastic: bool = False
+    stochastic_masters: bool = False
+
+
+RESTORE, RESTORE_MASTERS = Walk(1, 1), Walk(0, 1, 1)
+FORM = Kernel((Walk(3, 2),), (Walk(3, 1, 3, 1),), stochastic=True, stochastic_masters=True)
+DOTS = Kernel((Walk(3, 0),), (Walk(3, 0, 2),))
 KERNELS = {
-    "grad_norm": ((1, 0), (2, 0)),  # SAM, ASAM
-    "perturb": ((2, 2),),
-    "perturb masters": ((2 + 2, 1 + 2),),
-    "restore": ((1, 1),),
-    "restore masters": ((2, 1),),
-    "restore_and_sgd": ((1, 1), (2, 1), (3, 2)),  # restore, without and with momentum
-    "restore_and_sgd masters": ((2, 1), (2 + 2, 1 + 2), (2 + 4, 1 + 4)),
-    "restore_and_adam": ((1, 1), (4, 3), (5, 4)),  # restore, Adam, AMSGrad
-    "restore_and_adam masters": ((2, 1), (2 + 6, 1 + 6), (2 + 8, 1 + 8)),
+    "grad_norm": Kernel((Walk(1, 0), Walk(2, 0))),  # SAM, adaptive
+    "perturb": Kernel((Walk(2, 2),), (Walk(2, 1, 1, 1),), stochastic=True, stochastic_masters=True),
+    "restore": Kernel((RESTORE,), (RESTORE_MASTERS,)),
+    "update SGD": Kernel((RESTORE, Walk(3, 2)), (RESTORE_MASTERS, Walk(2, 1, 2, 2)), stochastic=True),
+    "update Adam": Kernel((RESTORE, Walk(5, 4)), (RESTORE_MASTERS, Walk(2, 1, 4, 4)), stochastic=True),
+    "descent SGD": Kernel((RESTORE, Walk(6, 3)), (RESTORE_MASTERS, Walk(4, 1, 4, 3)), stochastic=True),
+    "descent Adam": Kernel((RESTORE, Walk(8, 5)), (RESTORE_MASTERS, Walk(4, 1, 6, 5)), stochastic=True),
+    "prepare": Kernel((RESTORE, Walk(5, 4)), (RESTORE_MASTERS, Walk(3, 3, 3, 1))),
+    **{f"perturb {name}": FORM for name in ("identity", "power", "adaptive")},
+    **{f"dots {name}": DOTS for name in ("identity", "power", "adaptive")},
 }
-# The kernels that round stochastically as well, if they do not round masters.
-STOCHASTIC = ("perturb", "perturb masters", "restore_and_sgd", "restore_and_adam")
 DTYPES = {"float": "float32", "double": "float64", "c10::BFloat16": "bfloat16", "c10::Half": "float16"}
 NARROW = ("bfloat16", "float16")
 
 NAME = re.compile(
-    r"(\w+)_kernel<(?P<type>[\w:]+)(?:, fastsam::(?P<options>\w+)Options)?"
-    r"(?P<precision>(?:, (?:true|false))*)(?:, (?P<capacity>\d+)l?)?>"
+    r"(?P<kernel>\w+)_kernel<(?P<type>[\w:]+)(?P<flags>(?:, (?:true|false|\(fastsam::Map\)\d|fastsam::[^,]*Base))*)"
+    r"(?:, (?P<capacity>\d+)l?)?>"
 )
 Entry = dict[str, Any]
 
@@ -74,13 +109,26 @@ def name_of(function: str) -> Entry | None:
     match = NAME.search(function)
     if match is None:
         return None
-    options = match["options"]
-    kernel = match[1] if options is None else f"restore_and_{options.lower()}"
-    # Whether it rounds stochastically (where it could), and whether it is for masters.
-    *stochastic, masters = ["false", *re.findall("true|false", match["precision"])][-2:]
+    flags = re.findall(r"\b(?:true|false)\b", match["flags"])
+    kernel, stochastic, masters = match["kernel"], False, False
+    if kernel == "restore_and_update":
+        base = re.search(r"(Sgd|Adam)Base", match["flags"])
+        assert base is not None
+        stochastic, masters, descent = (flag == "true" for flag in flags)
+        kernel = f"{'descent' if descent else 'update'} {base[1].replace('Sgd', 'SGD')}"
+    elif kernel == "restore_and_prepare":
+        kernel, masters = "prepare", flags == ["true"]
+    elif form := re.search(r"Map\)(\d)", match["flags"]):
+        kernel = f"{kernel.partition('_')[0]} {('identity', 'power', 'adaptive')[int(form[1])]}"
+        *other, masters = (flag == "true" for flag in flags)
+        stochastic = other == [True]
+    elif flags:
+        *other, masters = (flag == "true" for flag in flags)
+        stochastic = other == [True]
     return {
-        "kernel": f"{kernel} masters" if masters == "true" else kernel,
-        "rounding": "stochastic" if stochastic == ["true"] else "nearest",
+        "kernel": kernel,
+        "masters": "masters" if masters else "",
+        "rounding": "stochastic" if stochastic else "nearest",
         "dtype": DTYPES[match["type"]],
         "tensors": match["capacity"] or "any",
     }
@@ -119,45 +167,45 @@ def inspect(library: Path) -> list[Entry]:
                 "STG.E.128": len(re.findall(r"\bSTG\.\S*\b128\b", code)),
             }
         )
-    names = ("kernel", "rounding", "dtype", "tensors")
+    names = ("kernel", "masters", "rounding", "dtype", "tensors")
     return sorted(entries, key=lambda e: (int(e["target"][3:].rstrip("a")), *(e[name] for name in names)))
 
 
-def unroll(reads: int) -> int:
-    """As kUnrollFor in csrc/cuda/multi_tensor.cuh."""
-    return 4 if reads == 1 else 2 if reads <= 3 else 1
-
-
-def needed(kernel: str) -> tuple[int, int]:
-    """The 16-byte loads and stores of all paths of a kernel."""
-    paths = [(unroll(reads) * reads, unroll(reads) * writes) for reads, writes in KERNELS[kernel]]
-    loads, stores = map(sum, zip(*paths, strict=True))
-    return loads, stores
+def needed(entry: Entry) -> tuple[int, int]:
+    """The 16-byte loads and stores of all loops of a kernel."""
+    kernel = KERNELS[entry["kernel"]]
+    loads, stores = zip(
+        *(walk.accesses for walk in (kernel.with_masters if entry["masters"] else kernel.walks)), strict=True
+    )
+    return sum(loads), sum(stores)
 
 
 def faults(entry: Entry) -> list[str]:
     """What is wrong with one kernel."""
-    loads, stores = needed(entry["kernel"])
+    loads, stores = needed(entry)
     found = ["spills"] if entry["spills"] else []
     if entry["LDG.E.128"] < loads or entry["STG.E.128"] < stores:
         found.append(f"not all accesses are wide: there should be {loads} and {stores}")
     return found
 
 
+def variants(name: str, kernel: Kernel) -> list[tuple[str, str, str, str]]:
+    """All that a kernel is compiled as: its name, masters, rounding and dtype."""
+    found = [(name, "", "nearest", dtype) for dtype in DTYPES.values()]
+    for dtype in NARROW:
+        found += [(name, "", "stochastic", dtype)] * kernel.stochastic
+        found += [(name, "masters", "nearest", dtype)] * bool(kernel.with_masters)
+        found += [(name, "masters", "stochastic", dtype)] * kernel.stochastic_masters
+    return found
+
+
 def missing(entries: list[Entry]) -> list[str]:
     """The kernels that are not in the library, for each of its targets."""
-    names = ("target", "kernel", "rounding", "dtype")
+    names = ("target", "kernel", "masters", "rounding", "dtype")
     found = {tuple(e[name] for name in names) for e in entries}
-    wanted = [
-        (target, kernel, rounding, dtype)
-        for target in {e["target"] for e in entries}
-        for kernel in KERNELS
-        for rounding in ("nearest", "stochastic")
-        for dtype in DTYPES.values()
-        if rounding == "nearest" or kernel in STOCHASTIC
-        if dtype in NARROW or (rounding == "nearest" and "masters" not in kernel)
-    ]
-    return [" ".join(kernel) for kernel in wanted if kernel not in found] if entries else ["all kernels"]
+    targets = {e["target"] for e in entries}
+    wanted = [(target, *v) for target in targets for name, kernel in KERNELS.items() for v in variants(name, kernel)]
+    return [" ".join(filter(None, kernel)) for kernel in wanted if kernel not in found] if entries else ["all kernels"]
 
 
 def main() -> int:
@@ -166,7 +214,18 @@ def main() -> int:
     parser.add_argument("library", type=Path)
     entries = inspect(parser.parse_args().library)
     notes = [faults(entry) for entry in entries]
-    columns = ("target", "kernel", "rounding", "dtype", "tensors", "registers", "spills", "LDG.E.128", "STG.E.128")
+    columns = (
+        "target",
+        "kernel",
+        "masters",
+        "rounding",
+        "dtype",
+        "tensors",
+        "registers",
+        "spills",
+        "LDG.E.128",
+        "STG.E.128",
+    )
     print(text_table(columns, entries, notes))
     absent = missing(entries)
     bad = sum(map(bool, notes)) + len(absent)

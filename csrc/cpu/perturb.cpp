@@ -5,85 +5,106 @@
 namespace fastsam::cpu {
 namespace {
 
-// result may be param, element for element; so may `from` and y. from_t: float where `from` is a master.
+// result may be param, element for element; so may `from` and y. from_t: float where `from` is a master, void where it
+// is param.
 template <Map map, bool has_y, typename scalar_t, typename from_t, typename Rounding>
-FASTSAM_MULTIVERSION void ascend(scalar_t* result, const from_t* from, const scalar_t* param, const scalar_t* x,
-                                 [[maybe_unused]] const scalar_t* y, int64_t length,
+FASTSAM_MULTIVERSION void ascend(scalar_t* result, [[maybe_unused]] const from_t* from, const scalar_t* param,
+                                 const scalar_t* x, [[maybe_unused]] const scalar_t* y, int64_t length,
                                  const AscentStep<opmath_t<scalar_t>> step, Rounding rounding) {
   using T = opmath_t<scalar_t>;
   FASTSAM_INDEPENDENT
   for (int64_t i = 0; i < length; ++i) {
-    T second = 0;
+    const T w = static_cast<T>(param[i]);
+    T origin = w, second = 0;
+    if constexpr (!std::is_void_v<from_t>) origin = static_cast<T>(from[i]);
     if constexpr (has_y) second = static_cast<T>(y[i]);
-    const T moved = step.template perturbed<map, has_y, scalar_t>(static_cast<T>(from[i]), static_cast<T>(param[i]),
-                                                                  static_cast<T>(x[i]), second);
+    const T moved = step.template perturbed<map, has_y, scalar_t>(origin, w, static_cast<T>(x[i]), second);
     result[i] = rounding(moved, 0, i);
   }
 }
 
 // How one chunk's tensor ascends.
 template <typename scalar_t>
-struct ChunkAscent {
+class ChunkAscent {
   using T = opmath_t<scalar_t>;
-  bool has_masters, again;
-  Map map;
-  Elements<scalar_t> param, backup, x;
-  SecondTerm<scalar_t> y;
-  AscentStep<T> step;
 
-  ChunkAscent(const TensorTable& table, const Ascent& ascent, const Chunk& chunk)
-      : has_masters(table.has_masters),
-        again(ascent.y == kPerturbation),
-        map(ascent.map),
-        param(table, kParam, chunk),
-        backup(table, kBackup, chunk),
-        x(table, ascent.x, chunk),
-        y(table, ascent.y, chunk),
-        step(ascent.coefficients == nullptr ? AscentStep<T>(ascent.options[table.groups[chunk.tensor]], ascent.norm)
-                                            : AscentStep<T>(ascent.coefficients[chunk.tensor], static_cast<bool>(y))) {}
+ public:
+  ChunkAscent(const TensorTable& table, const Ascent& ascent, const Chunk& chunk, bool stream)
+      : length_(chunk.length),
+        stream_(stream),
+        has_masters_(table.has_masters),
+        again_(ascent.y == kPerturbation),
+        map_(ascent.map),
+        param_(table, kParam, chunk),
+        backup_(table, kBackup, chunk),
+        x_(table, ascent.x, chunk),
+        y_(table, ascent.y, chunk),
+        step_(ascent.coefficients == nullptr
+                  ? AscentStep<T>(ascent.options[table.groups[chunk.tensor]], ascent.norm)
+                  : AscentStep<T>(ascent.coefficients[chunk.tensor], static_cast<bool>(y_))) {}
 
-  void keep_weights(int64_t start, int64_t length, bool stream) const {
-    if constexpr (kIsNarrow<scalar_t>) {
-      if (has_masters) return follow(backup.load(nullptr, start, length), param.stored() + start, length);
+  // rounding: of the elements from the chunk's first on.
+  template <typename RoundingAt>
+  void perturb(const RoundingAt& rounding_at) const {
+    if (!x_ || step_.stays(again_)) {
+      if (!again_) keep_weights(param_.stored(), 0, length_);
+    } else if (map_ == Map::kIdentity && !y_ && x_.stored() != nullptr) {
+      perturb_stored(rounding_at);
+    } else {
+      perturb_loaded(rounding_at);
     }
-    store_block(backup.stored() + start, param.stored() + start, length * sizeof(scalar_t), stream);
   }
 
-  template <typename Rounding>
-  void perturb(int64_t start, int64_t length, const Rounding& rounding) const {
+ private:
+  // backup <- w; a master follows w.
+  void keep_weights(const scalar_t* param, int64_t start, int64_t length) const {
     if constexpr (kIsNarrow<scalar_t>) {
-      const bool is_plain = map == Map::kIdentity && !y && x.stored() != nullptr;
-      return is_plain ? perturb_stored(start, length, rounding) : perturb_loaded(start, length, rounding);
+      if (has_masters_) return follow(backup_.load(nullptr, start, length), param + start, length);
     }
-    perturb_loaded(start, length, rounding);
+    store_block(backup_.stored() + start, param + start, length * sizeof(scalar_t), stream_);
   }
 
   // Plain SAM's.
-  template <typename Rounding>
-  void perturb_stored(int64_t start, int64_t length, const Rounding& rounding) const {
-    scalar_t* w = param.stored() + start;
-    const scalar_t *g = x.stored() + start, *none = nullptr;
-    if (has_masters) {
-      const T* master = backup.load(nullptr, start, length);
-      ascend<Map::kIdentity, false>(w, master, w, g, none, length, step, rounding);
-    } else {
-      ascend<Map::kIdentity, false>(w, w, w, g, none, length, step, rounding);
-    }
+  template <typename RoundingAt>
+  void perturb_stored(const RoundingAt& rounding_at) const {
+    scalar_t* const param = param_.stored();
+    const scalar_t *const x = x_.stored(), *const none = nullptr;
+    const AscentStep<T> step = step_;
+    for_each_block(length_, [&](int64_t start, int64_t length) {
+      scalar_t* const w = param + start;
+      keep_weights(param, start, length);
+      if (has_masters_) {
+        const T* const master = backup_.load(nullptr, start, length);
+        ascend<Map::kIdentity, false>(w, master, w, x + start, none, length, step, rounding_at(start));
+      } else {
+        const void* const same = nullptr;
+        ascend<Map::kIdentity, false>(w, same, w, x + start, none, length, step, rounding_at(start));
+      }
+    });
   }
 
-  template <typename Rounding>
-  void perturb_loaded(int64_t start, int64_t length, const Rounding& rounding) const {
-    alignas(64) T w_buffer[kBlock], x_buffer[kBlock], y_buffer[kBlock], backup_buffer[kBlock];
-    T* w = param.load(w_buffer, start, length);
-    const T* first = x.load(x_buffer, start, length);
-    const T* second = y.load(y_buffer, w, start, length);
-    // A first ascent begins at the weights: their backup has just been streamed past the cache.
-    const T* from = again || has_masters ? backup.load(backup_buffer, start, length) : w;
-    with_form(map, static_cast<bool>(y), [&]<Map kMap, bool has_y>() {
-      ascend<kMap, has_y>(w, from, w, first, second, length, step, Nearest<T>{});
+  template <typename RoundingAt>
+  void perturb_loaded(const RoundingAt& rounding_at) const {
+    for_each_block(length_, [&](int64_t start, int64_t length) {
+      alignas(64) T w_buffer[kBlock], x_buffer[kBlock], y_buffer[kBlock], backup_buffer[kBlock];
+      if (!again_) keep_weights(param_.stored(), start, length);
+      T* const w = param_.load(w_buffer, start, length);
+      const T* const x = x_.load(x_buffer, start, length);
+      const T* const y = y_.load(y_buffer, w, start, length);
+      // A first ascent begins at the weights: their backup has just been streamed past the cache.
+      const T* const from = again_ || has_masters_ ? backup_.load(backup_buffer, start, length) : w;
+      with_form(map_, static_cast<bool>(y_),
+                [&]<Map map, bool has_y>() { ascend<map, has_y>(w, from, w, x, y, length, step_, Nearest<T>{}); });
+      param_.store(w, start, length, 0, rounding_at(start));
     });
-    param.store(w, start, length, 0, rounding);
   }
+
+  int64_t length_;
+  bool stream_, has_masters_, again_;
+  Map map_;
+  Elements<scalar_t> param_, backup_, x_;
+  SecondTerm<scalar_t> y_;
+  AscentStep<T> step_;
 };
 
 }  // namespace
@@ -96,12 +117,9 @@ void perturb_(const TensorTable& table, ScalarType dtype, const Ascent& ascent) 
       // Backward: the gradients that the norm read last are still in the cache.
       for_each_chunk(table, Order::kBackward, [&](const Chunk& chunk, int64_t) {
         if (!table.has(kBackup, chunk.tensor)) return;
-        const ChunkAscent<scalar_t> mine(table, ascent, chunk);
         const auto rounding = rounding_for(chunk.tensor, ascent.options[table.groups[chunk.tensor]].rounding_seed);
-        const bool moves = mine.x && !mine.step.stays(mine.again);
-        for_each_block(chunk.length, [&](int64_t start, int64_t length) {
-          if (!mine.again) mine.keep_weights(start, length, stream);
-          if (moves) mine.perturb(start, length, rounding.at(chunk.start + start));
+        ChunkAscent<scalar_t>(table, ascent, chunk, stream).perturb([&](int64_t start) {
+          return rounding.at(chunk.start + start);
         });
       });
     });

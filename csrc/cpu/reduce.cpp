@@ -37,13 +37,12 @@ FASTSAM_HOST_DEVICE double widen(scalar_t x) {
   return static_cast<double>(static_cast<opmath_t<scalar_t>>(x));
 }
 
-// sums[product][lane] += the products of every kLanes-th element
+// running[product][lane] += the products of every kLanes-th element
 template <typename Product, typename scalar_t>
-FASTSAM_MULTIVERSION void add_products(const scalar_t* x, const scalar_t* param, [[maybe_unused]] const scalar_t* y,
-                                       int64_t length, const Product product, double* sums) {
+FASTSAM_HOST_DEVICE void add_all(const scalar_t* x, const scalar_t* param, [[maybe_unused]] const scalar_t* y,
+                                 int64_t length, const Product& product,
+                                 double (&running)[Product::kProducts][kLanes]) {
   constexpr int kProducts = Product::kProducts;
-  double running[kProducts][kLanes];
-  std::memcpy(running, sums, sizeof(running));
   const auto add = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
     double products[kProducts], second = 0;
     if constexpr (kProducts > 1) second = widen(y[i]);
@@ -55,25 +54,38 @@ FASTSAM_MULTIVERSION void add_products(const scalar_t* x, const scalar_t* param,
     for (int64_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
   }
   for (int64_t lane = 0; i < length; ++i, ++lane) add(i, lane);
+}
+
+// One block of a chunk: the lanes' sums go on from block to block.
+template <typename Product, typename scalar_t>
+FASTSAM_MULTIVERSION void add_products(const scalar_t* x, const scalar_t* param, const scalar_t* y, int64_t length,
+                                       const Product product, double* sums) {
+  double running[Product::kProducts][kLanes];
+  std::memcpy(running, sums, sizeof(running));
+  add_all(x, param, y, length, product, running);
   std::memcpy(sums, running, sizeof(running));
+}
+
+// A whole chunk.
+template <typename scalar_t>
+FASTSAM_MULTIVERSION double square_sum_of(const scalar_t* __restrict__ x, const scalar_t* __restrict__ param,
+                                          int64_t length, bool adaptive) {
+  const scalar_t* none = nullptr;
+  double sums[1][kLanes] = {};
+  if (adaptive) {
+    add_all(x, param, none, length, Square<true>{}, sums);
+  } else {
+    add_all(x, param, none, length, Square<false>{}, sums);
+  }
+  double total = 0;
+  for (const double sum : sums[0]) total += sum;
+  return total;
 }
 
 double sum_of(const double* lanes) {
   double total = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
   return total;
-}
-
-template <typename scalar_t>
-double square_sum_of(const scalar_t* x, const scalar_t* param, int64_t length, bool adaptive) {
-  const scalar_t* none = nullptr;
-  double sums[kLanes] = {};
-  if (adaptive) {
-    add_products(x, param, none, length, Square<true>{}, sums);
-  } else {
-    add_products(x, param, none, length, Square<false>{}, sums);
-  }
-  return sum_of(sums);
 }
 
 // The three dot products of one chunk.

@@ -21,37 +21,41 @@ FASTSAM_MULTIVERSION void update_weights(scalar_t* __restrict__ result, const sc
                                          const Step step, Rounding rounding) {
   using T = opmath_t<scalar_t>;
   for (int64_t i = 0; i < length; ++i) {
-    T state[kStateSlots] = {};
-    if constexpr (kSlots > 0) state[0] = static_cast<T>(slot0[i]);
-    if constexpr (kSlots > 1) state[1] = static_cast<T>(slot1[i]);
-    if constexpr (kSlots > 2) state[2] = static_cast<T>(slot2[i]);
-    const T updated =
-        step.template updated<kSlots>(static_cast<T>(param[i]), static_cast<T>(grad[i]), state[0], state[1], state[2]);
-    if constexpr (kSlots > 0) slot0[i] = rounding(state[0], 1, i);
-    if constexpr (kSlots > 1) slot1[i] = rounding(state[1], 2, i);
-    if constexpr (kSlots > 2) slot2[i] = rounding(state[2], 3, i);
-    result[i] = rounding(updated, 0, i);
+    const T w = static_cast<T>(param[i]);
+    T state0 = 0, state1 = 0, state2 = 0;
+    if constexpr (kSlots > 0) state0 = static_cast<T>(slot0[i]);
+    if constexpr (kSlots > 1) state1 = static_cast<T>(slot1[i]);
+    if constexpr (kSlots > 2) state2 = static_cast<T>(slot2[i]);
+    const T advanced = step.template advance<kSlots>(w, static_cast<T>(grad[i]), state0, state1, state2);
+    if constexpr (kSlots > 0) slot0[i] = rounding(state0, 1, i);
+    if constexpr (kSlots > 1) slot1[i] = rounding(state1, 2, i);
+    if constexpr (kSlots > 2) slot2[i] = rounding(state2, 3, i);
+    result[i] = rounding(step.apply(w, state0, advanced), 0, i);
   }
 }
 
-// Which state a tensor has says which update it is: SGD's with or without momentum, Adam's with or without amsgrad.
+// Which state a tensor has says which update it is: SGD's with or without momentum, Adam's with or without amsgrad. The
+// block's state begins at `start`.
 template <typename scalar_t, typename T, typename Rounding>
 void update_block(scalar_t* result, const scalar_t* param, const scalar_t* grad, const Slots<scalar_t>& state,
-                  int64_t length, const SgdStep<T>& step, const Rounding& rounding) {
+                  int64_t start, int64_t length, const SgdStep<T>& step, const Rounding& rounding) {
+  scalar_t* const none = nullptr;
   if (state[0] == nullptr) {
-    update_weights<0>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+    update_weights<0>(result, param, grad, none, none, none, length, step, rounding);
   } else {
-    update_weights<1>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+    update_weights<1>(result, param, grad, state[0] + start, none, none, length, step, rounding);
   }
 }
 
 template <typename scalar_t, typename T, typename Rounding>
 void update_block(scalar_t* result, const scalar_t* param, const scalar_t* grad, const Slots<scalar_t>& state,
-                  int64_t length, const AdamStep<T>& step, const Rounding& rounding) {
+                  int64_t start, int64_t length, const AdamStep<T>& step, const Rounding& rounding) {
+  scalar_t* const none = nullptr;
+  scalar_t *const exp_avg = state[0] + start, *const exp_avg_sq = state[1] + start;
   if (state[2] == nullptr) {
-    update_weights<2>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+    update_weights<2>(result, param, grad, exp_avg, exp_avg_sq, none, length, step, rounding);
   } else {
-    update_weights<3>(result, param, grad, state[0], state[1], state[2], length, step, rounding);
+    update_weights<3>(result, param, grad, exp_avg, exp_avg_sq, state[2] + start, length, step, rounding);
   }
 }
 
@@ -131,63 +135,72 @@ struct Direction {
 
 // ---- one chunk ----
 
-template <typename scalar_t, typename Step, typename Rounding, typename StateRounding>
+template <typename scalar_t, typename Step, typename Rounding>
 struct ChunkUpdate {
   using T = opmath_t<scalar_t>;
   const TensorTable& table;
   const Chunk& chunk;
-  Elements<scalar_t> param, source;
-  std::array<Elements<scalar_t>, kStateSlots> state;
   Step step;
   Rounding rounding;
-  StateRounding state_rounding;  // of the method's state
   bool stream;
 
-  // Plain SAM's.
-  void update_stored(const scalar_t* grad) const {
-    Slots<scalar_t> slots;
+  // Plain SAM's. Without masters.
+  void update_stored() const {
+    const auto at = [&](int64_t row) {
+      return table.has(row, chunk.tensor) ? table.template pointer<scalar_t>(row, chunk.tensor) + chunk.start : nullptr;
+    };
+    scalar_t* const param = at(kParam);
+    const scalar_t *const backup = at(kBackup), *const source = backup != nullptr ? backup : param;
+    const scalar_t* const grad = at(kGrad);
+    const Slots<scalar_t> state{at(kState0), at(kState1), at(kState2)};
     for_each_block(chunk.length, [&](int64_t start, int64_t length) {
       alignas(64) scalar_t result[kBlock];
-      for (int k = 0; k < kStateSlots; ++k) slots[k] = state[k] ? state[k].stored() + start : nullptr;
-      update_block(result, source.stored() + start, grad + start, slots, length, step,
-                   rounding.at(chunk.start + start));
-      store_block(param.stored() + start, result, length * sizeof(scalar_t), stream);
+      update_block(result, source + start, grad + start, state, start, length, step, rounding.at(chunk.start + start));
+      store_block(param + start, result, length * sizeof(scalar_t), stream);
     });
   }
 
-  void update_loaded(const Direction<scalar_t>& direction) const {
+  template <typename StateRounding>
+  void update_loaded(const Direction<scalar_t>& direction, const StateRounding& state_rounding) const {
+    const Row origin = table.has_masters ? kMaster : table.has(kBackup, chunk.tensor) ? kBackup : kParam;
+    const Elements<scalar_t> param(table, kParam, chunk), source(table, origin, chunk);
+    std::array<Elements<scalar_t>, kStateSlots> state;
+    for (int k = 0; k < kStateSlots; ++k) state[k] = Elements<scalar_t>(table, kState0 + k, chunk);
     for_each_block(chunk.length, [&](int64_t start, int64_t length) {
       typename Direction<scalar_t>::Block block;
       alignas(64) T buffers[kStateSlots + 1][kBlock], result[kBlock];
       const auto here = rounding.at(chunk.start + start);
-      follow_param(start, length);
+      follow_param(param, source, start, length);
       Slots<T> slots{};
       for (int k = 0; k < kStateSlots; ++k) {
         if (state[k]) slots[k] = state[k].load(buffers[k], start, length);
       }
       const T* grad = direction.direction(block, start, length);
-      update_block(result, source.load(buffers[kStateSlots], start, length), grad, slots, length, step, Nearest<T>{});
+      update_block(result, source.load(buffers[kStateSlots], start, length), grad, slots, 0, length, step,
+                   Nearest<T>{});
       if (direction.decoupled) subtract(result, result, direction.shift(block, length), length);
       direction.keep_state(block, start, length, state_rounding.at(chunk.start + start));
       for (int k = 0; k < kStateSlots; ++k) {
         if (state[k]) state[k].store(slots[k], start, length, 1 + k, here);
       }
-      store_weights(result, start, length, here);
+      store_weights(param, source, result, start, length, here);
     });
   }
 
  private:
   // A master that was not perturbed follows its parameter first.
-  void follow_param(int64_t start, int64_t length) const {
+  void follow_param(const Elements<scalar_t>& param, const Elements<scalar_t>& master, int64_t start,
+                    int64_t length) const {
     if constexpr (kIsNarrow<scalar_t>) {
       if (table.has_masters && !table.has(kBackup, chunk.tensor)) {
-        follow(source.load(nullptr, start, length), param.stored() + start, length);
+        follow(master.load(nullptr, start, length), param.stored() + start, length);
       }
     }
   }
 
   template <typename Here>
-  void store_weights(const T* result, int64_t start, int64_t length, const Here& here) const {
+  void store_weights(const Elements<scalar_t>& param, const Elements<scalar_t>& source, const T* result, int64_t start,
+                     int64_t length, const Here& here) const {
     if constexpr (std::is_same_v<scalar_t, T>) {
       store_block(param.stored() + start, result, length * sizeof(scalar_t), stream);
     } else {
@@ -220,29 +233,14 @@ void update_chunks(const TensorTable& table, const Options* options, double inv_
     const int64_t tensor = chunk.tensor;
     if (!table.has(kGrad, tensor)) return restore_chunk<scalar_t>(table, chunk, stream);
     const Options& group = options[table.groups[tensor]];
-    const Row source = table.has_masters ? kMaster : table.has(kBackup, tensor) ? kBackup : kParam;
-    std::array<Elements<scalar_t>, kStateSlots> state;
-    for (int k = 0; k < kStateSlots; ++k) state[k] = Elements<scalar_t>(table, kState0 + k, chunk);
     const auto step = make_step<T>(group, table.step(tensor), inv_grad_scale);
     const auto rounding = rounding_for(tensor, group.rounding_seed);
-    const auto state_rounding = state_rounding_for(tensor, group.rounding_seed);
-    const ChunkUpdate<scalar_t, std::decay_t<decltype(step)>, std::decay_t<decltype(rounding)>,
-                      std::decay_t<decltype(state_rounding)>>
-        mine{table,
-             chunk,
-             Elements<scalar_t>(table, kParam, chunk),
-             Elements<scalar_t>(table, source, chunk),
-             state,
-             step,
-             rounding,
-             state_rounding,
-             stream};
+    const ChunkUpdate<scalar_t, std::decay_t<decltype(step)>, std::decay_t<decltype(rounding)>> mine{table, chunk, step,
+                                                                                                     rounding, stream};
+    if (descent == nullptr && !table.has_masters) return mine.update_stored();
     const Direction<scalar_t> direction(table, descent, chunk);
-    if (table.has_masters || direction.takes_part) {
-      mine.update_loaded(direction);
-    } else {
-      mine.update_stored(direction.x.stored());
-    }
+    if (!table.has_masters && !direction.takes_part) return mine.update_stored();
+    mine.update_loaded(direction, state_rounding_for(tensor, group.rounding_seed));
   });
 }
 

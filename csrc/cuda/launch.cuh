@@ -22,10 +22,14 @@ void launch(const Call& call, const char* operation, void (*kernel)(Arguments), 
                   " cannot be launched on CUDA: ", cudaGetErrorString(error));
 }
 
-// What `operation` is called in messages, `order` of the launches, and whatever a launch over tensors is given.
-template <int64_t kCapacity, typename Extra, typename KernelFor, typename Undo>
+inline void undo_nothing(const Launch&) {}
+
+// `operation` is its name in messages; `extra` is in the arguments of every launch. `kernel_for(capacity)` is the
+// kernel whose arguments hold so many addresses, an integral_constant: one block for each chunk. If a launch fails,
+// `undo(launch)` is called for each one before it.
+template <int64_t kCapacity, typename Extra, typename KernelFor, typename Undo = decltype(&undo_nothing)>
 void launch_in_runs(const Call& call, const char* operation, Order order, const Extra& extra,
-                    const KernelFor& kernel_for, const Undo& undo) {
+                    const KernelFor& kernel_for, const Undo& undo = undo_nothing) {
   auto launches = plan_launches(call.table, kCapacity);
   if (order == Order::kBackward) std::reverse(launches.begin(), launches.end());
   for (const Launch& run : launches) {
@@ -40,11 +44,10 @@ void launch_in_runs(const Call& call, const char* operation, Order order, const 
   }
 }
 
-// `kernel_for(capacity)` is the kernel whose arguments hold so many addresses, an integral_constant: one block for each
-// chunk. `undo(launch)` takes back what a launch has done, should one after it fail.
-template <typename Extra, typename KernelFor, typename Undo>
+// The same, with arguments as small as the table allows.
+template <typename Extra, typename KernelFor, typename Undo = decltype(&undo_nothing)>
 void launch_over_tensors(const Call& call, const char* operation, Order order, const Extra& extra,
-                         const KernelFor& kernel_for, const Undo& undo) {
+                         const KernelFor& kernel_for, const Undo& undo = undo_nothing) {
   if (call.table.tensor_count <= kFewTensors) {
     launch_in_runs<kFewTensors>(call, operation, order, extra, kernel_for, undo);
   } else {

@@ -98,8 +98,8 @@ FASTSAM_HOST_DEVICE scalar_t* element_pointer(const DeviceTable& table, int64_t 
   return element_pointer<scalar_t>(table.addresses[row * table.tensor_count + chunk.tensor], chunk);
 }
 
-// A chunk of a tensor that is float where masters are kept and the row is state, or narrow like the parameters: where it
-// begins, in one of the two. Both are null where the tensor is absent.
+// A chunk of a tensor that is float where masters are kept and the row is state, or narrow like the parameters: where
+// it begins, in one of the two. Both are null where the tensor is absent.
 template <typename scalar_t>
 struct Source {
   const scalar_t* narrow;

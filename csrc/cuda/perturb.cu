@@ -18,7 +18,6 @@ struct PerturbArguments {
 template <typename scalar_t, typename Rounding>
 struct PerturbFunctor : FunctorTraits {
   using Tensors = Counts<2, 2>;
-  static constexpr unsigned kStreamedReads = 0b10, kStreamedWrites = 0b01;
   AscentStep<opmath_t<scalar_t>> step;
   Rounding rounding;
 
@@ -36,7 +35,6 @@ struct PerturbFunctor : FunctorTraits {
 template <typename scalar_t, typename Rounding>
 struct PerturbMasterFunctor : FunctorTraits {
   using Tensors = Counts<2, 1, 1, 1>;
-  static constexpr unsigned kStreamedReads = 0b10;
   static constexpr bool kKeepsWide = true;
   AscentStep<float> step;
   Rounding rounding;
@@ -159,13 +157,11 @@ __global__ void __launch_bounds__(kThreads, kHeavy)
     }
   });
   if constexpr (kMasters) {
-    walk<scalar_t>(
-        functor,
-        {{param, x.narrow, y.narrow}, {param}, {backup, x.wide, y.wide}, {again ? nullptr : backup}},
-        chunk.length);
-  } else {
     walk<scalar_t>(functor,
-                   {{param, x.narrow, again ? backup : y.narrow}, {param, again ? nullptr : backup}, {}, {}},
+                   {{param, x.narrow, y.narrow}, {param}, {backup, x.wide, y.wide}, {again ? nullptr : backup}},
+                   chunk.length);
+  } else {
+    walk<scalar_t>(functor, {{param, x.narrow, again ? backup : y.narrow}, {param, again ? nullptr : backup}, {}, {}},
                    chunk.length);
   }
 }
@@ -209,18 +205,17 @@ void launch_restore(const Call& call, const Launch& run) {
 }  // namespace
 
 void perturb_(const Call& call, const DeviceOption* options, const double* norm) {
-  dispatch_precision(
-      call.dtype, call.device.positions != nullptr, call.table.has_masters,
-      [&](auto type, auto stochastic, auto masters) {
-        using scalar_t = decltype(type);
-        load_restore<scalar_t>(call);
-        const auto kernel_for = [](auto capacity) {
-          return &perturb_kernel<scalar_t, decltype(stochastic)::value, decltype(masters)::value,
-                                 decltype(capacity)::value>;
-        };
-        launch_over_tensors(call, "perturb_", Order::kBackward, PerturbArguments{options, norm}, kernel_for,
-                            [&](const Launch& run) { launch_restore<scalar_t>(call, run); });
-      });
+  dispatch_precision(call.dtype, call.device.positions != nullptr, call.table.has_masters,
+                     [&](auto type, auto stochastic, auto masters) {
+                       using scalar_t = decltype(type);
+                       load_restore<scalar_t>(call);
+                       const auto kernel_for = [](auto capacity) {
+                         return &perturb_kernel<scalar_t, decltype(stochastic)::value, decltype(masters)::value,
+                                                decltype(capacity)::value>;
+                       };
+                       launch_over_tensors(call, "perturb_", Order::kBackward, PerturbArguments{options, norm},
+                                           kernel_for, [&](const Launch& run) { launch_restore<scalar_t>(call, run); });
+                     });
 }
 
 void perturb_(const Call& call, const DeviceOption* options, const Form& form) {

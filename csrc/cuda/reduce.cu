@@ -30,8 +30,8 @@ struct SquareFunctor : FunctorTraits {
   __device__ void operator()(const Element<scalar_t, Tensors> (&elements)[kWidth]) {
     using T = opmath_t<scalar_t>;
     if constexpr (kIsNarrow<scalar_t> && !kAdaptive) {
-      // Arithmetic in double is slow on many GPUs. A 16-bit number's square is exact in float, and what its sums lose is
-      // summed by itself. Out of range, and if there is no number, the sum is outside of what is checked.
+      // Arithmetic in double is slow on many GPUs. A 16-bit number's square is exact in float, and what its sums lose
+      // is summed by itself. Out of range, and if there is no number, the sum is outside of what is checked.
       float squares = 0, lost = 0;
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
@@ -82,7 +82,7 @@ __device__ __forceinline__ void sum_partials(const double* partials, int64_t cou
 }
 
 template <typename scalar_t, int64_t kCapacity>
-__global__ void __launch_bounds__(kThreads, kIsNarrow<scalar_t> ? kHeavy : kMedium)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<scalar_t, float> ? kMedium : kHeavy)
     grad_norm_kernel(const __grid_constant__ Arguments<NormArguments, kCapacity> args) {
   const NormArguments& extra = args.extra;
   const Launch& launch = args.launch;
@@ -107,7 +107,7 @@ struct DotsArguments {
   bool ascent;
   double* partials;  // [the table's chunks, 3]
   double* result;    // [tensors, 3]
-  int* finished;     // [2, tensors]: how many of a tensor's chunks are through, and how many it has
+  int* finished;     // [2, tensors]: a tensor's chunks that are through, and all of them
   int64_t chunk_size;
 };
 
@@ -152,8 +152,8 @@ __device__ __forceinline__ void add_products(const Arguments& args, const Device
   const scalar_t* w = needs_w ? element_pointer<scalar_t>(args.table, kParam, chunk) : nullptr;
   AscentCoefficients given{};
   if (map != Map::kIdentity) given = form.coefficients[chunk.tensor];
-  ProductFunctor<scalar_t, map, kMasters> products{
-      {}, given.scale, given.term, y.is_present(), from_backup, x.wide != nullptr, y.wide != nullptr, sums};
+  ProductFunctor<scalar_t, map, kMasters> products{{},          given.scale,       given.term,        y.is_present(),
+                                                   from_backup, x.wide != nullptr, y.wide != nullptr, sums};
   if constexpr (kMasters) {
     walk<scalar_t>(products, {{x.narrow, w, y.narrow}, {}, {x.wide, y.wide}, {}}, chunk.length);
   } else {
@@ -216,16 +216,11 @@ void grad_norm_(const Call& call, const DeviceOption* options, double* partials,
 
 void dots_(const Call& call, const Form& form, bool ascent, double* partials, double* result, int* finished) {
   const DotsArguments extra{form, ascent, partials, result, finished, call.table.chunk_size};
-  const auto nothing_to_undo = [](const Launch&) {};
   dispatch_precision(call.dtype, false, call.table.has_masters, [&](auto type, auto, auto masters) {
     dispatch_map(form.map, [&](auto map) {
-      launch_in_runs<kMethodTensors>(
-          call, "dots_", Order::kForward, extra,
-          [](auto capacity) {
-            return &dots_kernel<decltype(type), decltype(map)::value, decltype(masters)::value,
-                                decltype(capacity)::value>;
-          },
-          nothing_to_undo);
+      launch_in_runs<kMethodTensors>(call, "dots_", Order::kForward, extra, [](auto capacity) {
+        return &dots_kernel<decltype(type), decltype(map)::value, decltype(masters)::value, decltype(capacity)::value>;
+      });
     });
   });
 }

@@ -10,7 +10,6 @@ namespace fastsam::cuda {
 template <typename scalar_t>
 struct CopyFunctor : FunctorTraits {
   using Tensors = Counts<1, 1>;
-  static constexpr unsigned kStreamedReads = 0b1;
 
   __device__ void operator()(Element<scalar_t, Tensors>& element) const { element.written[0] = element.read[0]; }
 };

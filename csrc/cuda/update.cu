@@ -1,4 +1,5 @@
 // restore_and_update_ on CUDA: w <- update(backup, g, state) in one pass.
+#include "descent.cuh"
 #include "launch.cuh"
 #include "power.cuh"
 #include "restore.cuh"
@@ -16,8 +17,8 @@ struct SgdBase {
   SgdStep<T> step;
   bool has_momentum;
 
-  __device__ __forceinline__ static SgdBase make(const SgdOptions& options, double steps_before,
-                                                 double inv_grad_scale, bool has_last_slot) {
+  __device__ __forceinline__ static SgdBase make(const SgdOptions& options, double steps_before, double inv_grad_scale,
+                                                 bool has_last_slot) {
     return {{options, inv_grad_scale, steps_before == 0}, has_last_slot};
   }
 
@@ -52,158 +53,61 @@ struct AdamBase {
   }
 };
 
-// ---- what stands in the gradient's place ----
+// ---- the functor ----
 
-template <typename T>
-struct DescentStep {
-  T a, b, keep_x, keep_first, keep_state, decoupled_x, decoupled_y;
-
-  __device__ __forceinline__ T gradient(T x, T y) const { return times(a, x) + times(b, y); }
-  __device__ __forceinline__ T decoupled(T x, T y) const { return times(decoupled_x, x) + times(decoupled_y, y); }
-  __device__ __forceinline__ T kept(T x, T first, T state) const {
-    return times(keep_x, x) + times(keep_first, first) + times(keep_state, state);
-  }
-};
-
-// A chunk's tensors of a descent. What lacks one of those that the form names takes no part.
-template <typename scalar_t, typename stored_t>
-struct DescentPlace {
-  Source<scalar_t> y;
-  scalar_t* first;
-  stored_t* method_state;
-  bool takes_part;
-};
-
-template <typename scalar_t, typename stored_t, typename Arguments>
-__device__ __forceinline__ DescentPlace<scalar_t, stored_t> find_descent(const Arguments& args,
-                                                                         const DescentArguments& descent,
-                                                                         const DeviceChunk& chunk) {
-  constexpr bool kMasters = !std::is_same_v<scalar_t, stored_t>;
-  DescentPlace<scalar_t, stored_t> place{find_source<scalar_t, kMasters>(args, descent.y, chunk),
-                                         element_pointer<scalar_t>(args.table, kFirstGrad, chunk),
-                                         element_pointer<stored_t>(args.table, kMethodState, chunk), true};
-  if (descent.y != kNone && !place.y.is_present()) place.takes_part = false;
-  if (descent.keeps && (place.first == nullptr || place.method_state == nullptr)) place.takes_part = false;
-  if (!place.takes_part) place.y = {nullptr, nullptr};
-  if (!place.takes_part || !descent.keeps) place.method_state = nullptr;
-  return place;
-}
-
-template <typename T>
-__device__ __forceinline__ DescentStep<T> make_descent(const DescentArguments& descent, int64_t tensor,
-                                                       bool takes_part) {
-  if (!takes_part) return {T(1), T(0), T(0), T(0), T(1), T(0), T(0)};
-  const DescentCoefficients given = descent.coefficients[tensor];
-  const bool has_y = descent.y != kNone, decoupled = descent.decoupled;
-  return {static_cast<T>(given.a),
-          static_cast<T>(has_y ? given.b : 0),
-          static_cast<T>(given.keep_x),
-          static_cast<T>(given.keep_first),
-          static_cast<T>(given.keep_state),
-          static_cast<T>(decoupled ? given.decoupled_x : 0),
-          static_cast<T>(decoupled && has_y ? given.decoupled_y : 0)};
-}
-
-// ---- functors ----
-
-// Results are numbered: the weights, the slots of the state, what a method keeps.
+// Results are numbered: the weights, the slots of the state, and what a method keeps.
 constexpr int kMethodResult = kMethodStateDraw - kWeightDraw;
 
-template <typename scalar_t, typename Base, typename Rounding>
+// What is kept from step to step, the method's state included, comes last of what is read and written. With masters it
+// is wide, behind the master, and all of that is rounded to nearest.
+template <typename scalar_t, typename Base, typename Rounding, bool kMasters, bool kDescent>
 struct UpdateFunctor : FunctorTraits {
-  static constexpr int kSlots = Base::kSlots;
-  using Tensors = Counts<2 + kSlots, 1 + kSlots>;
-  static constexpr bool kOptional = true;
-  static constexpr unsigned kStreamedReads = ~0u, kStreamedWrites = ~1u;
-  Base base;
-  Rounding rounding;
-
-  // read: w or its backup, the gradient, the state; written: w, the state
-  __device__ void operator()(Element<scalar_t, Tensors>& element) const {
-    using T = opmath_t<scalar_t>;
-    T state[kSlots];
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) state[k] = static_cast<T>(element.read[2 + k]);
-    const T w = base.update(static_cast<T>(element.read[0]), static_cast<T>(element.read[1]), state);
-    element.written[0] = rounding(w, 0, element.number);
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) element.written[1 + k] = rounding(state[k], 1 + k, element.number);
-  }
-};
-
-template <typename scalar_t, typename Base>
-struct UpdateMasterFunctor : FunctorTraits {
-  static constexpr int kSlots = Base::kSlots;
-  using Tensors = Counts<2, 1, 1 + kSlots, 1 + kSlots>;
-  static constexpr bool kOptional = true;
-  static constexpr unsigned kStreamedReads = ~0u;
-  Base base;
-  bool climbed;
-
-  // read: w unless its master has climbed, the gradient, the master, the state; written: w, the master, the state
-  __device__ void operator()(Element<scalar_t, Tensors>& element) const {
-    float state[kSlots];
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) state[k] = element.wide_read[1 + k];
-    const float from = climbed ? element.wide_read[0] : master_value(element.wide_read[0], element.read[0]);
-    const float w = base.update(from, static_cast<float>(element.read[1]), state);
-    element.written[0] = static_cast<scalar_t>(w);
-    element.wide_written[0] = w;
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) element.wide_written[1 + k] = state[k];
-  }
-};
-
-template <typename scalar_t, typename Base, typename Rounding>
-struct DescentFunctor : FunctorTraits {
-  static constexpr int kSlots = Base::kSlots;
-  using Tensors = Counts<5 + kSlots, 2 + kSlots>;
+  static constexpr int kSlots = Base::kSlots, kKept = kSlots + kDescent, kGrads = kDescent ? 3 : 1;
+  using Tensors = std::conditional_t<kMasters, Counts<1 + kGrads, 1, 1 + kKept + kDescent, 1 + kKept>,
+                                     Counts<1 + kGrads + kKept, 1 + kKept>>;
+  using T = opmath_t<scalar_t>;
   static constexpr bool kOptional = true;
   Base base;
   Rounding rounding;
-  DescentStep<opmath_t<scalar_t>> descent;
+  DescentStep<T> descent;
+  bool is_perturbed, wide_y;
 
-  // read: w or its backup, the gradient, y, the first gradient, the method's state, the state; written: w, the method's
-  // state, the state
+  // read: w (its backup, if it is perturbed; nothing, if its master is), the gradient, y, the first gradient, what is
+  // kept; wide: the master, what is kept, y. written: w, what is kept; wide: the master, what is kept
   __device__ void operator()(Element<scalar_t, Tensors>& element) const {
-    using T = opmath_t<scalar_t>;
-    T state[kSlots];
+    const auto kept = [&](int k) {
+      if constexpr (kMasters) return element.wide_read[1 + k];
+      if constexpr (!kMasters) return static_cast<T>(element.read[1 + kGrads + k]);
+    };
+    const auto keep = [&](int k, T value, int result) {
+      if constexpr (kMasters) {
+        element.wide_written[1 + k] = value;
+      } else {
+        element.written[1 + k] = rounding(value, result, element.number);
+      }
+    };
+    T w = static_cast<T>(element.read[0]), state[kSlots];
+    if constexpr (kMasters)
+      w = is_perturbed ? element.wide_read[0] : master_value(element.wide_read[0], element.read[0]);
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) state[k] = static_cast<T>(element.read[5 + k]);
-    const T x = static_cast<T>(element.read[1]), y = static_cast<T>(element.read[2]);
-    const T w = base.update(static_cast<T>(element.read[0]), descent.gradient(x, y), state);
-    const T kept = descent.kept(x, static_cast<T>(element.read[3]), static_cast<T>(element.read[4]));
-    element.written[0] = rounding(w - descent.decoupled(x, y), 0, element.number);
-    element.written[1] = rounding(kept, kMethodResult, element.number);
+    for (int k = 0; k < kSlots; ++k) state[k] = kept(k);
+    const T x = static_cast<T>(element.read[1]);
+    if constexpr (kDescent) {
+      T y = static_cast<T>(element.read[2]);
+      if constexpr (kMasters) y = wide_y ? element.wide_read[1 + kKept] : y;
+      w = base.update(w, descent.gradient(x, y), state) - descent.decoupled(x, y);
+      keep(kSlots, descent.kept(x, static_cast<T>(element.read[3]), kept(kSlots)), kMethodResult);
+    } else {
+      w = base.update(w, x, state);
+    }
+    if constexpr (kMasters) {
+      element.wide_written[0] = w;
+      element.written[0] = static_cast<scalar_t>(w);
+    } else {
+      element.written[0] = rounding(w, 0, element.number);
+    }
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) element.written[2 + k] = rounding(state[k], 1 + k, element.number);
-  }
-};
-
-template <typename scalar_t, typename Base>
-struct DescentMasterFunctor : FunctorTraits {
-  static constexpr int kSlots = Base::kSlots;
-  using Tensors = Counts<4, 1, 3 + kSlots, 2 + kSlots>;
-  static constexpr bool kOptional = true;
-  Base base;
-  DescentStep<float> descent;
-  bool climbed, wide_y;
-
-  // read: w unless its master has climbed, the gradient, y, the first gradient; the master, y, the method's state, the
-  // state; written: w; the master, the method's state, the state
-  __device__ void operator()(Element<scalar_t, Tensors>& element) const {
-    float state[kSlots];
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) state[k] = element.wide_read[3 + k];
-    const auto x = static_cast<float>(element.read[1]);
-    const float y = wide_y ? element.wide_read[1] : static_cast<float>(element.read[2]);
-    const float from = climbed ? element.wide_read[0] : master_value(element.wide_read[0], element.read[0]);
-    const float w = base.update(from, descent.gradient(x, y), state) - descent.decoupled(x, y);
-    element.written[0] = static_cast<scalar_t>(w);
-    element.wide_written[0] = w;
-    element.wide_written[1] = descent.kept(x, static_cast<float>(element.read[3]), element.wide_read[2]);
-#pragma unroll
-    for (int k = 0; k < kSlots; ++k) element.wide_written[2 + k] = state[k];
+    for (int k = 0; k < kSlots; ++k) keep(k, state[k], 1 + k);
   }
 };
 
@@ -220,46 +124,28 @@ struct Place {
   DescentPlace<scalar_t, stored_t> descent;
 };
 
-template <typename Functor, typename scalar_t, typename stored_t>
-__device__ __forceinline__ void walk_update(const Functor& functor, const Place<scalar_t, stored_t>& at, int length,
-                                            std::false_type) {
+template <bool kMasters, bool kDescent, typename Functor, typename scalar_t, typename stored_t>
+__device__ __forceinline__ void walk_update(const Functor& functor, const Place<scalar_t, stored_t>& at, int length) {
+  constexpr int kSlots = Functor::kSlots;
   Operands<scalar_t, typename Functor::Tensors> operands;
-  operands.read[1] = at.grad;
   operands.written[0] = at.param;
-  if constexpr (std::is_same_v<scalar_t, stored_t>) {
-    operands.read[0] = at.backup == nullptr ? at.param : at.backup;
-#pragma unroll
-    for (int k = 0; k < Functor::kSlots; ++k) operands.read[2 + k] = operands.written[1 + k] = at.state[k];
-  } else {
-    operands.read[0] = at.backup == nullptr ? at.param : nullptr;
-    operands.wide_read[0] = operands.wide_written[0] = at.master;
-#pragma unroll
-    for (int k = 0; k < Functor::kSlots; ++k) operands.wide_read[1 + k] = operands.wide_written[1 + k] = at.state[k];
+  operands.read[1] = at.grad;
+  if constexpr (kDescent) {
+    operands.read[2] = at.descent.y.narrow;
+    operands.read[3] = at.descent.method_state == nullptr ? nullptr : at.descent.first;
   }
-  walk(functor, operands, length);
-}
-
-template <typename Functor, typename scalar_t, typename stored_t>
-__device__ __forceinline__ void walk_update(const Functor& functor, const Place<scalar_t, stored_t>& at, int length,
-                                            std::true_type) {
-  Operands<scalar_t, typename Functor::Tensors> operands;
-  const auto& descent = at.descent;
-  operands.read[1] = at.grad;
-  operands.read[2] = descent.y.narrow;
-  operands.read[3] = descent.method_state == nullptr ? nullptr : descent.first;
-  operands.written[0] = at.param;
-  if constexpr (std::is_same_v<scalar_t, stored_t>) {
-    operands.read[0] = at.backup == nullptr ? at.param : at.backup;
-    operands.read[4] = operands.written[1] = descent.method_state;
-#pragma unroll
-    for (int k = 0; k < Functor::kSlots; ++k) operands.read[5 + k] = operands.written[2 + k] = at.state[k];
-  } else {
+  const auto kept = [&](int k) { return k < kSlots ? at.state[k] : at.descent.method_state; };
+  if constexpr (kMasters) {
     operands.read[0] = at.backup == nullptr ? at.param : nullptr;
     operands.wide_read[0] = operands.wide_written[0] = at.master;
-    operands.wide_read[1] = descent.y.wide;
-    operands.wide_read[2] = operands.wide_written[1] = descent.method_state;
 #pragma unroll
-    for (int k = 0; k < Functor::kSlots; ++k) operands.wide_read[3 + k] = operands.wide_written[2 + k] = at.state[k];
+    for (int k = 0; k < Functor::kKept; ++k) operands.wide_read[1 + k] = operands.wide_written[1 + k] = kept(k);
+    if constexpr (kDescent) operands.wide_read[1 + Functor::kKept] = at.descent.y.wide;
+  } else {
+    operands.read[0] = at.backup == nullptr ? at.param : at.backup;
+    constexpr int kFirst = 1 + Functor::kGrads;
+#pragma unroll
+    for (int k = 0; k < Functor::kKept; ++k) operands.read[kFirst + k] = operands.written[1 + k] = kept(k);
   }
   walk(functor, operands, length);
 }
@@ -287,10 +173,11 @@ __device__ __forceinline__ void advance_steps(const Arguments& args) {
   }
 }
 
+// Adam in double needs most registers.
 template <typename scalar_t, template <typename> typename Base, bool kHasMore>
-constexpr int kUpdateBlocks = kHasMore                                                           ? kHeavy
-                              : std::is_same_v<scalar_t, float> && Base<float>::kSlots == 1 ? kLight
-                                                                                                 : kMedium;
+constexpr int kUpdateBlocks = kHasMore || (sizeof(scalar_t) == 8 && Base<scalar_t>::kSlots > 1) ? kHeavy
+                              : std::is_same_v<scalar_t, float> && Base<float>::kSlots == 1     ? kLight
+                                                                                                : kMedium;
 
 template <typename scalar_t, template <typename> typename Base, bool kStochastic, bool kMasters, bool kDescent,
           int64_t kCapacity>
@@ -313,27 +200,17 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<scalar_t, Base, kStoch
     const auto rounding =
         make_rounding<stored_t, kStochastic, kResults>(args.table, chunk, options.rounding_seed, kWeightDraw);
     using Rounding = std::remove_const_t<decltype(rounding)>;
-    const bool climbed = place.backup != nullptr;
-    if constexpr (kDescent) {
-      const auto descent = make_descent<T>(update.descent, chunk.tensor, place.descent.takes_part);
-      if constexpr (kMasters) {
-        return DescentMasterFunctor<scalar_t, BaseOfT>{
-            {}, base, descent, climbed, place.descent.y.wide != nullptr};
-      } else {
-        return DescentFunctor<scalar_t, BaseOfT, Rounding>{{}, base, rounding, descent};
-      }
-    } else if constexpr (kMasters) {
-      return UpdateMasterFunctor<scalar_t, BaseOfT>{{}, base, climbed};
-    } else {
-      return UpdateFunctor<scalar_t, BaseOfT, Rounding>{{}, base, rounding};
-    }
+    DescentStep<T> descent{};
+    if constexpr (kDescent) descent = make_descent<T>(update.descent, chunk.tensor, place.descent.takes_part);
+    return UpdateFunctor<scalar_t, BaseOfT, Rounding, kMasters, kDescent>{
+        {}, base, rounding, descent, place.backup != nullptr, place.descent.y.wide != nullptr};
   });
   // The first thread, which read the count, has drawn its ticket since: when all have, the counts may change.
   const Ticket ticket(update.finished);
   if (place.grad == nullptr || !commits) {
     restore_chunk<scalar_t, kMasters>(args.table, chunk);
   } else {
-    walk_update(functor, place, chunk.length, std::bool_constant<kDescent>{});
+    walk_update<kMasters, kDescent>(functor, place, chunk.length);
   }
   if (ticket.is_last(gridDim.x) && commits) advance_steps(args);
 }
@@ -404,43 +281,33 @@ __global__ void __launch_bounds__(kThreads, kHeavy)
 template <template <typename> typename Base>
 void launch_update(const Call& call, const UpdateArguments& update) {
   const bool masters = call.table.has_masters;
-  const auto nothing_to_undo = [](const Launch&) {};
   // Masters are rounded to nearest.
   dispatch_precision(
       call.dtype, call.device.positions != nullptr && !masters, masters, [&](auto type, auto stochastic, auto masters) {
         using scalar_t = decltype(type);
         if (update.descent.coefficients == nullptr) {
-          launch_over_tensors(
-              call, "restore_and_update_", Order::kForward, update,
-              [](auto capacity) {
-                constexpr bool kMasters = decltype(masters)::value;
-                return &restore_and_update_kernel<scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
-                                                  false, decltype(capacity)::value>;
-              },
-              nothing_to_undo);
+          launch_over_tensors(call, "restore_and_update_", Order::kForward, update, [](auto capacity) {
+            constexpr bool kMasters = decltype(masters)::value;
+            return &restore_and_update_kernel < scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
+                   false, decltype(capacity)::value > ;
+          });
         } else {
-          launch_in_runs<kMethodTensors>(
-              call, "restore_and_update_", Order::kForward, update,
-              [](auto capacity) {
-                constexpr bool kMasters = decltype(masters)::value;
-                return &restore_and_update_kernel<scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
-                                                  true, decltype(capacity)::value>;
-              },
-              nothing_to_undo);
+          launch_in_runs<kMethodTensors>(call, "restore_and_update_", Order::kForward, update, [](auto capacity) {
+            constexpr bool kMasters = decltype(masters)::value;
+            return &restore_and_update_kernel < scalar_t, Base, decltype(stochastic)::value && !kMasters, kMasters,
+                   true, decltype(capacity)::value > ;
+          });
         }
       });
 }
 
 void launch_prepare(const Call& call, const DescentArguments& descent) {
   if (descent.coefficients == nullptr) return restore_(call);
-  const auto nothing_to_undo = [](const Launch&) {};
   dispatch_precision(call.dtype, false, call.table.has_masters, [&](auto type, auto, auto masters) {
     launch_in_runs<kMethodTensors>(
-        call, "restore_and_update_", Order::kForward, PrepareArguments{descent},
-        [](auto capacity) {
+        call, "restore_and_update_", Order::kForward, PrepareArguments{descent}, [](auto capacity) {
           return &restore_and_prepare_kernel<decltype(type), decltype(masters)::value, decltype(capacity)::value>;
-        },
-        nothing_to_undo);
+        });
   });
 }
 

@@ -163,7 +163,8 @@ def resolve(name: str, device_type: str, own_grad_dtype: bool = True) -> Backend
 
 def operations(name: str, device_type: str, own_grad_dtype: bool = True) -> Backend:
     """As :func:`resolve`, with the observer of :func:`observe` between, if there is one."""
-    backend = resolve(name, device_type, own_grad_dtype)
+    # Not own_grad_dtype=True: the cache would take it for another question, and log its answer once more.
+    backend = resolve(name, device_type) if own_grad_dtype else resolve(name, device_type, False)
     return backend if _observed is None else _observed(backend)
 
 

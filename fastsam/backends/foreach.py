@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends import list_updates
-from fastsam.backends.lists import Norms, Tensors, convert, matching, multiply, store_, take
+from fastsam.backends.lists import Tensors, convert, matching, multiply, norms, store_, take
 from fastsam.backends.rounding import followed_master, round_all, round_for
 from fastsam.backends.scalars import as_scalar, ascent_scale, opmath_dtype
 from fastsam.spec import (
@@ -45,19 +45,14 @@ def unsupported_reason(request: Request) -> str:
 
 
 def grad_norm(tables: Sequence[TensorTable], options: Sequence[AscentOptions]) -> Tensor:
-    norms: Tensors = []
+    parts: Tensors = []
     for table in tables:
         for group, indices in _by_group(table.perturbed, table, options):
-            if table.device.type == "cpu":
-                norms += table.attached(Norms).of(table, indices, adaptive=group.adaptive)
-                continue
-            grads = take(table.grads, indices)
-            if group.adaptive:
-                grads = list(torch._foreach_mul(convert(take(table.values, indices), torch.float64), grads))
-            norms += torch._foreach_norm(grads, dtype=torch.float64)
-    if not norms:
+            factors = take(table.values, indices) if group.adaptive else None
+            parts += norms(take(table.grads, indices), factors)
+    if not parts:
         return torch.zeros((), dtype=torch.float64, device=tables[0].device)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.linalg.vector_norm(torch.stack(parts))
 
 
 def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tensor) -> Tensor:
@@ -229,7 +224,8 @@ def restore_and_update_(
         if overflow:
             return
         overflow = None
-    for group, indices in _by_group(table.present, table, options):  # type: ignore[misc]
+    groups: Sequence[SGDOptions | AdamOptions] = options
+    for group, indices in _by_group(table.present, table, groups):
         directions = None if descent is None else _Directions(table, indices, descent)
         _update_group_(table, indices, group, directions, grad_scale, overflow)
 

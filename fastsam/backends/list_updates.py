@@ -58,6 +58,7 @@ class Work:
         ]
 
     def update_(self) -> None:
+        """Runs the base update."""
         group, steps = self._group, [self._table.steps[i] for i in self._indices]
         tensors = self._weights, self._grads, self._state
         if isinstance(group, SGDOptions):
@@ -178,8 +179,8 @@ def _fused_adam_(
         max_exp_avg_sqs[0] if group.amsgrad else [],
         list(torch._foreach_add(steps, 1.0)),
         lr=in_dtype(as_scalar(group.lr, device), torch.float32),
-        beta1=as_scalar(group.beta1, device),
-        beta2=as_scalar(group.beta2, device),
+        beta1=float(group.beta1),
+        beta2=float(group.beta2),
         weight_decay=group.weight_decay,
         eps=group.eps,
         amsgrad=group.amsgrad,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsam.backends.scalars import Scalar
-from fastsam.tables import TensorTable
 
 Tensors = list[Tensor]
 
-# Elements whose squares are added up at a time on the CPU: in float64 they fit into the cache, and one thread adds
-# them up, so that the sum does not depend on the number of threads.
+# Elements whose squares are added up at a time on the CPU. With more, PyTorch divides them among threads: the sum would
+# depend on their number, and takes several times as long where the dtypes of argument and result differ.
 PIECE = 32768
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -90,82 +89,22 @@ def in_dtype(value: Scalar, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) else value
 
 
-class _Batch(NamedTuple):
-    """Small tensors whose squares are added up together: where each has its place in the scratch memory."""
-
-    indices: list[int]
-    views: Tensors
-    more_views: Tensors
-    count: int
-
-
-class Norms:
-    """L2 norms on the CPU in float64, whose conversions do not leave the cache; attached to a table.
-
-    ``torch._foreach_norm(dtype=torch.float64)`` converts one element at a time there.
-    """
-
-    def __init__(self, table: TensorTable) -> None:
-        self._scratch = torch.empty((2, PIECE), dtype=torch.float64, device="cpu")
-        self._batches: dict[tuple[int, ...], tuple[list[_Batch], list[int]]] = {}
-
-    def of(self, table: TensorTable, indices: list[int], *, adaptive: bool) -> Iterator[Tensor]:
-        """0-dim norms, of all pieces of the gradients (``adaptive``: times the weights) at ``indices``."""
-        batches, large = self._cut(table, indices)
-        scratch, more = self._scratch
-        for batch in batches:
-            torch._foreach_copy_(batch.views, take(table.grads, batch.indices))
-            if adaptive:
-                torch._foreach_copy_(batch.more_views, take(table.values, batch.indices))
-                scratch[: batch.count].mul_(more[: batch.count])
-            yield torch.linalg.vector_norm(scratch[: batch.count])
-        for i in large:
-            yield from self._of_pieces(table.values[i], take(table.grads, [i])[0], adaptive)
-
-    def _of_pieces(self, value: Tensor, grad: Tensor, adaptive: bool) -> Iterator[Tensor]:
-        count = value.numel()
-        grads, values = (t.as_strided((count,), (1,), t.storage_offset()).split(PIECE) for t in (grad, value))
-        for grad_piece, value_piece in zip(grads, values, strict=True):
-            if grad.dtype == torch.float64 and not adaptive:
-                yield torch.linalg.vector_norm(grad_piece)
-                continue
-            scratch, more = self._scratch[:, : len(grad_piece)]
-            scratch.copy_(grad_piece)
-            if adaptive:
-                scratch.mul_(more.copy_(value_piece))
-            yield torch.linalg.vector_norm(scratch)
-
-    def _cut(self, table: TensorTable, indices: list[int]) -> tuple[list[_Batch], list[int]]:
-        key = tuple(indices)
-        if key not in self._batches:
-            small = [i for i in indices if 0 < table.values[i].numel() <= PIECE // 4]
-            large = [i for i in indices if table.values[i].numel() > PIECE // 4]
-            self._batches = {key: ([self._batch(table, part) for part in _parts(table, small)], large)}
-        return self._batches[key]
-
-    def _batch(self, table: TensorTable, indices: list[int]) -> _Batch:
-        starts, count = [], 0
-        for i in indices:
-            starts.append(count)
-            count += table.values[i].numel()
-        views, more = (
-            [row.as_strided(v.shape, v.stride(), row.storage_offset() + start) for v, start in zip(values, starts)]
-            for row in self._scratch
-            for values in [take(table.values, indices)]
-        )
-        return _Batch(indices, views, more, count)
+def norms(tensors: Tensors, factors: Tensors | None) -> Tensors:
+    """0-dim L2 norms in float64, of all pieces of the tensors (times ``factors``, which lie in memory as they do)."""
+    if tensors[0].device.type != "cpu":
+        if factors is not None:
+            tensors = list(torch._foreach_mul(convert(factors, torch.float64), tensors))
+        return list(torch._foreach_norm(tensors, dtype=torch.float64))
+    pieces = list(_pieces(tensors))
+    if factors is None:
+        return list(torch._foreach_norm(pieces, dtype=torch.float64))
+    pairs = zip(pieces, _pieces(factors), strict=True)
+    return [torch.linalg.vector_norm(factor.double() * piece) for piece, factor in pairs]
 
 
-def _parts(table: TensorTable, indices: list[int]) -> Iterator[list[int]]:
-    """The indices in runs of at most ``PIECE`` elements."""
-    part: list[int] = []
-    count = 0
-    for i in indices:
-        size = table.values[i].numel()
-        if count + size > PIECE:
-            yield part
-            part, count = [], 0
-        part.append(i)
-        count += size
-    if part:
-        yield part
+def _pieces(tensors: Tensors) -> Iterator[Tensor]:
+    for tensor in tensors:
+        if tensor.numel() <= PIECE:
+            yield tensor
+        else:
+            yield from tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).split(PIECE)

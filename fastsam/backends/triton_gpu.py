@@ -45,6 +45,8 @@ _obstacle = find_obstacle()
 if not _obstacle:
     from fastsam.backends import triton_kernels as kernels
 
+    CHUNK_SIZE = kernels.CHUNK_SIZE
+
 
 def unsupported_reason(request: Request) -> str:
     if _obstacle:
@@ -175,7 +177,7 @@ class _View:
     def __init__(self, table: TensorTable) -> None:
         self._device = table.device
         self.kind = kernels.kind_of(table)
-        self.copy = DeviceTable(table, kernels.CHUNK_SIZE)
+        self.copy = DeviceTable(table, CHUNK_SIZE)
         self.no_scale = torch.ones((), dtype=torch.float32, device=self._device)
         self.no_overflow = torch.zeros((), dtype=torch.float32, device=self._device)
         self._norm: tuple[Tensor, Tensor] | None = None

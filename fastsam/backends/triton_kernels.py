@@ -37,6 +37,8 @@ interpreted: bool = INTERPRETED.value
 WARPS = 4
 # The most registers of a thread. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills.
 REGISTERS, MOST_REGISTERS = 128, 192
+# Enough for Adam in float32 without a method, and twice as many programs fit on a multiprocessor.
+ADAM_REGISTERS = 80
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
 # interpreter's time goes with the number of blocks, but most tensors of tests are small.
 BLOCK_BYTES = 32768 if interpreted else 4096
@@ -70,7 +72,7 @@ _LANGUAGE_DTYPES = {
     torch.float16: tl.float16,
 }
 
-_UPDATE_OPTIONS = {Update.SGD: SGDOptions, Update.ADAM: AdamOptions}
+_UPDATE_OPTIONS: dict[Update, Any] = {Update.SGD: SGDOptions, Update.ADAM: AdamOptions}
 _MOMENTS = {Update.NONE: 0, Update.SGD: 1, Update.ADAM: STATE_SLOTS}
 
 
@@ -197,6 +199,8 @@ def update(kind: Kind, base: Update, form: DescentForm | None) -> Kernel:
         absent |= {"options_ptr", "grad_scale_ptr", "found_inf_ptr", "finished_ptr"}
     plain = not (draws or kind.masters) and (form is None or kind.dtype.itemsize > 2)
     registers = _registers(kind, form)
+    if base == Update.ADAM and form is None and kind.dtype == torch.float32:
+        registers = ADAM_REGISTERS
     form = DescentForm() if form is None else form
     constants = {
         "FIELDS": 0 if base == Update.NONE else len(_UPDATE_OPTIONS[base]._fields),

@@ -1,9 +1,9 @@
 """``python -m fastsam demo``: SGD against FastSAM on digits with wrong labels; a table and a picture.
 
-With four labels in ten wrong, a network that fits its training data learns mistakes by heart. What that costs shows how
-well an optimizer's minima generalise. For each seed every method gets the same split, wrong labels, initial weights and
-order of batches; momentum, weight decay and the learning rate's schedule are the same too, and its height is the one
-that suits the method best (``--sweep``).
+With 40% of the labels wrong, a network that fits its training data memorizes wrong labels, and its test accuracy shows
+how well an optimizer's minima generalise. For each seed, every method gets the same split, wrong labels, initial
+weights and order of batches, and the same momentum, weight decay and learning-rate schedule; the initial learning rate
+is the best for each method (``--sweep``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastsam.demo.train import Run, train_model
 
 EXTRAS = ("matplotlib", "sklearn", "tqdm")
 
-# Where the picture takes the loss around each solution.
+# Where the picture shows the loss around each solution.
 RADII = [0.15 * step for step in range(-6, 7)]
 DIRECTIONS = 3
 
@@ -100,7 +100,7 @@ def _profiles(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one CPU thread: for tensors this small, more cost time, on a busy machine a lot of it."""
+    """Runs torch on one CPU thread: with tensors this small, more threads are slower, on a busy machine much slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

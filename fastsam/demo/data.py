@@ -1,4 +1,4 @@
-"""The demo's data: scikit-learn's bundled scans of digits, with wrong labels among those to train on."""
+"""The demo's data: scikit-learn's bundled scans of digits, with wrong training labels."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class NoisyDigits:
 
 
 def load_noisy_digits(noise: float, seed: int, device: torch.device | str = "cpu") -> NoisyDigits:
-    """Splits the digits into 900 to train on and 897 to test on, and replaces a share of the training labels.
+    """Splits the digits into 900 for training and 897 for testing, and replaces a share of the training labels.
 
     Args:
-        noise: exactly ``round(noise * 900)`` training labels are replaced by one of the nine *other* labels, each as
-            likely as the next (symmetric noise); a replaced label is always wrong. Test labels stay as they are.
-        seed: decides the split, which labels are replaced, and by what.
-        device: where the tensors go.
+        noise: exactly ``round(noise * 900)`` training labels are replaced by one of the nine *other* labels, chosen
+            uniformly (symmetric noise), so that a replaced label is always wrong. Test labels are not changed.
+        seed: of the split, of the choice of labels, and of their replacements.
+        device: the tensors' device.
     """
     from sklearn.datasets import load_digits
 

@@ -16,14 +16,14 @@ from fastsam.demo.data import NoisyDigits
 def losses_along(model: nn.Module, data: NoisyDigits, radii: Sequence[float], seed: int) -> list[float]:
     """The loss over all training images, wrong labels included, at ``w + radius * d`` for each radius.
 
-    Batch norm takes its statistics from the images at each point, as it does in training: with those of the solution
-    every loss a little away from it would explode, flat or not.
+    Batch norm uses the statistics of the images at each point, as in training: with the solution's statistics the loss
+    would explode at a small distance, whether the minimum is flat or not.
 
     Args:
-        model: the solution ``w``; left as it is.
-        data: whose training images and labels are used.
+        model: the solution ``w``; it is not changed.
+        data: its training images and labels are used.
         radii: in units of the weights: each filter of ``d`` has the norm of the same filter of ``w``.
-        seed: decides the gaussian ``d`` before it is normalised, equal for models of the same shapes.
+        seed: of the gaussian ``d`` before normalisation, which is equal for models of the same shapes.
     """
     moved = copy.deepcopy(model).train()
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +37,7 @@ def losses_along(model: nn.Module, data: NoisyDigits, radii: Sequence[float], se
 
 
 def _filter_normalised(param: Tensor, generator: torch.Generator) -> Tensor:
-    """A gaussian direction for one parameter; zero for biases and batch norm's, as in the paper."""
+    """A gaussian direction for one parameter; zero for biases and batch-norm parameters, as in the paper."""
     direction = torch.randn(param.shape, generator=generator).to(param.device)
     if param.dim() < 2:
         return torch.zeros_like(param)

@@ -1,4 +1,4 @@
-"""What the demo compares: a method is a name, an optimizer, and how many epochs it gets."""
+"""The methods that the demo compares: name, optimizer, number of epochs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Method:
     """One row of the table and one colour of the plot.
 
     Attributes:
-        name: as the table and the plot show it.
+        name: in the table and in the plot.
         make_optimizer: called with the model, the learning rate and the demo's options.
-        lr: the initial learning rate; the best of ``LEARNING_RATES``, see :data:`METHODS`.
-        epochs_factor: how often it sees the data, in units of ``--epochs``.
+        lr: the initial learning rate: the best of ``LEARNING_RATES``, see :data:`METHODS`.
+        epochs_factor: the number of epochs in units of ``--epochs``.
         passes: forward and backward passes per step, on average.
         profiled: whether the plot shows the loss around its solution.
     """
@@ -75,14 +75,14 @@ METHODS = (
 )
 """The rows of the demo.
 
-Each learning rate is the best of ``--sweep`` with the default options, judged by the very accuracies that the demo then
-reports, SGD's as well as FastSAM's. At 40% wrong labels, three seeds, in percent:
+Each learning rate is the best of ``--sweep`` with the default options, chosen for SGD and FastSAM alike by the test
+accuracies that the demo reports. With 40% wrong labels, three seeds, in percent:
 
 * SGD: 84.2 at 3e-5, **89.3 at 1e-4**, 78.0 at 3e-4, 71.4 at 1e-3, 79.3 at 0.1 and less between, 10 (chance) at 0.3
 * SGD, twice the epochs: 87.3 at 2e-5, **89.6 at 3e-5**, 83.1 at 1e-4, 64.0 at 0.1
 * FastSAM: 92.5 at 1e-3, **95.1 at 3e-3**, 94.8 at 0.01, 93.6 at 0.03
 
-That SGD's are so small is a finding, not a handicap: with all but the largest, it learns the wrong labels by heart.
+SGD's best learning rates are this small because with larger ones it memorizes the wrong labels.
 """
 
 
@@ -108,12 +108,12 @@ FAMILY = {
     "awp": _member("AWP", methods.AWP(), lr=1e-3),
     "random": _member("RandomSAM", methods.RandomSAM(), lr=1e-4, passes=1, scale=5),
 }
-"""What ``--method`` adds, by name.
+"""The methods that ``--method`` adds, by name.
 
-Each learning rate is the best of 1e-4, 3e-4, 1e-3, 3e-3 and 0.01, or of those listed, judged as the others' are
-(``--method gsam --lr 0.01`` shows one); nothing else was searched for. ``--rho`` is FastSAM's, five times as large for
-ASAM (in other units), MomentumSAM and RandomSAM (whose directions are less steep). At 40% wrong labels, three seeds, in
-percent, at these rates:
+Each learning rate is the best of 1e-4, 3e-4, 1e-3, 3e-3 and 0.01, or of those listed, chosen as above (``--method gsam
+--lr 0.01`` shows one); no other hyperparameter was tuned. ``--rho`` is FastSAM's; ASAM (which has other units),
+MomentumSAM and RandomSAM (whose directions are less steep) use five times as much. With 40% wrong labels, three seeds,
+in percent, at these rates:
 
 * SAM, 3 ascents: 92.8 at 1e-3, **95.5 at 3e-3**
 * SAM, every 5th step: **91.3**, 89.9, 79.7, 73.8, 70.6
@@ -130,7 +130,7 @@ percent, at these rates:
 
 
 def chosen(name: str) -> tuple[Method, ...]:
-    """The rows for ``--method``: the three of the demo; with a member of the family, or with all of them."""
+    """The rows for ``--method``: the demo's three, and the named method of the family, or all of them."""
     if name == "sam":
         return METHODS
     if name == "all":

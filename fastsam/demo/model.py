@@ -1,4 +1,4 @@
-"""The demo's network: small enough for a laptop's CPU, large enough to learn wrong labels by heart."""
+"""The demo's network: small enough for a laptop's CPU, large enough to memorize wrong labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def make_cnn(seed: int) -> nn.Module:
     """Builds a CNN of six convolutions with batch norm, for images of shape (n, 1, 8, 8); 82,000 parameters.
 
     Args:
-        seed: decides the initial weights; the global random state stays as it is.
+        seed: of the initial weights; the global random state is not changed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

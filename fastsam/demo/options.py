@@ -1,4 +1,4 @@
-"""The demo's options: what the command line takes, and its checks."""
+"""The demo's command-line options and their checks."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rho", "radius of FastSAM's neighbourhood (default: %(default)s)", type=_number(">= 0", lambda x: x >= 0))
     add(
         "--seeds",
-        "runs of each method; a seed decides the split, the wrong labels, the initial weights and the order "
+        "runs of each method; a seed determines the split, the wrong labels, the initial weights and the order "
         "of the batches, the same for every method (default: %(default)s)",
         type=_count,
         metavar="N",
     )
     add(
         "--epochs",
-        "passes over the 900 training images; SGD is shown with twice as many too (default: %(default)s)",
+        "passes over the 900 training images; SGD also runs with twice as many (default: %(default)s)",
         type=_count,
         metavar="N",
     )
@@ -84,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", "FastSAM's backend (default: %(default)s, the fastest that can run)", choices=("auto", *BACKENDS))
     add(
         "--method",
-        "a member of the SAM family to show beside the others, or all of them, which takes about "
-        "ten minutes (default: %(default)s alone)",
+        "a method of the SAM family to compare with the others, or all of them, which takes about "
+        "ten minutes (default: only %(default)s)",
         choices=("sam", "all", *FAMILY_NAMES),
     )
     add("--output", "the picture, a PNG (default: %(default)s)", type=Path, metavar="FILE")
@@ -95,18 +95,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "about 15 minutes",
         action="store_true",
     )
-    add("--quick", "one seed and two epochs, to see whether everything works", action="store_true")
+    add("--quick", "one seed and two epochs, to check that everything works", action="store_true")
     parser.set_defaults(**vars(Options()))
 
 
 def to_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser) -> Options:
-    """Checks what no option can check alone; ends with a usage error if the backend or the output cannot be."""
+    """Checks combinations of options; ends with a usage error if the backend or the output cannot be used."""
     values = {name: getattr(namespace, name) for name in Options.__dataclass_fields__}
     options = Options(**values | ({"seeds": 1, "epochs": 2} if namespace.quick else {}))
     if options.output.suffix.lower() != ".png":
         parser.error(f"argument --output: must end in .png, got '{options.output}'")
     if not os.access(options.output.absolute().parent, os.W_OK):
-        parser.error(f"argument --output: the folder '{options.output.parent}' is not there or cannot be written to")
+        parser.error(f"argument --output: the folder '{options.output.parent}' does not exist or is not writable")
     try:
         resolve(options.backend, options.device.type)
     except BackendUnavailable as reason:

@@ -12,11 +12,10 @@ from fastsam.demo.methods import Method
 from fastsam.demo.options import Options
 from fastsam.demo.train import Run
 
-# Colours that stay apart for colour-blind eyes (Okabe and Ito), FastSAM's first.
+# Colours that colour-blind readers can tell apart (Okabe and Ito), FastSAM's first.
 _COLOURS = ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#999999", "#000000")
 
-
-# So many lines have room for their numbers.
+# The largest number of lines that are labelled with their numbers.
 _FEW = 5
 
 Styles = Mapping[Method, dict[str, Any]]
@@ -33,7 +32,7 @@ def draw(
     Args:
         results: the runs of each method, one per seed.
         profiles: training losses of shape (lines, radii), for the methods that are profiled.
-        radii: at which the losses were taken.
+        radii: of the losses.
         options: the demo's.
     """
     import matplotlib
@@ -43,9 +42,9 @@ def draw(
 
     ours = [method for method in results if method.name == "FastSAM"]
     others = [method for method in results if method.name != "FastSAM"]
-    # With the whole family there are more lines than colours that stay apart.
-    looks = product(("-", "--"), _COLOURS) if ours else product(("-", "--"), _COLOURS[1:])
-    styles = {m: {"color": c, "linestyle": dash} for m, (dash, c) in zip(ours + others, looks, strict=False)}
+    # The whole family has more lines than there are such colours.
+    line_styles = product(("-", "--"), _COLOURS) if ours else product(("-", "--"), _COLOURS[1:])
+    styles = {m: {"color": c, "linestyle": dash} for m, (dash, c) in zip(ours + others, line_styles, strict=False)}
     crowded = len(results) > _FEW
     with pyplot.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
         figure, (left, right) = pyplot.subplots(
@@ -63,7 +62,7 @@ def draw(
 
 
 def _draw_accuracy(axes: Any, results: Mapping[Method, Sequence[Run]], styles: Styles, *, crowded: bool) -> None:
-    """``crowded``: the last accuracies are in the legend, best first, and ranges only hinted at."""
+    """``crowded``: the final accuracies are in the legend, best first, and ranges are faint."""
     last = {method: float(np.mean([run.test_accuracy[-1] for run in runs])) for method, runs in results.items()}
     for method in sorted(results, key=lambda method: -last[method]) if crowded else results:
         accuracy = np.array([run.test_accuracy for run in results[method]])

@@ -9,8 +9,8 @@ from fastsam.demo.methods import Method
 from fastsam.demo.options import Options
 from fastsam.demo.train import Run
 
-_HEADINGS = ("method", "lr", "passes", "test accuracy %", "wrong labels", "ms per", "of it the")
-_HEADINGS_BELOW = ("", "", "over data", "mean (min-max)", "learned %", "step", "optimizer")
+_HEADINGS = ("method", "lr", "passes", "test accuracy %", "wrong labels", "ms per", "optimizer's")
+_HEADINGS_BELOW = ("", "", "over data", "mean (min-max)", "learned %", "step", "share")
 
 
 def results_table(results: Mapping[Method, Sequence[Run]], options: Options) -> str:

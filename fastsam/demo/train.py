@@ -1,4 +1,4 @@
-"""Trains the demo's network with one method, and measures accuracy, memory of wrong labels, and time."""
+"""Trains the demo's network with one method, and measures accuracy, memorized wrong labels, and time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastsam.demo.methods import Method
 from fastsam.demo.model import make_cnn
 from fastsam.demo.options import Options
 
-# Called after each step: the passes it took, its loss, and the last epoch's test accuracy (None in the first epoch).
+# Called after each step with its passes, its loss, and the last epoch's test accuracy (None in the first epoch).
 Progress = Callable[[float, float, "float | None"], None]
 
 
@@ -29,9 +29,9 @@ class Run:
     Attributes:
         model: trained, in evaluation mode.
         test_accuracy: in percent, after each epoch.
-        wrong_labels_learned: share of the wrong training labels that the trained model gives back, in percent.
+        wrong_labels_learned: share of the wrong training labels that the trained model predicts, in percent.
         step_ms: median time of a step: all its passes and the optimizer.
-        optimizer_ms: median time of a step that is not spent in the closure: the optimizer's own.
+        optimizer_ms: median time of a step outside the closure.
     """
 
     model: nn.Module
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass
 class _Stopwatch:
-    """Times steps, and the closures in them. An accelerator is waited for: its work would be counted elsewhere."""
+    """Times steps and the closures in them. Synchronizes an accelerator, so that its work counts where it belongs."""
 
     device: torch.device
     step_ms: list[float] = field(default_factory=list)
@@ -72,13 +72,13 @@ class _Stopwatch:
 
 
 def train_model(method: Method, data: NoisyDigits, seed: int, options: Options, progress: Progress) -> Run:
-    """Trains one network; the learning rate falls from ``method.lr`` to 0 along half a cosine.
+    """Trains one network; the learning rate decreases from ``method.lr`` to 0 along half a cosine.
 
     Args:
         method: makes the optimizer.
-        data: to train and to test on; decides the device.
-        seed: decides the initial weights and the order of the batches, the same for every method.
-        options: the demo's; ``options.lr`` goes before ``method.lr``.
+        data: for training and testing, on the device that is used.
+        seed: of the initial weights and of the order of the batches, the same for every method.
+        options: the demo's; ``options.lr`` takes precedence over ``method.lr``.
         progress: called after each step.
     """
     model = make_cnn(seed).to(data.train_images.device)

@@ -1,4 +1,4 @@
-"""``python -m fastsam doctor``: what is installed, which backends can run here, and whether they are right."""
+"""``python -m fastsam doctor``: what is installed, which backends can run here, and whether they compute correctly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run() -> int:
     _section("devices", [(str(device), _describe(device)) for device in devices])
     _section("extension", _extension())
     logger = logging.getLogger("fastsam")
-    disabled, logger.disabled = logger.disabled, True  # what it would say of skipped backends stands in the table
+    disabled, logger.disabled = logger.disabled, True  # the table has the reasons for skipped backends
     try:
         verdicts = [(name, device, *_check(name, device)) for device in devices for name in BACKENDS]
         chosen = [(device.type, _choice(device)) for device in devices]
@@ -42,7 +42,7 @@ def run() -> int:
 
 
 def _check(name: str, device: torch.device) -> tuple[str, str]:
-    """A verdict (ok, wrong, unavailable) and what is to be said about it."""
+    """A verdict (ok, wrong, unavailable) and its explanation."""
     try:
         load(name, device.type)
     except BackendUnavailable as reason:
@@ -50,7 +50,7 @@ def _check(name: str, device: torch.device) -> tuple[str, str]:
     against = "the paper's formulas and torch.optim" if name == "reference" else "reference"
     try:
         outcome = check_backend(name, device)
-    except Exception as error:  # whatever a broken backend raises is a finding, not the end of the report
+    except Exception as error:  # an exception of a broken backend is a result, not the end of the report
         return "wrong", f"raised {type(error).__name__}: {error}"
     if outcome.ok:
         return (

@@ -1,4 +1,4 @@
-"""SAM as its papers write it, tensor by tensor: what `reference` is checked against."""
+"""SAM as in its papers, one tensor at a time: `reference` is compared with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class Paper:
-    """SAM as Foret et al.'s equation 2 has it (adaptive: Kwon et al.), around torch.optim's loop over tensors."""
+    """SAM by equation 2 of Foret et al. (adaptive: Kwon et al.), over torch.optim's loop over tensors."""
 
     def __init__(
         self, groups: list[dict[str, Any]], base: Callable[..., Optimizer], adaptive: bool, **options: Any
@@ -22,7 +22,7 @@ class Paper:
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool) -> None:
-        """Climbs, unless a gradient is not finite."""
+        """Perturbs the weights, unless a gradient is not finite."""
         assert not zero_grad
         members = [(p, group["rho"]) for group in self.base_optimizer.param_groups for p in group["params"]]
         self._backups = [(p, p.clone()) for p, _ in members]
@@ -35,11 +35,11 @@ class Paper:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the weights back."""
+        """Restores the weights."""
         for p, backup in self._backups:
             p.copy_(backup)
 
     def second_step(self) -> None:
-        """Puts the weights back and updates them."""
+        """Restores the weights and updates them."""
         self.restore()
         self.base_optimizer.step()

@@ -1,4 +1,4 @@
-"""Does a backend compute what it should? A few steps of small problems, compared element by element."""
+"""Compares a backend with `reference`, element by element, over a few steps of small problems."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from fastsam.doctor.paper import Paper
 from fastsam.optimizer import FastSAM
 
-# In units of eps * max(|w|, |dw|) per element and step: what correct roundings in another order may add up to.
+# In units of eps * max(|w|, |dw|) per element and step: the largest effect of rounding in another order.
 TOLERANCE = 4.0
 
-# A scalar, an empty tensor, odd sizes; the last two have rho = 0.02. float32 has one more, which threads share out.
+# A scalar, an empty tensor, odd sizes; the last two have rho = 0.02. float32 has one more, which several threads share.
 SHAPES = ((), (1,), (3, 5), (0,), (127,), (4, 3, 3, 3), (33, 31), (1025,))
 LARGE = (65537,)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -27,18 +27,18 @@ BASES: tuple[tuple[type[Optimizer], dict[str, Any]], ...] = (
     (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 1e-2}),
 )
 STEPS = 3
-NAN_STEP = 1  # in which the first gradients hold a NaN: no climb
-ABSENT_STEP = 2  # in which a tensor has no second gradient: it comes back, and has no update
+NAN_STEP = 1  # the first-pass gradients contain a NaN: nothing is perturbed
+ABSENT_STEP = 2  # a tensor has no gradient in the second pass: it is restored and not updated
 
 
 @dataclass
 class Outcome:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        error: the largest, in units of eps * max(|w|, |dw|); infinite where bits had to be equal and were not.
-        where: the case and the tensor of that error.
-        steps: how many were compared.
+        error: the largest error, in units of eps * max(|w|, |dw|); infinite if bits that must be equal differ.
+        where: the case and the tensor with that error.
+        steps: the number of steps compared.
     """
 
     error: float = 0.0
@@ -51,14 +51,14 @@ class Outcome:
         return self.error <= TOLERANCE
 
     def add(self, error: float, where: str) -> None:
-        """Keeps the error if it is the largest; not a number counts as infinite."""
+        """Records the error if it is the largest so far; NaN counts as infinite."""
         error = math.inf if math.isnan(error) else error
         if error > self.error:
             self.error, self.where = error, where
 
 
 def check_backend(name: str, device: torch.device) -> Outcome:
-    """Compares a backend with ``reference``, and ``reference`` with :class:`Paper`; whatever it raises goes through."""
+    """Compares a backend with ``reference``, and ``reference`` with :class:`Paper`; exceptions propagate."""
     outcome = Outcome()
     dtypes = [dtype for dtype in DTYPES if (device.type, dtype) != ("mps", torch.float64)]
     for dtype, (base, options), adaptive in itertools.product(dtypes, BASES, (False, True)):
@@ -90,7 +90,7 @@ def _compare_steps(
         _set_grads(params, copies, seed=1 + 2 * step, nan=step == NAN_STEP)
         for optimizer in (fastsam, expected):
             optimizer.first_step(zero_grad=False)
-        _compare(outcome, f"{where}, climb", params, copies, weights, 0.0 if step == NAN_STEP else eps)
+        _compare(outcome, f"{where}, perturbation", params, copies, weights, 0.0 if step == NAN_STEP else eps)
         for optimizer in (fastsam, expected):
             optimizer.restore()
         _compare(outcome, f"{where}, restore", params, weights, weights, 0.0)
@@ -106,11 +106,11 @@ def _compare_steps(
         after, after_expected = _state(fastsam.base_optimizer, params), _state(expected.base_optimizer, copies)
         for name, tensors in after.items():
             before = state.get(name) or [torch.zeros_like(tensor) for tensor in tensors]
-            if name == "momentum_buffer":  # a sum with the gradient, in which weight decay may cancel it
+            if name == "momentum_buffer":  # the gradient is added to it, where weight decay may cancel both
                 before = [torch.maximum(b.abs(), g.abs()) for b, g in zip(before, grads, strict=True)]
             _compare(outcome, f"{where}, {name}", tensors, after_expected[name], before, eps)
 
-        # The next step starts from identical weights and states: errors of several steps are not to add up.
+        # The next step starts from identical weights and states, so that errors do not accumulate over steps.
         with torch.no_grad():
             for copy, p in itertools.chain(
                 _pairs(copies, params), *(_pairs(after_expected[n], after[n]) for n in after)
@@ -136,8 +136,8 @@ def _compare(
     outcome: Outcome, where: str, actual: list[Tensor], expected: list[Tensor], before: list[Tensor], eps: float
 ) -> None:
     """Errors in units of ``eps * max(|w|, |dw|)``; with ``eps`` 0 the bits must be equal."""
-    tiny = torch.finfo(actual[0].dtype).tiny  # below it numbers are evenly spaced, tiny * eps apart
-    # The norm is summed in float64, by each backend in an order of its own.
+    tiny = torch.finfo(actual[0].dtype).tiny  # smaller numbers are evenly spaced, tiny * eps apart
+    # The norm is summed in float64, in each backend's own order.
     norm_error = torch.finfo(torch.float64).eps * math.sqrt(sum(tensor.numel() for tensor in actual))
     for index, (a, e, b) in enumerate(zip(*map(_values, (actual, expected, before)), strict=True)):
         name = f"{where}, tensor {index} of shape {tuple(a.shape)}"
@@ -163,7 +163,7 @@ def _values(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _make_weights(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Away from 0: where a weight and the sum it moves by both cancel, no correct order of roundings is close."""
+    """Weights away from 0: where a weight and its step cancel, correct results may differ in most of their digits."""
     weights = _make_tensors(dtype, device, seed=0)
     return [(weight + weight.sign()).requires_grad_() for weight in weights]
 

@@ -1,1 +1,1 @@
-"""What surrounds a step: batch-norm statistics, random-number replay, deferred interrupts."""
+"""What surrounds a step: batch-norm statistics, random-number replay, deferred interrupts, torch.compile."""

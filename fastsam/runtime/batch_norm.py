@@ -1,4 +1,4 @@
-"""Batch-norm running statistics move in the first pass only: the second sees other weights than those that stay."""
+"""Batch-norm running statistics are updated in the first pass only: the second pass runs at perturbed weights."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """Keeps the running statistics of a model's batch-norm layers over the second pass.
+    """Preserves the running statistics of a model's batch-norm layers during the second pass.
 
-    The buffers themselves are copied, and copied back in place: so it does not matter how a layer computes them
-    (``momentum=None``, ``SyncBatchNorm``, a subclass with a forward of its own), and a compiled model is not compiled
-    again, as it would be if an attribute of its layers changed.
+    The buffers are copied, and copied back in place. This works however a layer computes them (``momentum=None``,
+    ``SyncBatchNorm``, a subclass with its own forward), and does not recompile a compiled model, as changing an
+    attribute of its layers would.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._spare: dict[Tensor, Tensor] = {}
 
     def save(self) -> None:
-        """Notes the statistics after the first pass."""
+        """Saves the statistics after the first pass."""
         buffers = [
             (module, name, buffer)
             for module in self.model.modules()
@@ -34,16 +34,16 @@ class RunningStatistics:
             fits = copy is not None and copy.device == buffer.device and copy.dtype == buffer.dtype
             self._spare[buffer] = copy if copy is not None and fits else torch.empty_like(buffer)
             self._spare[buffer].copy_(buffer)
-        self._kept = [(module, name, buffer, self._spare[buffer]) for module, name, buffer in buffers]
+        self._saved = [(module, name, buffer, self._spare[buffer]) for module, name, buffer in buffers]
 
     def restore(self) -> None:
-        """Puts them back; without a :meth:`save` since the last call, nothing happens."""
-        kept, self._kept = self._kept, []
-        for module, name, buffer, copy in kept:
+        """Restores the saved statistics; does nothing without a :meth:`save` since the last call."""
+        saved, self._saved = self._saved, []
+        for module, name, buffer, copy in saved:
             present = getattr(module, name)
             if present is not None and (present.device != buffer.device or present.dtype != buffer.dtype):
                 present.copy_(copy)  # the model was moved or cast
                 continue
             buffer.copy_(copy)
-            if present is not buffer:  # a layer that makes new tensors instead of writing to its buffers
+            if present is not buffer:  # a layer that replaces its buffers instead of writing to them
                 setattr(module, name, buffer)

@@ -1,4 +1,4 @@
-"""Keeps torch.compile away from the steps: Dynamo cannot trace what works on addresses."""
+"""Excludes the steps from torch.compile: Dynamo cannot trace functions that work on addresses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from typing import Any
 
 import torch
 
-# As torch.compiler.disable, but Dynamo, which takes seconds, is imported at the first call: as for torch.optim's own.
+# Like torch.compiler.disable, but as in torch.optim, Dynamo is imported at the first call: the import takes seconds.
 untraced: Any = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
-"""Decorates a function that a compiled training step calls as it is."""
+"""Decorates a function that a compiled training step calls without tracing it."""

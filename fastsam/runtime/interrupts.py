@@ -6,7 +6,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-# signal's own functions are these and a search for an enum's name, which takes most of their time.
+# The functions of the signal module call these, and spend most of their time converting to enums.
 try:
     from _signal import getsignal  # type: ignore[import-not-found]
     from _signal import signal as set_handler
@@ -19,32 +19,32 @@ _NUMBERS = sorted(int(number) for number in signal.valid_signals() if number < g
 
 
 class DeferredInterrupts:
-    """A block during which signals are only noted; their handlers (KeyboardInterrupt, sys.exit) run at the end.
+    """A block during which signals are only recorded; their handlers (KeyboardInterrupt, sys.exit) run at the end.
 
     That is so for every handler in Python, real-time signals excepted. What is not Python's (SIGKILL, or the default
     of SIGTERM) ends the process at once.
     """
 
-    __slots__ = ("_handlers", "_noted", "_replaced")
+    __slots__ = ("_handlers", "_recorded", "_replaced")
 
     def __enter__(self) -> None:
         self._replaced: list[int] = []
-        # Only the main thread gets signals.
+        # Only the main thread receives signals.
         if threading.get_ident() != threading.main_thread().ident:
             return
-        self._noted: dict[int, FrameType | None] = {}
+        self._recorded: dict[int, FrameType | None] = {}
         found = zip(_NUMBERS, map(getsignal, _NUMBERS), strict=True)
         self._handlers = {number: handler for number, handler in found if callable(handler)}
         try:
             for number in self._handlers:
                 self._replaced.append(number)
-                set_handler(number, self._note)
+                set_handler(number, self._record)
         except BaseException:  # the handler of one that is not deferred yet
             self._end()
             raise
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.setdefault(number, frame)  # once, as a pending signal
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self._recorded.setdefault(number, frame)  # once, as a pending signal
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -53,14 +53,14 @@ class DeferredInterrupts:
             self._end()
 
     def _end(self) -> None:
-        """Puts the handlers back, all of them even if one that is back already raises; then calls what was noted."""
+        """Puts the handlers back, all of them even if one that is back already raises; then calls what was recorded."""
         try:
             while self._replaced:
                 set_handler(self._replaced[-1], self._handlers[self._replaced[-1]])
                 self._replaced.pop()
-            while self._noted:
-                number = next(iter(self._noted))
-                self._handlers[number](number, self._noted.pop(number))
+            while self._recorded:
+                number = next(iter(self._recorded))
+                self._handlers[number](number, self._recorded.pop(number))
         except BaseException:
             self._end()
             raise

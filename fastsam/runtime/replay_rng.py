@@ -1,4 +1,4 @@
-"""The same random numbers (dropout masks) for both passes, on every device the parameters are on."""
+"""The same random numbers (dropout masks) in both passes, on every device that holds parameters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class GeneratorStates:
-    """The states of the CPU's generator and of those of ``devices``, as they are now.
+    """The present states of the generators of the CPU and of ``devices``.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured: its generator cannot be read or set then.
+        RuntimeError: a CUDA graph is being captured, during which generators can be neither read nor set.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -21,7 +21,7 @@ class GeneratorStates:
         self._states = self._read()
 
     def replayed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """``closure`` run from these states on; afterwards the generators are as they were when this was called."""
+        """``closure``, run from these states; afterwards the generators have the states they have now."""
         after = self._read()
 
         def run() -> Any:

@@ -1,4 +1,4 @@
-"""Tensors -> addresses and chunks: the structure that every backend works on, and when it must be rebuilt."""
+"""Tensors -> addresses and chunks: the tables that every backend works on, and when they must be rebuilt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TensorTables:
             self.drop()
             self._tables, self._frozen = _build(groups)
             self.builds += 1
-            # A lazy parameter that has got its memory is still the same object, but not in a table yet.
+            # A lazy parameter that has been initialized is still the same object, but not in a table yet.
             lazy = any(is_lazy(param) for group in groups for param in group["params"])
             self._members = [] if lazy else members
             for table in self._tables:
@@ -58,7 +58,7 @@ class TensorTables:
 
     @contextmanager
     def holding_grads(self) -> Iterator[None]:
-        """A block in which the tables read and use gradients; they let go of them at its end, however it ends."""
+        """A block in which the tables refer to gradients; they drop them at its end, also after an error."""
         try:
             yield
         finally:

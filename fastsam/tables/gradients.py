@@ -1,4 +1,4 @@
-"""Gradients -> the rows of a table: read, checked and, where they do not lie as they should, copied."""
+"""Gradients -> the rows of a table: read, checked and, where their layout differs from the parameter's, copied."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Gradients:
-    """Reads the gradients of one table, and keeps the memory of those that have to be copied."""
+    """Reads the gradients of one table, and owns the memory of those that have to be copied."""
 
     def __init__(self) -> None:
         self._scratch: dict[int, Tensor] = {}
@@ -41,10 +41,10 @@ class Gradients:
             mine, addresses = block.read_grads()
             grads += mine
             found.append(addresses)
-        usual = [addresses for addresses in found if addresses is not None]
-        if len(usual) == len(found):
+        expected = [addresses for addresses in found if addresses is not None]
+        if len(expected) == len(found):
             version = table.versions[Row.GRAD]
-            table.set_row(Row.GRAD, grads, b"".join(usual))
+            table.set_row(Row.GRAD, grads, b"".join(expected))
             if table.versions[Row.GRAD] != version:
                 self.in_buffers = [i for i in table.present if grads[i]._base is not None]  # type: ignore[union-attr]
         else:
@@ -78,7 +78,7 @@ class Gradients:
             block.expect_grads(grads[mine], usable=all(map(is_, grads[mine], laid_out[mine])))
 
     def _lay_out(self, table: TensorTable, i: int, grad: Tensor) -> Tensor:
-        """The gradient itself where its elements are and lie as they are to, else a copy where they do."""
+        """The gradient itself if it has the table's dtype and the parameter's layout, else a copy that does."""
         real = grad if not (grad.is_complex() or grad.is_neg()) else as_real(grad)
         if real.dtype == table.grad_dtype and same_order(real, table.values[i]) and has_memory(real):
             return real

@@ -1,4 +1,4 @@
-"""How a strided tensor lies in memory, and which tensors FastSAM can train."""
+"""Memory layouts of strided tensors, and which tensors FastSAM can train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Between two tensors in one allocation: a cache line, and wide enough for every vector access.
+# Of tensors in one allocation: a cache line, which suffices for every vector access.
 ALIGNMENT_BYTES = 64
 
 
@@ -66,7 +66,7 @@ def is_exclusive(grads: Sequence[Any], i: int) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one run of memory, in some order of the dimensions.
+    """Whether the elements fill one contiguous range of memory, in some order of the dimensions.
 
     Raises:
         ValueError: two elements share memory (an expanded or overlapping tensor).
@@ -88,11 +88,11 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def find_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """Two of ``tensors``, by index, that have an element's memory in common; None if no two have.
+    """The indices of two of ``tensors`` that share the memory of an element; None if no two do.
 
-    Their memory may interleave, as two columns of one matrix do. Each alone has passed :func:`is_dense`.
+    Tensors may interleave, as two columns of one matrix do. Each alone has passed :func:`is_dense`.
     """
-    run: list[int] = []  # tensors whose ranges of memory overlap in a chain
+    run: list[int] = []  # tensors whose address ranges form a chain of overlaps
     device, end = "", 0
     dense_end, dense_owner = 0, 0
     for where, start, i in sorted((str(t.device), t.data_ptr(), i) for i, t in enumerate(tensors) if t.numel() > 0):
@@ -113,13 +113,13 @@ def find_shared(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 
 def _find_shared_element(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """The same for tensors whose ranges overlap: asks every element where it lies."""
+    """The same for tensors whose address ranges overlap: compares the addresses of all elements."""
     if len(tensors) < 2:
         return None
     places, owners = [], []
     for i, tensor in enumerate(tensors):
         place = torch.tensor(tensor.data_ptr(), device="cpu")
-        # Every two bytes of an element: another dtype's elements begin elsewhere in the same bytes.
+        # Every two bytes of an element: elements of another dtype may begin in the middle of one.
         steps = [stride * tensor.element_size() for stride in tensor.stride()]
         for length, step in zip((*tensor.shape, tensor.element_size() // 2), (*steps, 2), strict=True):
             place = place.unsqueeze(-1) + torch.arange(length, device="cpu") * step
@@ -135,8 +135,8 @@ def _find_shared_element(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 
 
 def same_order(tensor: Tensor, like: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same places, counted from their first."""
-    # The stride of a dimension of size 1 is never used and may be anything.
+    """Whether two tensors of the same shape have the same strides where they matter."""
+    # The stride of a dimension of size 1 is never used and may have any value.
     return tensor.numel() <= 1 or all(
         size == 1 or ours == theirs
         for size, ours, theirs in zip(tensor.shape, tensor.stride(), like.stride(), strict=True)

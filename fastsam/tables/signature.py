@@ -1,4 +1,4 @@
-"""What every step looks at for thousands of tensors: where they are, how they look, whether they are the same ones."""
+"""What every step compares for thousands of tensors: their addresses, their metadata, their identities."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _find(name: str) -> Any:
         return None
 
 
-# Asking in Python takes longer than the arithmetic on a small model. Where nothing is compiled, or where torch lacks
-# DLPack's interface for C (a PyCapsule of functions), plain Python does the same.
+# In Python, this takes longer than the arithmetic of a small model. The Python versions below are used where nothing is
+# compiled, or where torch lacks DLPack's C interface (a PyCapsule of functions).
 _exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _describe = _find("describe") if type(_exchange_api).__name__ == "PyCapsule" else None
 _identities = _find("identities")
@@ -31,41 +31,41 @@ _grad = attrgetter("grad")
 
 
 class Description(NamedTuple):
-    """Where some tensors are and how they look, to be compared with another time's."""
+    """Addresses and metadata of a list of tensors, to be compared with an earlier description."""
 
     addresses: bytes
-    """Of each one's first element, as int64s; 0 for None and for a tensor that has none (a sparse one)."""
-    looks: Any
-    """Devices, dtypes, shapes, strides."""
+    """Of each tensor's first element, as int64; 0 for None and for a tensor without an address (a sparse one)."""
+    metadata: Any
+    """Devices, dtypes, shapes and strides; those of None differ from those of every tensor."""
 
 
 def describe(tensors: list[Tensor] | list[Tensor | None]) -> Description:
-    """Where ``tensors`` are, and how they look; None looks like no tensor."""
+    """The addresses and the metadata of ``tensors``."""
     if _describe is not None:
         found = _describe(tensors, Tensor, _exchange_api)
         if found is not None:
             return Description(*found)
-    looks = [None if t is None else _look(t) for t in tensors]
-    return Description(array("q", [_address(t) for t in tensors]).tobytes(), looks)
+    metadata = [None if t is None else _metadata(t) for t in tensors]
+    return Description(array("q", [_address(t) for t in tensors]).tobytes(), metadata)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.layout is not torch.strided else tensor.data_ptr()
 
 
-def _look(t: Tensor) -> tuple[Any, ...]:
+def _metadata(t: Tensor) -> tuple[Any, ...]:
     strides = t.stride() if t.layout is torch.strided else t.layout
     return t.dtype, t.device, t.shape, strides, t.is_conj(), t.is_neg()
 
 
 def identities(objects: Iterable[Any]) -> bytes:
-    """Which objects an iterable holds, as int64s; they mean something only while the objects live."""
+    """The identities of the objects in an iterable, as int64; they are valid only while the objects are alive."""
     objects = objects if isinstance(objects, list) else list(objects)
     return _identities(objects) if _identities is not None else array("q", map(id, objects)).tobytes()
 
 
 def nested_identities(entries: Mapping[Any, dict[str, Any]], names: tuple[str, ...]) -> bytes:
-    """Which keys, dicts and values under ``names`` a dict of dicts holds; 0 for a name that a dict lacks."""
+    """The identities of the keys, the dicts and their values under ``names``; 0 for a name that a dict lacks."""
     if _nested_identities is not None and isinstance(entries, dict):
         return _nested_identities(entries, names)
     numbers = array("q")
@@ -77,34 +77,34 @@ def nested_identities(entries: Mapping[Any, dict[str, Any]], names: tuple[str, .
 
 _NO_ADDRESS = bytes(8)
 
-# Parameters that are looked at together: few enough that all that is asked of them finds them in the cache.
+# Parameters that are examined together: few enough to stay in the cache from one question to the next.
 BLOCK = 256
 
 
 class ParameterBlock:
-    """A run of a table's parameters: how they and their gradients looked when last looked at closely."""
+    """A run of a table's parameters, with the last known addresses and metadata of them and their gradients."""
 
     def __init__(self, start: int, params: list[Tensor]) -> None:
         self.start, self.stop = start, start + len(params)
         self.params = params
         self._description = describe(params)
-        self._usual: Any = None
+        self._expected: Any = None
         self._without_address = 0
 
     def is_unchanged(self) -> bool:
-        """Whether every parameter is where, and what, it was at the start."""
+        """Whether every parameter has the address and the metadata that it had at the start."""
         return describe(self.params) == self._description
 
     def read_grads(self) -> tuple[list[Tensor | None], bytes | None]:
-        """The present gradients; and their addresses, if they look as usual."""
+        """The present gradients; and their addresses, if their metadata are the expected ones."""
         grads = list(map(_grad, self.params))
-        addresses, looks = describe(grads)
+        addresses, metadata = describe(grads)
         # A gradient without an address must be copied; no two addresses in a row have eight zero bytes between them.
-        is_usual = looks == self._usual and addresses.count(_NO_ADDRESS) == self._without_address
-        return grads, addresses if is_usual else None
+        is_expected = metadata == self._expected and addresses.count(_NO_ADDRESS) == self._without_address
+        return grads, addresses if is_expected else None
 
     def expect_grads(self, grads: list[Tensor | None], *, usable: bool) -> None:
-        """Takes ``grads`` for usual, if they could be used as they are."""
-        addresses, looks = describe(grads)
-        self._usual = looks if usable else None
+        """Expects the metadata of ``grads`` from now on, if these could be used without a copy."""
+        addresses, metadata = describe(grads)
+        self._expected = metadata if usable else None
         self._without_address = addresses.count(_NO_ADDRESS)

@@ -1,8 +1,8 @@
 """The tensors that live in the optimizer's ``state``: moments, masters, method state, step counts.
 
-Each is found there under torch's name, or allocated by itself (views of one block would all be pickled with each of
-them). What is allocated is in the table's rows at once, and in ``state`` only from :meth:`StateSlots.publish` on, so
-that an exception before the update leaves ``state`` as it was.
+Each tensor is found there under torch's name, or allocated by itself (a pickled view of a shared block would contain
+the whole block). Allocated tensors are in the table's rows at once, but in ``state`` only after
+:meth:`StateSlots.publish`, so that an exception before the update leaves ``state`` unchanged.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 
 OptimizerState = Mapping[Tensor, dict[str, Any]]
 
-_ROWS = (*(Row(Row.STATE + slot) for slot in range(STATE_SLOTS)), Row.MASTER, Row.METHOD_STATE, Row.STEP)
+_MOMENTS = tuple(Row(Row.STATE + slot) for slot in range(STATE_SLOTS))
+_ROWS = (*_MOMENTS, Row.MASTER, Row.METHOD_STATE, Row.STEP)
 
 
 class Wanted(NamedTuple):
-    """What the coming operations need of the state.
+    """The state that the coming operations need.
 
     Attributes:
         names: the base update's, one per parameter group.
-        method_state: the name under which the method keeps its state, if it does.
-        masters: the parameters (indices) that need their master, and their step count if rounding asks for one.
-        moments: those that need everything else that the base update keeps.
-        method: those that need method state.
+        method_state: the name of the method state in ``state``, if there is one.
+        masters: the indices of the parameters that need their master, and their step count if rounding uses it.
+        moments: of those that need the rest of the base update's state.
+        method: of those that need method state.
     """
 
     names: Sequence[StateNames]
@@ -48,8 +49,8 @@ class StateSlots:
 
     def __init__(self) -> None:
         self.written: list[Tensor] = []
-        """What an update writes, for their version counters."""
-        # Made, and not in ``state`` yet.
+        """The tensors that an update writes, whose version counters must be bumped."""
+        # Allocated, and not in ``state`` yet.
         self._pending: dict[tuple[int, Row], Tensor] = {}
         self._key: tuple[Any, ...] | None = None
         self._identities: bytes | None = None
@@ -63,7 +64,7 @@ class StateSlots:
         """Fills the table's rows from ``state`` and allocates what is wanted and missing; ``state`` is not changed.
 
         Returns:
-            Whether anything was done: False in the steady state, in which all is as it was.
+            Whether anything was done: False in the steady state, where nothing has changed.
 
         Raises:
             RuntimeError: a state tensor has another shape than its parameter.
@@ -73,7 +74,7 @@ class StateSlots:
         names = _complete(table, wanted.names)
         made = {name: set(getattr(wanted, name)) for name in ("masters", "moments", "method")}
         made["masters"] |= made["moments"]
-        # Random numbers of the ascent need the count, too.
+        # The random numbers of the ascent depend on the count, too.
         needed = {**made, "step": made["masters"] if table.stochastic else made["moments"]}
         rows: dict[Row, list[Tensor | None]] = {row: [None] * len(table.params) for row in _ROWS}
         pending: dict[tuple[int, Row], Tensor] = {}
@@ -94,11 +95,11 @@ class StateSlots:
         return True
 
     def publish(self, table: TensorTable, state: OptimizerState, wanted: Wanted) -> None:
-        """Puts what was allocated into ``state``."""
+        """Puts the allocated tensors into ``state``."""
         names = _complete(table, wanted.names)
         left: dict[tuple[int, Row], Tensor] = {}
         for (i, row), tensor in self._pending.items():
-            # What was perturbed and is not updated keeps its master for the next step, and has no state.
+            # A parameter that was perturbed and is not updated keeps its master for the next step, but has no state.
             if i not in self._made["method" if row == Row.METHOD_STATE else "moments"]:
                 left[i, row] = tensor
                 continue
@@ -106,7 +107,7 @@ class StateSlots:
             state[table.params[i]][name] = tensor
         self._pending = left
         if not table.has_masters:
-            for param in table.params:  # of a time with master weights
+            for param in table.params:  # from steps with master weights
                 if param in state:
                     state[param].pop(MASTER_NAME, None)
 
@@ -124,7 +125,7 @@ class StateSlots:
         self.written = list(bases.values())  # views of one allocation share its version
         self._asked = _names_of(table, names, wanted.method_state)
         self._identities = nested_identities(state, self._asked)
-        # An identity means something only while its object lives.
+        # An identity is valid only while its object is alive.
         self._alive = [(p, e, *(e.values() if isinstance(e, dict) else ())) for p, e in state.items()]
         self._description = describe(self._bound)
 
@@ -157,7 +158,7 @@ class StateSlots:
         needed: bool,
         names: Sequence[StateNames],
     ) -> Tensor | None:
-        """The state tensor itself where the operations can use it, else one that has its values; None: not needed."""
+        """The state tensor itself if the operations can use it, else a copy in the right form; None: not needed."""
         value = entries.get(name)
         if row == Row.STEP:
             return _find_step(table, entries, value, names[table.groups[i]]) if needed or value is not None else None
@@ -169,11 +170,15 @@ class StateSlots:
         if value is not None and _fits(table, i, value):
             return value
         if value is None and (i, row) in self._pending:
-            # A perturbed parameter no longer has the weights: its master does.
             return self._pending[i, row]
+        if value is None and row == Row.MASTER and table.is_perturbed and table.masters[i] is not None:
+            # Of a perturbed parameter only the master still has the weights.
+            master = table.masters[i]
+            return torch.view_as_complex(master) if table.params[i].is_complex() else master
         if value is None and not needed:
             return None
-        made = torch.zeros_like(table.values[i], dtype=table.state_dtype)
+        initial = names[table.groups[i]].initial if row in _MOMENTS else 0.0
+        made = torch.full_like(table.values[i], initial, dtype=table.state_dtype)
         if value is not None:
             copy_into(made, as_real(value), f"{table.name(i)}: its state {name!r}")
         elif row == Row.MASTER:
@@ -187,15 +192,15 @@ _NEED = {Row.MASTER: "masters", Row.METHOD_STATE: "method", Row.STEP: "step"} | 
 
 
 def _complete(table: TensorTable, names: Sequence[StateNames]) -> tuple[StateNames, ...]:
-    """Random numbers need the count of updates from every base."""
+    """The names, with a step count for every base where the table is rounded stochastically: random numbers use it."""
     if not table.stochastic:
         return tuple(names)
     return tuple(mine if mine.step is not None else mine._replace(step=STEP_NAME) for mine in names)
 
 
 def _slots(table: TensorTable, names: Sequence[StateNames], method_state: str | None, i: int) -> list[tuple[Row, str]]:
-    """The parameter's rows, and the names in ``state`` of what is in them."""
-    moments, step = names[table.groups[i]] if names else StateNames()
+    """The rows of a parameter, and the names of their tensors in ``state``."""
+    moments, step, _ = names[table.groups[i]] if names else StateNames()
     slots = [(Row(Row.STATE + slot), name) for slot, name in enumerate(moments)]
     if table.has_masters:
         slots.append((Row.MASTER, MASTER_NAME))
@@ -207,7 +212,7 @@ def _slots(table: TensorTable, names: Sequence[StateNames], method_state: str | 
 
 
 def _names_of(table: TensorTable, names: Sequence[StateNames], method_state: str | None) -> tuple[str, ...]:
-    asked = {name for moments, step in names for name in (*moments, step) if name is not None}
+    asked = {name for mine in names for name in (*mine.moments, mine.step) if name is not None}
     asked |= {MASTER_NAME} if table.has_masters else set()
     return tuple(sorted(asked | ({method_state} if method_state is not None else set())))
 
@@ -230,6 +235,6 @@ def _find_step(table: TensorTable, entries: Mapping[str, Any], value: Any, names
         step = torch.empty((), dtype=torch.float32, device=table.device)
         return step.copy_(value.detach().reshape(()), non_blocking=True)
     if value is None:
-        # torch.optim.SGD counts no steps: a momentum buffer says that there was one.
+        # torch.optim.SGD counts no steps: a momentum buffer means that there was one.
         value = float(bool(names.moments) and entries.get(names.moments[0]) is not None)
     return torch.full((), float(value), dtype=torch.float32, device=table.device)

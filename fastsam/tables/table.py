@@ -44,15 +44,15 @@ class TensorTable:
         state_dtype: of state, masters and method state: float32 with master weights, else ``dtype``.
         grad_dtype: of the gradients: ``dtype``, or float32 if one of a 16-bit table's gradients has another dtype.
         stochastic, has_masters: the table's :class:`~fastsam.precision.Precision`.
-        params, groups, positions: each parameter, the index of its group, its place in the flattened groups.
+        params, groups, positions: the parameters, the indices of their groups, their positions in the flattened groups.
         rows: for each :class:`~fastsam.spec.Row` a list of tensors.
         present: the indices of the parameters that have a gradient.
-        perturbed: the indices of those that the present ascent moves.
-        is_perturbed: whether ``perturb_`` has run and neither restore nor update since.
+        perturbed: the indices of the parameters that the present ascent perturbs.
+        is_perturbed: whether ``perturb_`` has run, and neither restore nor update since.
         addresses: int64 ``(ROWS, n)`` on the CPU; 0 says "absent".
-        versions: a number per row of ``addresses``, another one whenever the row has changed.
+        versions: a number per row of ``addresses``, which changes whenever the row changes.
         tensors: int64 ``(2, n)``: sizes and groups.
-        gradients, slots: who fills the rows of gradients and of state.
+        gradients, slots: what fills the rows of gradients and of state.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TensorTable:
         self.params = [m.param for m in members]
         self.groups = [m.group for m in members]
         self.positions = [m.position for m in members]
-        # Detached: they keep the memory alive, so that an address that is still the same is still the same memory.
+        # Detached tensors, which keep the memory alive: an equal address is then the same memory.
         self._originals = [p.detach() for p in self.params]
         self._memory = [as_real(p) for p in self._originals]
         self._gaps = [i for i, real in enumerate(self._memory) if not is_dense(real)]
@@ -88,7 +88,7 @@ class TensorTable:
         self.versions = [0] * ROWS
         self.tensors = torch.tensor([[v.numel() for v in values], self.groups], dtype=torch.int64, device="cpu")
         self.set_row(Row.PARAM, values)
-        # Of each parameter alone: a resized one takes its detached twin's memory along.
+        # Of each parameter alone, because resizing one also resizes the memory of its detached alias.
         self._descriptions = [describe([p]) for p in self.params]
         self.blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
         self.gradients = Gradients()
@@ -119,7 +119,7 @@ class TensorTable:
 
     @property
     def backups(self) -> Tensors:
-        """Where the ascent keeps the weights; None for a parameter that it does not move."""
+        """The weights before the ascent; None for a parameter that is not perturbed."""
         return self.rows[Row.BACKUP]
 
     @property
@@ -139,7 +139,7 @@ class TensorTable:
 
     @property
     def directions(self) -> Tensors:
-        """Directions of ascent that are no gradients."""
+        """Directions of ascent that are not gradients."""
         return self.rows[Row.DIRECTION]
 
     @property
@@ -149,14 +149,14 @@ class TensorTable:
 
     @property
     def steps(self) -> Tensors:
-        """Float32, 0-dim: the updates that each parameter has had; None where nobody needs the count."""
+        """Float32, 0-dim: the number of updates of each parameter; None where the count is not needed."""
         return self.rows[Row.STEP]
 
     def set_row(self, row: Row, tensors: list[Tensor] | Tensors, found: bytes | None = None) -> None:
-        """Makes ``tensors`` the row's; ``found``: their addresses, if they are known."""
+        """Sets a row to ``tensors``; ``found``: their addresses, if they are known."""
         self.rows[row] = tensors
         numbers = bytearray(describe(tensors).addresses if found is None else found)
-        # An empty tensor may have the address 0, which says "absent". It has no chunk, so no address is ever used.
+        # An empty tensor may have the address 0, which means "absent". It has no chunk, so its address is never used.
         for i in self._empty:
             if row != Row.STEP:
                 numbers[8 * i : 8 * i + 8] = int(tensors[i] is not None).to_bytes(8, sys.byteorder)
@@ -175,13 +175,13 @@ class TensorTable:
                 raise RuntimeError(f"{self.name(i)}: the tensor of its {row.name} has no memory")
 
     def name(self, i: int) -> str:
-        """How messages call a parameter."""
+        """The name of a parameter in messages."""
         return f"parameter {self.positions[i]} (shape {tuple(self.params[i].shape)})"
 
     def attached(self, make: Callable[[TensorTable], Attachment]) -> Attachment:
-        """What a backend keeps beside the table: made by ``make`` at the first call, and dropped with the table.
+        """What a backend stores with the table: made by ``make`` at the first call, and dropped with the table.
 
-        It must not refer to the table: a cycle would hold the memory of the backups until the garbage collector runs.
+        It must not refer to the table: a cycle would keep the memory of the backups until the garbage collector runs.
         """
         if make not in self._attachments:
             self._attachments[make] = make(self)
@@ -189,7 +189,7 @@ class TensorTable:
         return attachment
 
     def chunks(self, size: int) -> Tensor:
-        """The cut into chunks of at most ``size`` elements: int64 ``(count, 3)``: tensor, start, work before it."""
+        """The chunks of at most ``size`` elements: int64 ``(count, 3)``: tensor, first element, work before it."""
         if size not in self._chunks:
             rows, work = [], 0
             for i, value in enumerate(self.values):
@@ -202,7 +202,7 @@ class TensorTable:
     # ---- what changes from step to step ----
 
     def changed(self) -> list[int]:
-        """The parameters that are not where, or not what, they were when the table was built."""
+        """The parameters whose address or metadata differ from those when the table was built."""
         if all(block.is_unchanged() for block in self.blocks):
             return []
         return [i for i, param in enumerate(self.params) if describe([param]) != self._descriptions[i]]
@@ -212,12 +212,12 @@ class TensorTable:
         return self.gradients.read(self)
 
     def drop_grads(self) -> None:
-        """Lets go of the gradients: held any longer, they would double the memory of the next backward."""
+        """Drops the references to gradients, which would double the memory of the next backward."""
         self.rows[Row.GRAD] = [None] * len(self.params)
 
     @property
     def has_own_grads(self) -> bool:
-        """Whether the gradients, first-pass ones included, are of the table's own dtype."""
+        """Whether the gradients, first-pass gradients included, have the table's own dtype."""
         return self.grad_dtype == self.first_grad_dtype == self.dtype
 
     def keep_first_grads(self) -> None:
@@ -252,12 +252,12 @@ class TensorTable:
         self.set_row(Row.GRAD, grads)
 
     def set_directions(self, tensors: Tensors) -> None:
-        """Makes ``tensors``, which are laid out like ``values``, the directions of this step."""
+        """Sets the directions of this step to ``tensors``, which are laid out like ``values``."""
         self.set_row(Row.DIRECTION, tensors)
         self._of_this_step.add(Row.DIRECTION)
 
     def end_step(self) -> None:
-        """Lets go of what lives for one step: first-pass gradients and directions."""
+        """Drops what lives for one step: first-pass gradients and directions."""
         self.is_perturbed = False
         self._first_versions = []
         self.first_grad_dtype = self.dtype
@@ -269,7 +269,7 @@ class TensorTable:
     # ---- the ascent ----
 
     def choose_perturbed(self, perturb: Sequence[bool], among: list[int]) -> None:
-        """Gives a backup to each parameter of ``among`` whose group ascends (``perturb``: one per group)."""
+        """Gives a backup to each parameter of ``among`` whose group is perturbed (``perturb``: one per group)."""
         self.gather()
         key = (among, tuple(perturb))
         if key != self._backup_key:
@@ -278,7 +278,7 @@ class TensorTable:
             self._backup_key = key
 
     def place_backups(self) -> None:
-        """Fills the row of backups: masters, where there are any, else memory of the table's own."""
+        """Fills the row of backups: with the masters, if there are any, else with memory of the table's own."""
         self._backup_key = None
         if self.has_masters:
             known: Tensors = self.masters
@@ -293,7 +293,7 @@ class TensorTable:
         self.set_row(Row.BACKUP, [tensor if i in moving else None for i, tensor in enumerate(known)])
 
     def restore_elsewhere(self) -> None:
-        """Copies the backups to where the parameters are now, for a model that was moved while perturbed."""
+        """Copies the backups into the parameters' present memory, for a model that was moved while perturbed."""
         for i in self.perturbed:
             backup = self.backups[i]
             assert backup is not None
@@ -301,12 +301,15 @@ class TensorTable:
         self.is_perturbed = False
 
     def gather(self) -> None:
-        """Copies the parameters that have gaps in memory into their scratch."""
+        """Copies the parameters that are not dense in memory into scratch memory."""
         for i in self._gaps:
             self.values[i].copy_(self._memory[i])
 
     def scatter(self, written: list[int], *, state: bool = False) -> None:
-        """Makes an operation's writes to the parameters ``written``, their masters (and the state) known to PyTorch."""
+        """After an operation wrote the parameters ``written``: copies scratch back and bumps version counters.
+
+        ``state``: it wrote the state, too; else only the parameters and their masters.
+        """
         for i in self._gaps:
             if i in written:
                 self._memory[i].copy_(self.values[i])
@@ -319,21 +322,21 @@ class TensorTable:
 
     @property
     def written(self) -> list[int]:
-        """The indices that a restore with update writes: those with a gradient, and those that were perturbed."""
+        """The indices that an update writes: parameters with a gradient, and perturbed ones."""
         if len(self.present) == len(self.params):
             return self.present
         return sorted({*self.present, *self.perturbed})
 
 
 class _Backups:
-    """A table's own memory for backups, kept from step to step."""
+    """A table's own memory for backups, reused in every step."""
 
     def __init__(self, table: TensorTable) -> None:
         self.tensors: Tensors = [None] * len(table.params)
 
 
 def taking_part(form: AscentForm | DescentForm, table: TensorTable) -> list[int]:
-    """The parameters of a table that a form is about."""
+    """The indices of a table's parameters that a form applies to."""
     if isinstance(form, AscentForm):
         return [i for i in table.perturbed if table.rows[form.x][i] is not None]
     needed = {form.y, *((Row.FIRST_GRAD, Row.METHOD_STATE) if form.keeps else ())} - {NONE}

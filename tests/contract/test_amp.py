@@ -69,7 +69,7 @@ class Poison:
 
 @every_base
 @pytest.mark.parametrize("clip", [None, 0.01, 1e6], ids=["no-clip", "clip", "loose-clip"])
-def test_a_scaled_loop_is_the_unscaled_one(backend, device, base, clip):
+def test_scaled_loop_is_unscaled_one(backend, device, base, clip):
     one, two = Problem(device), Problem(device)
     scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
     scaler = scaler_for(device)
@@ -83,7 +83,7 @@ def test_a_scaled_loop_is_the_unscaled_one(backend, device, base, clip):
 
 
 @every_base
-def test_the_scaler_drives_the_second_phase_itself(backend, device, base):
+def test_scaler_drives_second_phase_itself(backend, device, base):
     """Its contract: step() is called on overflow too, because an overflow must not leave the weights perturbed."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
@@ -98,7 +98,7 @@ def test_the_scaler_drives_the_second_phase_itself(backend, device, base):
 
 @every_base
 @pytest.mark.parametrize("scale", [2.0**40, 2.0**-20], ids=["large", "small"])
-def test_the_perturbation_does_not_depend_on_the_scale(backend, device, base, scale):
+def test_perturbation_does_not_depend_on_scale(backend, device, base, scale):
     one, two = Problem(device), Problem(device)
     scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
     scaled_backward(one, scaler_for(device, init_scale=scale))
@@ -108,7 +108,7 @@ def test_the_perturbation_does_not_depend_on_the_scale(backend, device, base, sc
 
 
 @every_base
-def test_whoever_unscales_both_calls_update_in_between(backend, device, base):
+def test_unscaling_both_passes_with_update_in_between(backend, device, base):
     one, two = Problem(device), Problem(device)
     scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
     scaler = scaler_for(device)
@@ -127,7 +127,7 @@ def test_whoever_unscales_both_calls_update_in_between(backend, device, base):
 
 
 @every_base
-def test_gradients_are_the_unscaled_ones_where_the_scaler_was_told_to(backend, device, base):
+def test_gradients_stay_unscaled_after_unscale(backend, device, base):
     """After unscale_ and a step, ``.grad`` is what was applied, as with torch's own fused optimizers."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
@@ -142,7 +142,7 @@ def test_gradients_are_the_unscaled_ones_where_the_scaler_was_told_to(backend, d
 
 @every_base
 @first_or_later
-def test_overflow_in_the_first_pass_does_not_perturb(backend, device, base, warm):
+def test_overflow_in_first_pass_does_not_perturb(backend, device, base, warm):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     scaler, poison = scaler_for(device), Poison(problem.params[2])
@@ -166,7 +166,7 @@ def test_overflow_in_the_first_pass_does_not_perturb(backend, device, base, warm
 @every_base
 @pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscale-step"])
 @pytest.mark.parametrize("warm", [0, 1, 3], ids=["first", "second", "later"])
-def test_overflow_in_the_second_pass_changes_nothing(backend, device, base, unscale, warm):
+def test_overflow_in_second_pass_changes_nothing(backend, device, base, unscale, warm):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     scaler, poison = scaler_for(device), Poison(problem.params[2])
@@ -204,7 +204,7 @@ def test_overflow_in_the_second_pass_changes_nothing(backend, device, base, unsc
 @pytest.mark.parametrize(
     "options", [{}, {"dampening": 0.5}, {"nesterov": True}], ids=["plain", "dampening", "nesterov"]
 )
-def test_overflow_in_the_first_step_leaves_a_state_that_the_base_takes_for_none(backend, device, options):
+def test_overflow_in_first_step_leaves_state_that_base_takes_for_none(backend, device, options):
     """Torch's fused SGD leaves its buffer uninitialised there and uses it on the second step."""
     mine, theirs = Problem(device), Problem(device)
     options = {"lr": 0.1, "momentum": 0.9, **options}
@@ -238,7 +238,7 @@ def test_overflow_in_the_first_step_leaves_a_state_that_the_base_takes_for_none(
     ],
     ids=["positional", "keyword"],
 )
-def test_a_scaler_that_is_handed_a_closure_is_refused(backend, device, base, hand_over, message):
+def test_scaler_that_is_handed_closure_is_refused(backend, device, base, hand_over, message):
     problem, undisturbed = Problem(device), Problem(device)
     optimizer, other = problem.optimizer(backend, base), undisturbed.optimizer(backend, base)
     scaler = scaler_for(device)
@@ -259,7 +259,7 @@ def test_a_scaler_that_is_handed_a_closure_is_refused(backend, device, base, han
 
 
 @every_base
-def test_a_scaler_without_a_first_step_is_refused(backend, device, base):
+def test_scaler_without_first_step_is_refused(backend, device, base):
     problem, undisturbed = Problem(device), Problem(device)
     optimizer, other = problem.optimizer(backend, base), undisturbed.optimizer(backend, base)
     scaler = scaler_for(device)
@@ -274,7 +274,7 @@ def test_a_scaler_without_a_first_step_is_refused(backend, device, base):
 
 
 @every_base
-def test_a_disabled_scaler_is_none(backend, device, base):
+def test_disabled_scaler_changes_nothing(backend, device, base):
     one, two = Problem(device), Problem(device)
     scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
     scaler = scaler_for(device, enabled=False)
@@ -287,7 +287,7 @@ def test_a_disabled_scaler_is_none(backend, device, base):
 
 
 @every_base
-def test_no_gradient_in_the_second_pass_under_a_scaler(backend, device, base):
+def test_no_gradient_in_second_pass_under_scaler(backend, device, base):
     """found_inf is then the number 0, the sum of nothing."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
@@ -388,7 +388,7 @@ def test_batch_norm_and_overflow(backend, device, base):
 
 @every_base
 @pytest.mark.parametrize("clip", [None, 0.01], ids=["no-clip", "clip"])
-def test_a_scale_that_grows_between_the_passes(backend, device, base, clip):
+def test_scale_that_grows_between_passes(backend, device, base, clip):
     """Clipping the first pass's gradients changes nothing: the perturbation has their direction alone."""
     one, two = Problem(device), Problem(device)
     scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
@@ -410,7 +410,7 @@ def test_a_scale_that_grows_between_the_passes(backend, device, base, clip):
 
 
 @every_base
-def test_unscaling_both_passes_without_update_is_the_scalers_error(backend, device, base):
+def test_unscaling_both_passes_without_update_is_scalers_error(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     scaler = scaler_for(device)
@@ -425,7 +425,7 @@ def test_unscaling_both_passes_without_update_is_the_scalers_error(backend, devi
     assert_same_bits(problem.weights(), start)
 
 
-def test_unscaling_the_first_pass_alone_without_update_leaves_the_second_scaled(backend, device):
+def test_unscaling_first_pass_alone_without_update_leaves_second_scaled(backend, device):
     """Why the README says to call update(): the scaler takes the second pass's gradients for unscaled, silently."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, lr=1.0, momentum=0.0)
@@ -457,7 +457,7 @@ class LowPrecision(Problem):
 
 @every_fused_base
 @low_dtypes
-def test_low_precision_parameters_under_a_scaler(backend, device, base, dtype):
+def test_low_precision_parameters_under_scaler(backend, device, base, dtype):
     """The scaler itself unscales no float16 gradients; the update divides by the scale in float32."""
     one, two = LowPrecision(device, dtype), LowPrecision(device, dtype)
     scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
@@ -490,7 +490,7 @@ def test_float16_gradients_that_overflow(backend, device, base):
 
 
 @every_base
-def test_float16_gradients_are_not_unscaled_by_the_scaler(backend, device, base):
+def test_float16_gradients_are_not_unscaled_by_scaler(backend, device, base):
     """torch refuses it; the perturbation can be given up."""
     problem = LowPrecision(device, torch.float16)
     optimizer = problem.optimizer(backend, base)
@@ -549,7 +549,7 @@ def test_both_passes_inside_one_autocast_block(backend, device, base, use, dtype
 
 @every_base
 @pytest.mark.parametrize("clip", [None, 0.01], ids=["no-clip", "clip"])
-def test_a_scaled_float16_loop_inside_one_autocast_block(backend, device, base, clip):
+def test_scaled_float16_loop_inside_one_autocast_block(backend, device, base, clip):
     """The whole of a float16 step: the second pass sees the perturbed weights, the next step the updated ones."""
     one, two = Problem(device), Problem(device)
     inside, outside = (p.optimizer(backend, base, rho=2.0) for p in (one, two))
@@ -574,7 +574,7 @@ def test_a_scaled_float16_loop_inside_one_autocast_block(backend, device, base, 
 
 
 @every_base
-def test_restore_inside_an_autocast_block(backend, device, base):
+def test_restore_inside_autocast_block(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base, rho=2.0)
     with torch.autocast(device.type, torch.bfloat16), torch.enable_grad():
@@ -593,7 +593,7 @@ def versions(tensors):
 
 
 @every_base
-def test_every_write_to_a_weight_is_counted(backend, device, base):
+def test_every_write_to_weight_is_counted(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     for _ in range(2):
@@ -613,7 +613,7 @@ def test_every_write_to_a_weight_is_counted(backend, device, base):
 
 @every_base
 @pytest.mark.parametrize("write", ["perturb", "restore", "update", "step"])
-def test_a_graph_that_saved_a_weight_before_a_write_cannot_go_backward_after_it(backend, device, base, write):
+def test_graph_that_saved_weight_before_write_cannot_go_backward_after_it(backend, device, base, write):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     problem.step(optimizer)
@@ -636,7 +636,7 @@ def test_a_graph_that_saved_a_weight_before_a_write_cannot_go_backward_after_it(
 
 
 @every_fused_base
-def test_every_write_to_the_state_is_counted(backend, device, base):
+def test_every_write_to_state_is_counted(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     problem.step(optimizer)

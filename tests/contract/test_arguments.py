@@ -38,7 +38,7 @@ def norm(tensors):
 # ---- what the package shows ----
 
 
-def test_signature_is_the_documented_one():
+def test_signature_is_documented_one():
     parameters = inspect.signature(FastSAM).parameters
     own = [
         "rho",
@@ -66,7 +66,7 @@ def test_signature_is_the_documented_one():
     assert set(fastsam.__all__) >= {"FastSAM", "BackendUnavailable", "__version__"}
 
 
-def test_a_fresh_optimizer(backend, device):
+def test_fresh_optimizer(backend, device):
     params = make_params(device)
     optimizer = FastSAM(params, torch.optim.AdamW, rho=0.2, lr=0.5, backend=backend)
     assert type(optimizer.base_optimizer) is torch.optim.AdamW
@@ -111,7 +111,7 @@ def test_params_as_torch_takes_them(form):
         }
 
 
-def test_the_callers_groups_are_not_written_to():
+def test_callers_groups_are_not_written_to():
     first, second = make_params()
     groups = [{"params": first, "lr": 0.5}, {"params": iter([second])}]
     given = [dict(group) for group in groups]
@@ -288,7 +288,7 @@ def test_bad_rho_is_refused(rho, error, message, give):
 
 
 @pytest.mark.parametrize("rho", [np.float32(0.25), np.int64(1), Fraction(1, 4), 1], ids=lambda rho: type(rho).__name__)
-def test_any_real_number_is_a_rho(rho):
+def test_any_real_number_is_rho(rho):
     for optimizer in (
         FastSAM(make_params(), lr=0.1, rho=rho),
         FastSAM([{"params": make_params(), "rho": rho}], lr=0.1),
@@ -299,13 +299,13 @@ def test_any_real_number_is_a_rho(rho):
 
 
 @everywhere
-def test_adaptive_must_be_a_bool(give):
+def test_adaptive_must_be_bool(give):
     with pytest.raises(TypeError, match="adaptive must be True or False, got 'yes'"):
         give(adaptive="yes")
 
 
 @pytest.mark.parametrize("give", [in_a_group, in_an_added_group], ids=["group", "added"])
-def test_perturb_must_be_a_bool(give):
+def test_perturb_must_be_bool(give):
     with pytest.raises(TypeError, match="perturb must be True or False, got 1"):
         give(perturb=1)
 
@@ -338,7 +338,7 @@ def test_bad_bases_are_refused(base, message):
         FastSAM(make_params(), base, lr=0.1)
 
 
-def test_the_base_reports_its_own_options():
+def test_errors_about_base_options_are_the_bases():
     with pytest.raises(TypeError, match="unexpected keyword argument 'momentom'"):
         FastSAM(make_params(), lr=0.1, momentom=0.9)
     with pytest.raises(ValueError, match="Invalid learning rate: -1"):
@@ -354,7 +354,7 @@ def test_differentiable_is_refused(base, give):
         give(base, differentiable=True)
 
 
-def test_model_must_be_a_module():
+def test_model_must_be_module():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
         FastSAM(make_params(), lr=0.1, model=make_params())
 
@@ -372,7 +372,7 @@ def test_model_must_be_a_module():
     ],
     ids=str,
 )
-def test_implementation_options_choose_nothing(backend, device, base, options):
+def test_implementation_options_have_no_effect(backend, device, base, options):
     plain, other = Problem(device), Problem(device)
     one, two = plain.optimizer(backend, base), other.optimizer(backend, base, **options)
     assert all(two.param_groups[0][name] is value for name, value in options.items())
@@ -385,7 +385,7 @@ def test_implementation_options_choose_nothing(backend, device, base, options):
 @pytest.mark.parametrize(
     "rho", [0.5, torch.tensor(0.5), torch.tensor([0.5]), 1], ids=["float", "0-dim", "1-element", "int"]
 )
-def test_rho_is_the_length_of_the_perturbation(backend, device, rho):
+def test_rho_is_length_of_perturbation(backend, device, rho):
     params = make_params(device)
     grads = [values(p.shape, torch.float32, device, seed=5) for p in params]
     moves = perturbation_of(params, grads, FastSAM(params, rho=rho, lr=0.1, backend=backend))
@@ -402,7 +402,7 @@ def test_no_group_is_perturbed(backend, device):
     torch.testing.assert_close(problem.weights(), alone.weights(), rtol=1e-6, atol=1e-7)
 
 
-def test_refusals_leave_the_callers_groups_alone():
+def test_refusals_leave_callers_groups_alone():
     first, second = make_params()
     groups = [{"params": [first], "lr": 0.5}, {"params": [second], "rho": -1.0}]
     given = copy.copy(groups[0]), copy.copy(groups[1])

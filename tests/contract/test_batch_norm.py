@@ -110,7 +110,7 @@ def differ(one, other):
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("use", ["closure", "two-phase"])
-def test_statistics_move_in_the_first_pass_only(backend, device, make, use):
+def test_statistics_move_in_first_pass_only(backend, device, make, use):
     problem = Normed(make, device)
     optimizer = problem.optimizer(backend)
     for _ in range(3):
@@ -129,7 +129,7 @@ def test_statistics_move_in_the_first_pass_only(backend, device, make, use):
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_buffers_stay_the_same_tensors(backend, device, make):
+def test_buffers_stay_same_tensors(backend, device, make):
     """They may be shared, or captured in a graph: after a step they are those that the first pass left there."""
     problem = Normed(make, device)
     optimizer = problem.optimizer(backend)
@@ -152,7 +152,7 @@ def test_without_model_they_move_twice(backend, device):
     assert differ(problem.statistics(), expected)
 
 
-def test_training_is_otherwise_the_same(backend, device):
+def test_training_is_otherwise_same(backend, device):
     """In training mode the statistics are not used, so watching them changes no weight."""
     one, two = (Normed(MODELS["2d"], device) for _ in range(2))
     watched, unwatched = one.optimizer(backend), two.optimizer(backend, watched=False)
@@ -173,14 +173,14 @@ def test_in_eval_mode_nothing_moves(backend, device):
     assert_same_statistics(problem.statistics(), before)
 
 
-def test_a_layer_without_statistics_is_left_alone(backend, device):
+def test_layer_without_statistics_is_left_alone(backend, device):
     problem = Normed(lambda: rows(nn.BatchNorm1d(4, track_running_stats=False)), device)
     optimizer = problem.optimizer(backend)
     optimizer.step(problem.backward)
     assert problem.statistics() == {}
 
 
-def test_the_layers_are_not_changed(backend, device):
+def test_layers_are_not_changed(backend, device):
     """Neither momentum nor mode: a compiled model would be compiled again."""
     problem = Normed(MODELS["1d"], device)
     optimizer = problem.optimizer(backend)
@@ -196,7 +196,7 @@ def test_the_layers_are_not_changed(backend, device):
 
 @every_base
 @pytest.mark.parametrize("make", [MODELS["1d"], MODELS["new-tensors"]], ids=["1d", "new-tensors"])
-def test_a_second_pass_that_raises_leaves_them_as_after_the_first(backend, device, base, make):
+def test_second_pass_that_raises_leaves_them_as_after_first(backend, device, base, make):
     problem = Normed(make, device)
     optimizer = problem.optimizer(backend, base)
     for _ in range(2):
@@ -213,7 +213,7 @@ def test_a_second_pass_that_raises_leaves_them_as_after_the_first(backend, devic
         assert_same_statistics(problem.statistics(), expected)
 
 
-def test_restore_leaves_them_as_after_the_first_pass(backend, device):
+def test_restore_leaves_them_as_after_first_pass(backend, device):
     problem = Normed(MODELS["1d"], device)
     optimizer = problem.optimizer(backend)
     expected = problem.after_one_pass()
@@ -229,7 +229,7 @@ def test_restore_leaves_them_as_after_the_first_pass(backend, device):
     assert_same_statistics(problem.statistics(), expected)
 
 
-def test_several_backwards_per_phase_count_as_the_first_pass(backend, device):
+def test_several_backwards_per_phase_count_as_first_pass(backend, device):
     """Accumulation: everything before first_step() is the first pass."""
     problem = Normed(MODELS["1d"], device)
     optimizer = problem.optimizer(backend)
@@ -244,7 +244,7 @@ def test_several_backwards_per_phase_count_as_the_first_pass(backend, device):
     assert int(problem.model[1].num_batches_tracked) == 2
 
 
-def test_with_an_ascent_closure_its_pass_is_the_first(backend, device):
+def test_with_ascent_closure_its_pass_is_first(backend, device):
     problem = Normed(MODELS["1d"], device)
     optimizer = problem.optimizer(backend)
     expected = problem.after_one_pass(slice(0, 4))
@@ -252,7 +252,7 @@ def test_with_an_ascent_closure_its_pass_is_the_first(backend, device):
     assert_same_statistics(problem.statistics(), expected)
 
 
-def test_a_perturbation_over_frozen_batch_norms_still_watches_them(backend, device):
+def test_perturbation_over_frozen_batch_norms_still_watches_them(backend, device):
     """The model need not be what is optimized."""
     problem = Normed(MODELS["1d"], device)
     optimizer = FastSAM(problem.model[3].parameters(), lr=0.1, model=problem.model, backend=backend)
@@ -261,7 +261,7 @@ def test_a_perturbation_over_frozen_batch_norms_still_watches_them(backend, devi
     assert_same_statistics(problem.statistics(), expected)
 
 
-def test_a_model_that_is_cast_between_two_steps(backend, device):
+def test_model_that_is_cast_between_two_steps(backend, device):
     problem = Normed(MODELS["1d"], device)
     optimizer = problem.optimizer(backend)
     optimizer.step(problem.backward)
@@ -273,7 +273,7 @@ def test_a_model_that_is_cast_between_two_steps(backend, device):
     assert_same_statistics(problem.statistics(), expected)
 
 
-def test_layers_that_share_a_buffer(backend, device):
+def test_layers_that_share_buffer(backend, device):
     problem = Normed(MODELS["two-layers"], device)
     first, second = problem.model[0][1], nn.BatchNorm1d(4).to(device)
     second.running_mean = first.running_mean
@@ -284,7 +284,7 @@ def test_layers_that_share_a_buffer(backend, device):
     assert_same_statistics(problem.statistics(), expected)
 
 
-def test_a_copy_of_model_and_optimizer_watches_the_copy(backend, device):
+def test_copy_of_model_and_optimizer_watches_copy(backend, device):
     problem = Normed(MODELS["1d"], device)
     optimizer = problem.optimizer(backend)
     optimizer.step(problem.backward)

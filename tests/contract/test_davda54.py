@@ -72,7 +72,7 @@ class Task(Problem):
 # ---- signature ----
 
 
-def test_the_signature_is_davda54s():
+def test_signature_is_davda54s():
     parameters = inspect.signature(SAM).parameters
     assert list(parameters) == ["params", "base_optimizer", "rho", "adaptive", "kwargs"]
     assert parameters["base_optimizer"].default is inspect.Parameter.empty
@@ -116,7 +116,7 @@ def test_bad_arguments():
 @every_base
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 @pytest.mark.parametrize("use", ["two-steps", "closure"])
-def test_five_steps_are_davda54s(backend, device, base, adaptive, use):
+def test_steps_are_davda54s(backend, device, base, adaptive, use):
     mine, theirs = Task(device), Task(device)
     cls, options = BASES[base]
     rho = 0.5 if adaptive else 0.05
@@ -157,7 +157,7 @@ def test_five_steps_are_davda54s(backend, device, base, adaptive, use):
 
 @every_base
 @pytest.mark.parametrize("use", ["readme_two_steps", "readme_closure"])
-def test_a_run_follows_davda54s(backend, device, base, use):
+def test_run_follows_davda54s(backend, device, base, use):
     """Nothing equalized on the way: so errors grow a little, over twenty steps."""
     mine, theirs = Task(device), Task(device)
     cls, options = BASES[base]
@@ -178,7 +178,7 @@ class _Adapter:
 
 
 @every_base
-def test_it_is_fastsam_under_another_contract(backend, device, base):
+def test_same_bits_as_fastsam(backend, device, base):
     mine, theirs = Task(device), Task(device)
     cls, options = BASES[base]
     sam = mine.sam(backend, base)
@@ -194,7 +194,7 @@ def test_it_is_fastsam_under_another_contract(backend, device, base):
 
 
 @every_base
-def test_the_closure_is_called_once_with_the_gradients_cleared(backend, device, base):
+def test_closure_is_called_once_with_gradients_cleared(backend, device, base):
     task = Task(device)
     optimizer = task.sam(backend, base)
     calls = []
@@ -227,7 +227,7 @@ def test_gradients_are_kept_unless_told(backend, device, zero_grad):
         optimizer.zero_grad()
 
 
-def test_step_without_closure_is_the_second_phase_or_an_error(backend, device):
+def test_step_without_closure_is_second_phase_or_error(backend, device):
     task = Task(device)
     optimizer = task.sam(backend)
     task.backward()
@@ -261,7 +261,7 @@ def test_model_is_fastsams(backend, device):
     assert int(task.model[1].num_batches_tracked) == 2
 
 
-def test_a_scaler_works_as_in_its_issues_it_did_not(backend, device):
+def test_grad_scaler(backend, device):
     one, two = Task(device), Task(device)
     scaled, plain = one.sam(backend), two.sam(backend)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
@@ -280,7 +280,7 @@ def test_a_scaler_works_as_in_its_issues_it_did_not(backend, device):
 
 
 @every_base
-def test_the_state_dict_has_the_momentum_and_no_weights(backend, device, base):
+def test_state_dict_has_momentum_and_no_weights(backend, device, base):
     task, other = Task(device), Task(device)
     optimizer = task.sam(backend, base)
     for _ in range(2):
@@ -305,7 +305,7 @@ def test_the_state_dict_has_the_momentum_and_no_weights(backend, device, base):
 
 
 @pytest.mark.parametrize("use", ["closure", "first_step"])
-def test_no_gradient_at_all_says_so(backend, device, use):
+def test_no_gradient_at_all_is_refused(backend, device, use):
     task = Task(device)
     optimizer = task.sam(backend)
     before = Snapshot(optimizer)

@@ -41,7 +41,7 @@ def test_mixed_precision_learns(train, dtype):
 
 @pytest.mark.slow
 @pytest.mark.thorough
-def test_a_scale_that_is_too_large_comes_down_by_itself(train):
+def test_scale_that_is_too_large_comes_down_by_itself(train):
     """Both passes overflow until it fits: no perturbation, no update, half the scale; then training begins."""
     model, accuracy, scaler = train(torch.float16, epochs=3, init_scale=2.0**40)
     assert 1 < scaler.get_scale() < 2.0**30

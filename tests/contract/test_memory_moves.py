@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from checks import assert_same_bits, assert_within
+from checks import assert_same_bits
 from problem import Problem
 from registry import every_fused_base
 from torch import nn
@@ -76,7 +76,7 @@ def test_weights_exchanged_between_steps(backend, device, base, exchange):
 
 @every_fused_base
 @pytest.mark.parametrize("exchange", [exchange_memory, exchange_tensors], ids=lambda f: f.__name__)
-def test_memory_exchanged_between_the_passes_is_refused(backend, device, base, exchange):
+def test_memory_exchanged_between_passes_is_refused(backend, device, base, exchange):
     problem = Averaged(device)
     optimizer = problem.optimizer(backend, base, rho=0.5)
     problem.step(optimizer)
@@ -98,7 +98,7 @@ def test_memory_exchanged_between_the_passes_is_refused(backend, device, base, e
 
 @every_fused_base
 def test_numbers_written_between_the_passes_are_refused(backend, device, base):
-    """The restore would undo what another optimizer, say, has written in place; ``restore()`` brings the weights back."""
+    """The restore would undo what another optimizer has written; ``restore()`` brings the weights back."""
     problem = Averaged(device)
     optimizer = problem.optimizer(backend, base, rho=0.5)
     start = problem.weights()
@@ -114,7 +114,7 @@ def test_numbers_written_between_the_passes_are_refused(backend, device, base):
 
 @every_fused_base
 @pytest.mark.parametrize("aliased", [False, True], ids=["copies", "its own"])
-def test_assigned_parameters_are_not_the_optimizers(backend, device, base, aliased):
+def test_assigned_parameters_are_not_optimizers(backend, device, base, aliased):
     """``load_state_dict(assign=True)`` gives a model new ones; nothing is written to them."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base, rho=0.5)
@@ -138,7 +138,7 @@ def test_assigned_parameters_are_not_the_optimizers(backend, device, base, alias
 
 
 @every_fused_base
-def test_assigned_before_the_optimizer_is_made(backend, device, base):
+def test_assigned_before_optimizer_is_made(backend, device, base):
     """Parameters over somebody else's memory (a checkpoint's, say) train there."""
     problem, other = Problem(device), Problem(device)
     checkpoint = {name: value.clone() for name, value in problem.model.state_dict().items()}
@@ -152,7 +152,7 @@ def test_assigned_before_the_optimizer_is_made(backend, device, base):
 
 
 @every_fused_base
-def test_a_module_that_swaps_its_tensors_when_it_is_cast(backend, device, base):
+def test_module_that_swaps_its_tensors_when_it_is_cast(backend, device, base):
     """``torch.__future__.set_swap_module_params_on_conversion``: the same Parameter objects, other tensors in them."""
     problem, plain = Problem(device), Problem(device)
     optimizer, alone = problem.optimizer(backend, base, rho=0.0), plain.base(base)

@@ -75,7 +75,7 @@ def expected_trajectory(name, run, device):
     "run", [pytest.param(run, marks=[pytest.mark.thorough] if "seed" in run else []) for run in RUNS]
 )
 @every_method
-def test_trajectory_is_the_papers(backend, device, name, case, run):
+def test_trajectory_is_papers(backend, device, name, case, run):
     groups, seed, adamw = RUNS[run]
     count = triton_interpreter.fewer(STEPS, 3, backend, device)
     actual = train(Network(device, seed), backend, groups, count, method=case.method, adamw=adamw)
@@ -119,7 +119,7 @@ def test_number_of_passes_and_two_phases(backend, device, name, case):
             needs_another = by_phases.first_step()
             assert needs_another is (passes > 1) is by_phases.perturbed
             if needs_another and ascent + 1 < case.ascents:
-                with pytest.raises(RuntimeError, match=r"(climbs|perturbs) .* times"):
+                with pytest.raises(RuntimeError, match=r"ascends .* times"):
                     by_phases.step()
             if needs_another and ascent + 1 == case.ascents:
                 closure()
@@ -129,7 +129,7 @@ def test_number_of_passes_and_two_phases(backend, device, name, case):
 
 
 @pytest.mark.parametrize("name", ["looksam"])
-def test_step_without_an_ascent_waits_for_its_update(backend, device, name, case):
+def test_step_without_ascent_waits_for_its_update(backend, device, name, case):
     network = Network(device, 7)
     params = network.params()
     optimizer = optimizer_for(params, backend, ALIKE, method=case.method)
@@ -151,7 +151,7 @@ def test_step_without_an_ascent_waits_for_its_update(backend, device, name, case
 
 
 @every_method
-def test_rho_zero_is_the_base(backend, device, name, case):
+def test_rho_zero_is_base(backend, device, name, case):
     network = Network(device, 8)
     params, base_params = network.params(), network.params()
     optimizer = optimizer_for(params, backend, PLAIN, method=case.method)
@@ -170,7 +170,7 @@ def test_rho_zero_is_the_base(backend, device, name, case):
 
 
 @pytest.mark.parametrize("name", [name for name, case in METHODS.items() if case.ascents])
-def test_nan_in_the_first_pass_does_not_spread(backend, device, name, case):
+def test_nan_in_first_pass_does_not_spread(backend, device, name, case):
     """No perturbation; the second pass runs at the weights, and neither they nor the method's buffers are lost."""
     network = Network(device, 9)
     params = network.params()
@@ -205,7 +205,7 @@ def test_nan_in_the_first_pass_does_not_spread(backend, device, name, case):
 
 
 @pytest.mark.parametrize("name", ["momentum"])
-def test_nan_in_the_momentum_does_not_perturb(backend, device, name, case):
+def test_nan_in_momentum_does_not_perturb(backend, device, name, case):
     network = Network(device, 9)
     params = network.params()
     optimizer = optimizer_for(params, backend, ALIKE, method=case.method)
@@ -218,7 +218,7 @@ def test_nan_in_the_momentum_does_not_perturb(backend, device, name, case):
 
 
 @every_method
-def test_exception_undoes_the_step(backend, device, name, case):
+def test_exception_undoes_step(backend, device, name, case):
     network = Network(device, 10)
     params, others = network.params(), network.params()
     optimizer = optimizer_for(params, backend, MIXED, method=case.method)
@@ -267,7 +267,7 @@ def test_checkpoint_and_copy_resume_bit_for_bit(backend, device, name, case):
 
 
 @every_method
-def test_overflow_in_the_second_pass_changes_nothing(backend, device, name, case):
+def test_overflow_in_second_pass_changes_nothing(backend, device, name, case):
     network = Network(device, 19)
     params = network.params(torch.float32)
     optimizer = optimizer_for(params, backend, ALIKE, method=case.method)
@@ -377,7 +377,7 @@ def test_interval(backend, device, name, case):
 
 
 @pytest.mark.parametrize("name", ["sam", "gsam", "sam-3-steps"])
-def test_ascent_over_the_whole_data_set(backend, device, name, case):
+def test_ascent_over_whole_data_set(backend, device, name, case):
     """n-SAM: every ascent by the full gradient; the descent and the update by the batch's."""
     network, passes = Network(device, 16), []
 
@@ -402,7 +402,7 @@ def test_ascent_over_the_whole_data_set(backend, device, name, case):
     assert_same_trajectory(actual, follow_oracle(network, case.oracle, ALIKE, steps=8, gradient=gradient), 1e-9)
 
 
-def test_rho_follows_a_function_of_the_step(backend, device):
+def test_rho_follows_function_of_step(backend, device):
     network = Network(device, 17)
     schedule = lambda step: 0.02 * (step + 1)  # noqa: E731
 
@@ -424,7 +424,7 @@ def test_rho_follows_a_function_of_the_step(backend, device):
         assert_same_trajectory([detached(params)], [expected[step]], 1e-9)
 
 
-def test_rho_follows_the_learning_rate(device):
+def test_rho_follows_learning_rate(device):
     """GSAM, algorithm 1."""
     network = Network(device, 18)
     params = network.params()
@@ -479,15 +479,16 @@ def test_random_directions(backend, device):
 def test_norm_layers_only(backend, device):
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)).to(device)
     groups = methods.norm_layers_only(model)
-    assert groups[0]["params"] == [model[1].weight]
+    assert groups[0]["params"] == [model[1].weight, model[1].bias]
+    assert methods.norm_layers_only(model, bias=False)[0]["params"] == [model[1].weight]
     optimizer = FastSAM(groups, rho=0.5, lr=0.1, backend=backend)
     before = detached(model.parameters())
     model(torch.ones(3, 4, device=device)).square().sum().backward()
     optimizer.first_step()
     moved = [not torch.equal(p.detach(), b) for p, b in zip(model.parameters(), before, strict=True)]
-    assert moved == [p is model[1].weight for p in model.parameters()]
+    assert moved == [any(p is q for q in model[1].parameters()) for p in model.parameters()]
     optimizer.restore()
-    assert methods.norm_layers_only(model, (nn.Linear,))[0]["params"] == [model[0].weight, model[3].weight]
+    assert methods.norm_layers_only(model, (nn.Linear,), bias=False)[0]["params"] == [model[0].weight, model[3].weight]
     with pytest.raises(ValueError, match="no normalisation layer"):
         methods.norm_layers_only(nn.Linear(2, 2))
 
@@ -533,27 +534,12 @@ def test_options_that_exclude_each_other(base, options, error, message):
         FastSAM([torch.zeros(3, requires_grad=True)], base, lr=0.1, **options)
 
 
-@pytest.mark.parametrize(
-    ("base", "options", "message"),
-    [
-        (torch.optim.RMSprop, {"method": methods.WSAM()}, "decouple=False"),
-        (torch.optim.SGD, {"method": methods.GSAM(), "master_weights": True}, "master_weights"),
-        (torch.optim.SGD, {"method": methods.AMP(), "rounding": "stochastic"}, "rounding"),
-    ],
-    ids=["decoupled-over-unfused", "masters", "rounding"],
-)
-def test_combinations_without_kernels(base, options, message):
-    """Refused for want of code, not by mathematics."""
-    with pytest.raises(ValueError, match=message):
-        FastSAM([torch.zeros(3, requires_grad=True)], base, lr=0.1, **options)
-
-
 def test_davda54_has_no_method():
     with pytest.raises(ValueError, match="method is FastSAM's"):
         OldSAM([torch.zeros(3, requires_grad=True)], torch.optim.SGD, method=methods.GSAM(), lr=0.1)
 
 
-def test_closures_that_cannot_be():
+def test_closures_that_are_refused():
     params = [torch.zeros(3, requires_grad=True)]
     optimizer = FastSAM(params, lr=0.1)
     with pytest.raises(ValueError, match="closures is empty"):

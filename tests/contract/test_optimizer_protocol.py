@@ -42,7 +42,7 @@ def _through_file(both):
 @every_base
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
-def test_copies_train_alike_and_apart(backend, device, base, copied, steps):
+def test_copies_train_identically_and_independently(backend, device, base, copied, steps):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base, rho=0.1, adaptive=True, replay_rng=True)
     for _ in range(steps):
@@ -69,7 +69,7 @@ def test_copies_train_alike_and_apart(backend, device, base, copied, steps):
     assert_same_bits(draws[1], draws[0], "replay_rng")
 
 
-def test_a_copy_can_be_saved_loaded_and_added_to(backend, device):
+def test_copy_can_be_saved_loaded_and_added_to(backend, device):
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     problem.step(optimizer)
@@ -88,7 +88,7 @@ def test_a_copy_can_be_saved_loaded_and_added_to(backend, device):
 
 @every_base
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["same-dtype", "other-dtype"])
-def test_a_group_may_be_added_in_mid_run(backend, device, base, dtype):
+def test_group_may_be_added_in_mid_run(backend, device, base, dtype):
     """It trains from then on as a group that had been there, without gradients, from the start."""
     problems = [Problem(device), Problem(device)]
     extras = [nn.Parameter(values((5,), dtype, device)) for _ in problems]
@@ -122,7 +122,7 @@ def test_a_group_may_be_added_in_mid_run(backend, device, base, dtype):
     assert_same_state(state_of(later), state_of(from_the_start))
 
 
-def test_an_added_group_takes_the_constructors_options(backend, device):
+def test_added_group_takes_constructors_options(backend, device):
     problem = Problem(device)
     optimizer = FastSAM(problem.params, rho=0.3, adaptive=True, lr=0.2, momentum=0.8, backend=backend)
     optimizer.param_groups[0]["rho"] = 0.9
@@ -144,7 +144,7 @@ def test_an_added_group_takes_the_constructors_options(backend, device):
     ],
     ids=["rho", "perturb", "duplicate", "list", "params"],
 )
-def test_a_bad_group_changes_nothing(backend, device, group, error, message):
+def test_bad_group_changes_nothing(backend, device, group, error, message):
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     problem.step(optimizer)
@@ -159,7 +159,7 @@ def test_a_bad_group_changes_nothing(backend, device, group, error, message):
     problem.step(optimizer)
 
 
-def test_parameters_that_leave_a_group_are_let_alone(backend, device):
+def test_parameters_removed_from_group_are_not_written(backend, device):
     """Groups are lists that programs edit."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
@@ -226,7 +226,7 @@ def test_hooks_run_once_per_step(backend, device, hook_calls, base, use):
         assert hook_calls == [(name, optimizer) for name in ("global-pre", "pre", "post", "global-post")]
 
 
-def test_a_pre_hook_may_replace_the_closure(backend, device):
+def test_pre_hook_may_replace_closure(backend, device):
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     used = []
@@ -289,7 +289,7 @@ def test_every_scheduler_of_torchs_is_here():
 @every_base
 @pytest.mark.parametrize("use", ["closure", "two-phase"])
 @pytest.mark.filterwarnings("error")
-def test_schedulers_as_on_the_base_alone(backend, device, make, base, use):
+def test_schedulers_as_on_base_alone(backend, device, make, base, use):
     """No warning, the same rates, and updates that follow them (momentum and betas where those cycle)."""
     mine, theirs = Problem(device), Problem(device)
     optimizer, alone = mine.optimizer(backend, base, rho=0.0), theirs.base(base)
@@ -313,7 +313,7 @@ def test_schedulers_as_on_the_base_alone(backend, device, make, base, use):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_scheduler_and_its_optimizer_resume(backend, device):
+def test_scheduler_and_its_optimizer_resume(backend, device):
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 8)
@@ -335,7 +335,7 @@ def test_a_scheduler_and_its_optimizer_resume(backend, device):
     assert_same_bits(resumed.weights(), problem.weights())
 
 
-def test_a_scheduler_without_a_step_warns_as_ever(backend, device):
+def test_scheduler_before_any_step_still_warns(backend, device):
     """first_step() is no step: else the warning that guards others' loops would be lost."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend)

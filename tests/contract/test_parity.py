@@ -199,7 +199,7 @@ def zoo_grads(params, step):
 
 @pytest.mark.parametrize("case", EVERY_CASE)
 @every_dtype
-def test_a_zoo_of_parameters(backend, device, dtype, case):
+def test_odd_parameters(backend, device, dtype, case):
     base, options = CASES[case]
     first, second, canaries = make_zoo(dtype, device)
     twins = Twins(
@@ -218,7 +218,7 @@ def test_a_zoo_of_parameters(backend, device, dtype, case):
         canaries.assert_alive()
 
 
-def test_the_zoo_has_what_it_should(device):
+def test_odd_parameters_cover_every_kind(device):
     """The parity tests are worth what is in their parameters and gradients."""
     first, second, _ = make_zoo(torch.float32, device)
     params = [*first, *second]
@@ -236,7 +236,7 @@ def test_the_zoo_has_what_it_should(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @some_cases
-def test_lr_as_a_tensor(backend, device, dtype, base, options):
+def test_lr_as_tensor(backend, device, dtype, base, options):
     """Changed in place between steps, as schedulers do."""
     params = [values((1025,), dtype, device, 1).requires_grad_(), values((3,), dtype, device, 2).requires_grad_()]
     lr = torch.tensor(0.01, dtype=torch.float64)
@@ -311,7 +311,7 @@ def test_training_moves_over_from_torch_and_back(backend, device, dtype, base, o
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam], ids=["SGD", "Adam"])
-def test_a_checkpoint_of_torch_loaded_in_mid_run(backend, device, base):
+def test_checkpoint_of_torch_loaded_in_mid_run(backend, device, base):
     """It counts for parameters that have had no step here yet, too."""
     options = {"momentum": 0.9, "dampening": 0.5} if base is torch.optim.SGD else {}
     params = [values((20,), torch.float32, device, i).requires_grad_() for i in range(2)]
@@ -378,7 +378,7 @@ def test_channels_last_models(backend, device, base, options, checkpoint):
 
 @some_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_experts_that_take_turns(backend, device, dtype, base, options):
+def test_gradients_that_come_and_go(backend, device, dtype, base, options):
     """Gradients come and go in another pattern every step, as in a mixture of experts."""
     params = [values((20 + i,), dtype, device, i).requires_grad_() for i in range(12)]
     twins = Twins(backend, base, [{"params": params[:5]}, {"params": params[5:], "lr": 0.02}], lr=0.01, **options)

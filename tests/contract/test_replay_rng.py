@@ -25,7 +25,7 @@ def generator_state(device):
 
 
 @pytest.mark.parametrize("base", ["sgd", "rmsprop"])
-def test_both_passes_drop_the_same(backend, device, base):
+def test_both_passes_drop_same(backend, device, base):
     problem = Dropped(device)
     optimizer = problem.optimizer(backend, base, replay_rng=True)
     for _ in range(3):
@@ -37,13 +37,13 @@ def test_both_passes_drop_the_same(backend, device, base):
     assert not torch.equal(second, third)
 
 
-def test_without_it_they_differ(backend, device):
+def test_masks_differ_without_replay(backend, device):
     problem = Dropped(device)
     problem.step(problem.optimizer(backend))
     assert not torch.equal(*problem.masks)
 
 
-def test_afterwards_the_generator_is_where_the_first_pass_left_it(backend, device):
+def test_afterwards_generator_is_where_first_pass_left_it(backend, device):
     problem = Dropped(device)
     optimizer = problem.optimizer(backend, replay_rng=True)
     torch.manual_seed(7)
@@ -54,7 +54,7 @@ def test_afterwards_the_generator_is_where_the_first_pass_left_it(backend, devic
     assert torch.equal(generator_state(device), expected)
 
 
-def test_the_cpus_numbers_are_replayed_on_every_device(backend, device):
+def test_cpus_numbers_are_replayed_on_every_device(backend, device):
     """A closure may augment its batch on the CPU whatever the model is on."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, replay_rng=True)
@@ -63,7 +63,7 @@ def test_the_cpus_numbers_are_replayed_on_every_device(backend, device):
     assert_same_bits(draws[1], draws[0])
 
 
-def test_an_ascent_closure_that_draws_more_or_less(backend, device):
+def test_ascent_closure_that_draws_more_or_less(backend, device):
     """The second pass begins where the first began; what follows goes on from where the first ended."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, replay_rng=True)
@@ -83,7 +83,7 @@ def test_an_ascent_closure_that_draws_more_or_less(backend, device):
         assert_same_bits(torch.rand(2), expected[ascent : ascent + 2])
 
 
-def test_a_second_pass_that_raises_leaves_the_generator_as_after_the_first(backend, device):
+def test_second_pass_that_raises_leaves_generator_as_after_first(backend, device):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, replay_rng=True)
     states = []
@@ -101,7 +101,7 @@ def test_a_second_pass_that_raises_leaves_the_generator_as_after_the_first(backe
     assert torch.equal(torch.get_rng_state(), states[0])
 
 
-def test_a_first_pass_that_makes_no_gradient_draws_as_usual(backend, device):
+def test_first_pass_that_makes_no_gradient_draws_as_usual(backend, device):
     optimizer = Problem(device).optimizer(backend, replay_rng=True)
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -116,13 +116,13 @@ def test_two_phase_use_draws_as_usual(backend, device):
     assert not torch.equal(*problem.masks)
 
 
-def test_a_refused_step_draws_nothing(backend, device):
+def test_refused_step_draws_nothing(backend, device):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, replay_rng=True)
     problem.first_step(optimizer)
     before = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match=r"climbed|perturbed"):
-        optimizer.step(lambda: torch.rand(2))
+    with pytest.raises(ValueError, match="closures stands for closure"):
+        optimizer.step(lambda: torch.rand(2), closures=[lambda: torch.rand(2)])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -142,7 +142,7 @@ class Accelerator(types.SimpleNamespace):
         self.states[device] = state
 
 
-def test_every_device_of_the_parameters_is_replayed(monkeypatch):
+def test_every_device_of_parameters_is_replayed(monkeypatch):
     module = Accelerator()
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     one, two = torch.device("cuda", 0), torch.device("cuda", 1)

@@ -35,7 +35,7 @@ class Tied(Problem):
 
 
 @every_fused_base
-def test_a_tied_weight_is_one_parameter(backend, device, base):
+def test_tied_weight_is_one_parameter(backend, device, base):
     """It is perturbed once, by the sum of its gradients, and comes back once."""
     problem = Tied(device)
     (weight,) = problem.params
@@ -77,7 +77,7 @@ def test_two_parameters_over_one_memory_are_refused(backend, device, late):
 
 
 @every_fused_base
-def test_a_frozen_submodule_is_let_alone(backend, device, base):
+def test_frozen_submodule_is_not_changed(backend, device, base):
     """Without a gradient it is neither perturbed nor decayed, and gets no state, until it thaws."""
     problem = Problem(device)
     frozen = problem.model[0]
@@ -107,7 +107,7 @@ def test_a_frozen_submodule_is_let_alone(backend, device, base):
 
 
 @every_fused_base
-def test_a_layer_that_is_frozen_between_the_passes_comes_back(backend, device, base):
+def test_layer_that_is_frozen_between_passes_comes_back(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base, rho=0.5)
     start = problem.model[0].weight.detach().clone()
@@ -119,7 +119,7 @@ def test_a_layer_that_is_frozen_between_the_passes_comes_back(backend, device, b
 
 
 @every_fused_base
-def test_two_threads_train_two_halves_of_a_model(backend, device, base):
+def test_two_threads_train_two_halves_of_model(backend, device, base):
     """Each half as if it were alone, bit for bit."""
     interpreted = triton_interpreter.runs(backend, device)
     steps = 4 if interpreted else 40
@@ -161,7 +161,7 @@ def test_two_threads_train_two_halves_of_a_model(backend, device, base):
     "compiler", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.thorough])]
 )
 @every_fused_base
-def test_a_compiled_model_sees_both_passes(backend, device, base, compiler):
+def test_compiled_model_sees_both_passes(backend, device, base, compiler):
     """The second pass runs at the perturbed weights: compiled code reads them where they are, in place."""
     plain, compiled = Problem(device), Problem(device)
     torch._dynamo.reset()
@@ -187,7 +187,7 @@ def test_a_compiled_model_sees_both_passes(backend, device, base, compiler):
         torch.testing.assert_close(compiled.weights(), plain.weights(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_that_fails_in_compiled_code_changes_nothing(backend, device):
+def test_step_that_fails_in_compiled_code_changes_nothing(backend, device):
     problem = Problem(device)
     torch._dynamo.reset()
     model = torch.compile(problem.model, backend="aot_eager")
@@ -214,7 +214,7 @@ HUGE = 2**31 + 4096 + 3
 
 @pytest.mark.huge
 @pytest.mark.timeout(3600)
-def test_more_than_two_to_the_31_elements(backend, device):
+def test_more_than_two_to_31_elements(backend, device):
     """No index is 32 bits wide: the last elements are perturbed, come back and are updated like the first. 17 GiB."""
     if backend in ("reference", "foreach"):
         pytest.skip("its temporaries in float32 would take 8 GiB each")

@@ -75,7 +75,7 @@ def assert_go_on_alike(backend, mine, optimizer, theirs, other):
 
 
 @every_variant
-def test_the_state_dict_is_the_bases(backend, device, variant):
+def test_state_dict_is_bases(backend, device, variant):
     mine, theirs = Problem(device), Problem(device)
     optimizer, base = fused(mine, backend, variant, rho=0.05), alone(theirs, variant)
     train(mine, optimizer, range(3))
@@ -97,7 +97,7 @@ def test_the_state_dict_is_the_bases(backend, device, variant):
 
 
 @every_variant
-def test_no_copy_of_the_weights_is_in_it(backend, device, variant):
+def test_state_dict_has_no_copy_of_weights(backend, device, variant):
     problem = Problem(device)
     optimizer = fused(problem, backend, variant, rho=0.05)
     train(problem, optimizer, range(2))
@@ -120,7 +120,7 @@ def test_no_copy_of_the_weights_is_in_it(backend, device, variant):
 
 @every_variant
 @pytest.mark.parametrize("through_file", [False, True], ids=["dict", "file"])
-def test_the_base_loads_it_and_goes_on(backend, device, variant, through_file):
+def test_base_loads_fastsam_state(backend, device, variant, through_file):
     mine, theirs = Problem(device), Problem(device)
     optimizer, base = fused(mine, backend, variant), alone(theirs, variant)
     train(mine, optimizer, range(3))
@@ -130,7 +130,7 @@ def test_the_base_loads_it_and_goes_on(backend, device, variant, through_file):
 
 @every_variant
 @pytest.mark.parametrize("mid_run", [False, True], ids=["fresh", "mid-run"])
-def test_it_loads_the_bases_and_goes_on(backend, device, variant, mid_run):
+def test_fastsam_loads_base_state(backend, device, variant, mid_run):
     mine, theirs = Problem(device), Problem(device)
     optimizer, base = fused(mine, backend, variant, rho=0.0, adaptive=True), alone(theirs, variant)
     if mid_run:
@@ -144,7 +144,7 @@ def test_it_loads_the_bases_and_goes_on(backend, device, variant, mid_run):
 
 
 @every_base
-def test_a_checkpoint_resumes_bit_for_bit(backend, device, base):
+def test_checkpoint_resumes_bit_for_bit(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base, rho=torch.tensor(0.1), lr=torch.tensor(0.05))
     for _ in range(3):
@@ -163,7 +163,7 @@ def test_a_checkpoint_resumes_bit_for_bit(backend, device, base):
     assert_same_state(state_of(other), state_of(optimizer))
 
 
-def test_options_of_the_perturbation_are_loaded_with_the_state(backend, device):
+def test_options_of_perturbation_are_loaded_with_state(backend, device):
     one, two = Problem(device), Problem(device)
     groups = [{"params": two.params[:2]}, {"params": two.params[2:]}]
     optimizer = FastSAM(
@@ -177,7 +177,7 @@ def test_options_of_the_perturbation_are_loaded_with_the_state(backend, device):
     ]
 
 
-def test_each_group_keeps_its_own_where_the_loaded_one_has_none(backend, device):
+def test_each_group_keeps_its_own_where_loaded_one_has_none(backend, device):
     one, two = Problem(device), Problem(device)
     base = torch.optim.SGD([{"params": one.params[:2]}, {"params": one.params[2:], "lr": 0.5}], lr=0.1)
     optimizer = FastSAM(
@@ -225,7 +225,7 @@ def spoiled_states():
 @pytest.mark.parametrize(("spoil", "error", "message"), spoiled_states().values(), ids=spoiled_states())
 @pytest.mark.parametrize("warm", [False, True], ids=["fresh", "mid-run"])
 @every_fused_base
-def test_a_state_that_does_not_fit_changes_nothing(backend, device, base, spoil, error, message, warm):
+def test_state_that_does_not_fit_changes_nothing(backend, device, base, spoil, error, message, warm):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     train(problem, optimizer, range(2 * warm))
@@ -242,7 +242,7 @@ def test_a_state_that_does_not_fit_changes_nothing(backend, device, base, spoil,
     train(problem, optimizer, [5])
 
 
-def test_the_state_of_another_base_changes_nothing(backend, device):
+def test_state_of_another_base_changes_nothing(backend, device):
     """Adam looks for its counts while it loads."""
     donor = Problem(device)
     other = donor.optimizer(backend)
@@ -256,7 +256,7 @@ def test_the_state_of_another_base_changes_nothing(backend, device):
     before.assert_unchanged()
 
 
-def test_a_state_that_is_assigned_in_another_shape_is_refused_by_the_step(backend, device):
+def test_state_that_is_assigned_in_another_shape_is_refused_by_step(backend, device):
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     train(problem, optimizer, range(2))
@@ -308,7 +308,7 @@ RESETS = {
 
 @pytest.mark.parametrize("variant", STATEFUL_VARIANTS)
 @pytest.mark.parametrize("reset", RESETS.values(), ids=RESETS)
-def test_a_state_that_was_reset_starts_anew(backend, device, variant, reset):
+def test_state_that_was_reset_starts_anew(backend, device, variant, reset):
     """Counts of steps too: torch.optim has no other memory than its state."""
     mine, theirs = Problem(device), Problem(device)
     optimizer, base = fused(mine, backend, variant), alone(theirs, variant)
@@ -362,7 +362,7 @@ def test_state_that_is_replaced_counts(backend, device):
     assert_go_on_alike(backend, mine, optimizer, theirs, base)
 
 
-def test_a_loaded_lr_is_the_one_that_counts(backend, device):
+def test_loaded_lr_is_used(backend, device):
     """The oldest fault of wrappers: groups of their own, whose lr nobody reads."""
     problem = Problem(device)
     optimizer = FastSAM(problem.params, lr=0.1, rho=0.0, backend=backend)
@@ -374,7 +374,7 @@ def test_a_loaded_lr_is_the_one_that_counts(backend, device):
     assert_same_bits(problem.weights(), start)
 
 
-def test_two_optimizers_that_load_one_state_are_two(backend, device):
+def test_two_optimizers_that_load_one_state_are_independent(backend, device):
     donor = Problem(device)
     source = donor.optimizer(backend, "adamw")
     train(donor, source, range(2))
@@ -434,7 +434,7 @@ def test_hooks_on_saving_and_loading(backend, device):
     assert calls == [(name, optimizer) for name in ("save-pre", "save-post", "load-pre", "load-post")]
 
 
-def test_a_hook_on_loading_may_adapt_another_models_state(backend, device):
+def test_hook_on_loading_may_adapt_another_models_state(backend, device):
     """As torch's documentation shows it: the dict that is passed in has more parameters than the optimizer."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend)

@@ -39,7 +39,7 @@ def passes(problem, optimizer, log, *, clear=True):
 
 
 @every_base
-def test_a_step_is_two_passes_and_an_update(backend, device, base):
+def test_step_is_two_passes_and_update(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     log, start = [], problem.weights()
@@ -55,7 +55,7 @@ def test_a_step_is_two_passes_and_an_update(backend, device, base):
 
 
 @pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"maximize": True}, {"nesterov": True}], ids=str)
-def test_the_update_leaves_the_gradients_as_they_are(backend, device, options):
+def test_update_leaves_gradients_as_they_are(backend, device, options):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, **options)
     log = []
@@ -77,7 +77,7 @@ def test_closures_run_with_gradients_enabled(backend, device, outside):
     assert [entry["grad_enabled"] for entry in log] == [True] * 4
 
 
-def test_nothing_is_cleared_before_the_first_pass_and_everything_before_the_second(backend, device):
+def test_nothing_is_cleared_before_first_pass_and_everything_before_second(backend, device):
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     earlier = [values(p.shape, p.dtype, device, seed=3) for p in problem.params]
@@ -110,7 +110,7 @@ def test_gradients_that_are_absent_stay_absent(backend, device):
 
 @every_base
 @first_or_later
-def test_no_gradient_anywhere_is_a_no_op(backend, device, base, warm):
+def test_no_gradient_anywhere_is_no_op(backend, device, base, warm):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     if warm:
@@ -147,7 +147,7 @@ def test_addresses_never_change(backend, device, base):
 
 
 @every_base
-def test_parameters_without_a_gradient_in_the_second_pass_come_back(backend, device, base):
+def test_parameters_without_gradient_in_second_pass_come_back(backend, device, base):
     """-0.0 and a NaN of its own bits among them: what comes back is the bits."""
     weights = torch.tensor([1.0, -0.0, 1e-42, 3.0e38], device=device)
     used, left = nn.Parameter(values((5,), torch.float32, device)), nn.Parameter(weights.clone())
@@ -173,7 +173,7 @@ def test_parameters_without_a_gradient_in_the_second_pass_come_back(backend, dev
 
 
 @every_base
-def test_no_gradient_at_all_in_the_second_pass(backend, device, base):
+def test_no_gradient_at_all_in_second_pass(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     problem.step(optimizer)
@@ -190,7 +190,7 @@ def test_no_gradient_at_all_in_the_second_pass(backend, device, base):
     before.assert_unchanged(grads=False)
 
 
-def test_a_gradient_in_the_second_pass_only(backend, device):
+def test_gradient_in_second_pass_only(backend, device):
     late, other = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
     optimizer = FastSAM([late, other], lr=0.5, backend=backend)
     seen = []
@@ -204,7 +204,7 @@ def test_a_gradient_in_the_second_pass_only(backend, device):
     assert_same_bits(late.detach(), torch.full((3,), 0.5, device=device), "but was updated")
 
 
-def test_a_worker_thread_may_train(backend, device):
+def test_worker_thread_may_train(backend, device):
     here, there = Problem(device), Problem(device)
     one, two = here.optimizer(backend), there.optimizer(backend)
     here.step(one)
@@ -214,7 +214,7 @@ def test_a_worker_thread_may_train(backend, device):
     assert_same_bits(there.weights(), here.weights())
 
 
-def test_a_step_within_a_step_is_refused(backend, device):
+def test_step_within_step_is_refused(backend, device):
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     before, calls = Snapshot(optimizer), []
@@ -234,7 +234,7 @@ def test_a_step_within_a_step_is_refused(backend, device):
 
 @every_base
 @pytest.mark.parametrize("end", ["step", "two-phase", "restore", "raise", "refused"])
-def test_gradients_are_let_go(backend, device, base, end):
+def test_gradients_are_released(backend, device, base, end):
     """Held beyond the phase that read them, they would double the memory of the next backward."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
@@ -314,7 +314,7 @@ def test_later_steps_of_kernels_allocate_nothing(backend, device, base):
 
 
 @every_base
-def test_ascent_closure_takes_the_first_pass(backend, device, base):
+def test_ascent_closure_takes_first_pass(backend, device, base):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     order = []
@@ -326,7 +326,7 @@ def test_ascent_closure_takes_the_first_pass(backend, device, base):
     assert_same_bits(loss.detach(), Problem(device).loss().detach())
 
 
-def test_ascent_closure_on_a_part_of_the_batch_is_the_two_phases_on_it(backend, device):
+def test_ascent_closure_on_part_of_batch_is_two_phases_on_it(backend, device):
     one, two = Problem(device), Problem(device)
     mine, phases = one.optimizer(backend), two.optimizer(backend)
 
@@ -363,7 +363,7 @@ def test_ascent_closure_alone_is_refused(backend, device):
 
 
 @every_base
-def test_two_phases_are_the_closure_step(backend, device, base):
+def test_two_phases_are_closure_step(backend, device, base):
     one, two, three = (Problem(device) for _ in range(3))
     closed, phased, stepped = (p.optimizer(backend, base) for p in (one, two, three))
     for _ in range(4):
@@ -422,7 +422,7 @@ def test_second_step_goes_through_step(backend, device):
     assert not optimizer.perturbed
 
 
-def test_second_step_goes_through_a_subclass_step(backend, device):
+def test_second_step_goes_through_subclass_step(backend, device):
     class Counting(FastSAM):
         steps = 0
 
@@ -449,7 +449,30 @@ def refusals():
         ),
         "second-without-first": (False, lambda o, p: o.second_step(), r"second_step\(\) without first_step\(\)"),
         "first-twice": (True, lambda o, p: o.first_step(), rf"first_step\(\) {while_perturbed}"),
+        "closures-while-perturbed": (
+            True,
+            lambda o, p: o.step(closures=[p.backward]),
+            rf"step\(closure\) {while_perturbed}",
+        ),
     }
+
+
+@every_base
+@pytest.mark.parametrize("is_done_before", [False, True], ids=["closure", "empty-closure"])
+def test_closure_while_perturbed_is_the_second_pass(backend, device, base, is_done_before):
+    """Trainers always pass a closure, one that does nothing if the gradients are there."""
+    mine, other = Problem(device), Problem(device)
+    optimizer, two_phase = mine.optimizer(backend, base), other.optimizer(backend, base)
+    for problem, its in ((mine, optimizer), (other, two_phase)):
+        problem.backward()
+        its.first_step()
+    other.backward()
+    two_phase.second_step()
+    if is_done_before:
+        mine.backward()
+    optimizer.step((lambda: None) if is_done_before else mine.backward)
+    assert not optimizer.perturbed
+    assert_same_bits(mine.weights(), other.weights())
 
 
 @every_base
@@ -482,7 +505,7 @@ def test_first_step_without_any_gradient_is_refused(backend, device, base, warm)
 
 
 @every_base
-def test_restore_gives_the_perturbation_up(backend, device, base):
+def test_restore_undoes_perturbation(backend, device, base):
     problem, undisturbed = Problem(device), Problem(device)
     optimizer, other = problem.optimizer(backend, base), undisturbed.optimizer(backend, base)
     for _ in range(2):
@@ -575,7 +598,7 @@ def test_sparse_gradients_are_refused(backend, device, base, sparse_pass, warm):
     assert not torch.equal(bag.table.weight.detach(), before.weights[1])
 
 
-def test_a_bad_rho_in_a_group_is_refused_by_the_next_step(backend, device):
+def test_bad_rho_in_group_is_refused_by_next_step(backend, device):
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     problem.step(optimizer)
@@ -597,7 +620,7 @@ CHANGES = {
 
 @every_base
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_model_that_changes_between_the_passes_is_refused_and_restored(backend, device, base, change):
+def test_model_that_changes_between_passes_is_refused_and_restored(backend, device, base, change):
     problem = Problem(device)
     optimizer = problem.optimizer(backend, base)
     problem.step(optimizer)
@@ -621,7 +644,7 @@ def test_a_model_that_changes_between_the_passes_is_refused_and_restored(backend
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_restore_follows_a_model_that_changed(backend, device, change):
+def test_restore_follows_model_that_changed(backend, device, change):
     problem = Problem(device)
     optimizer = problem.optimizer(backend)
     start = problem.weights()

@@ -52,7 +52,7 @@ for info in optim_db:
 
 
 @pytest.mark.slow
-def test_the_options_are_all_of_torchs():
+def test_options_are_all_of_torchs():
     answer = subprocess.run([sys.executable, "-c", ASK_TORCH], capture_output=True, text=True)
     if answer.returncode != 0:
         pytest.skip(f"this torch has no list to compare with: {answer.stderr.splitlines()[-1]}")
@@ -63,7 +63,7 @@ def test_the_options_are_all_of_torchs():
 
 
 @every_case
-def test_every_option_means_what_it_means_to_the_base(backend, device, base, options):
+def test_every_option_as_in_base(backend, device, base, options):
     mine, theirs = (problem_for(base, device) for _ in range(2))
     if options.get("capturable"):
         options = {**options, "capturable": device.type != "cpu"}
@@ -82,7 +82,7 @@ def test_every_option_means_what_it_means_to_the_base(backend, device, base, opt
 
 
 @every_class
-def test_the_loss_falls_with_a_scheduler_and_groups(backend, device, base):
+def test_loss_falls_with_scheduler_and_groups(backend, device, base):
     """torch's test_forloop_goes_right_direction and test_param_group_with_lrscheduler_goes_right_direction."""
     problem = problem_for(base, device)
     weights, biases = problem.params[::2], problem.params[1::2]  # of Muon's, which has none, the second layer
@@ -113,7 +113,7 @@ ALL_WRONG = [
     ALL_WRONG,
     ids=lambda value: None if isinstance(value, str) else _name(value),
 )
-def test_what_the_base_refuses_is_refused_in_its_words(base, options, message):
+def test_options_that_base_refuses(base, options, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         base([nn.Parameter(torch.ones(2, 2))], **options)
     with pytest.raises((ValueError, RuntimeError), match=message):
@@ -145,7 +145,7 @@ def test_zero_gradients_move_nothing(backend, device, base):
 
 
 @every_class
-def test_counts_may_be_numbers(backend, device, base):
+def test_step_counts_may_be_numbers(backend, device, base):
     """Checkpoints of torch before 1.12 have ``step`` as a number: torch's test_load_nontensor_step."""
     mine, theirs = (problem_for(base, device) for _ in range(2))
     optimizer = FastSAM(mine.params, base, rho=0.0, backend=backend)
@@ -187,7 +187,7 @@ def test_groups_of_older_checkpoints_lack_newer_options(backend, device, base):
 
 
 @every_class
-def test_what_is_saved_is_saved_alike_twice(backend, device, base):
+def test_state_dict_is_repeatable(backend, device, base):
     problem = problem_for(base, device)
     optimizer = FastSAM(problem.params, base, backend=backend)
     problem.step(optimizer)
@@ -200,7 +200,7 @@ def test_what_is_saved_is_saved_alike_twice(backend, device, base):
 
 
 @every_class
-def test_a_deepcopy_has_every_public_attribute(backend, device, base):
+def test_deepcopy_has_every_public_attribute(backend, device, base):
     problem = problem_for(base, device)
     optimizer = FastSAM(problem.params, base, backend=backend)
     problem.step(optimizer)
@@ -246,7 +246,7 @@ def test_complex_parameters_are_pairs_of_reals(backend, device, base, options):
 
 
 @pytest.mark.parametrize("name", REAL_ONLY)
-def test_a_base_that_refuses_complex_numbers_leaves_the_weights(backend, device, name):
+def test_base_that_refuses_complex_numbers_leaves_weights(backend, device, name):
     param = nn.Parameter(values((5, 4), torch.complex64, device))
     optimizer = FastSAM([param], getattr(torch.optim, name), rho=0.5, backend=backend)
     start = param.detach().clone()
@@ -261,7 +261,7 @@ def test_a_base_that_refuses_complex_numbers_leaves_the_weights(backend, device,
 
 
 @every_class
-def test_no_parameter_needs_a_gradient(backend, device, base):
+def test_no_parameter_needs_gradient(backend, device, base):
     """torch's test_step_is_noop_when_params_have_no_grad."""
     params = [torch.randn(2, 3, device=device) for _ in range(2)]
     start = [p.clone() for p in params]
@@ -289,7 +289,7 @@ class Strided(Problem):
 
 
 @every_case
-def test_parameters_with_gaps_go_in_the_right_direction(backend, device, base, options):
+def test_parameters_with_gaps_go_in_right_direction(backend, device, base, options):
     if options.get("capturable"):
         options = {**options, "capturable": device.type != "cpu"}
     problem = Strided(device)
@@ -303,7 +303,7 @@ def test_parameters_with_gaps_go_in_the_right_direction(backend, device, base, o
 
 
 @every_class
-def test_a_group_of_its_own_weight_decay_and_one_of_no_rate(backend, device, base):
+def test_group_of_its_own_weight_decay_and_one_of_no_rate(backend, device, base):
     """torch's test_param_groups_weight_decay and test_param_groups_lr."""
     problem = problem_for(base, device)
     still = nn.Parameter(torch.randn(2, 2, device=device))
@@ -346,7 +346,7 @@ def test_torchs_default_dtype_changes_nothing(backend, device, base, default):
 
 @pytest.mark.parametrize("use", ["closure", "given up", "loaded", "scheduled"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop], ids=_name)
-def test_it_goes_when_nobody_holds_it(backend, device, base, use):
+def test_optimizer_is_freed_without_garbage_collection(backend, device, base, use):
     """torch's test_no_cyclic_references: the memory does not wait for the garbage collector."""
     problem = Problem(device)
     optimizer = FastSAM(problem.params, base, model=problem.model, backend=backend)
@@ -371,7 +371,7 @@ def test_it_goes_when_nobody_holds_it(backend, device, base, use):
         gc.enable()
 
 
-def test_a_profile_names_the_step(backend, device):
+def test_profile_names_step(backend, device):
     """torch's test_profile_hook; other tools look for the name, too."""
     problem = Problem(device)
     optimizer = problem.optimizer(backend)

@@ -26,7 +26,7 @@ def test_full_vectors_of_low_precision_are_updated(backend, device, dtype, size,
 
 
 @pytest.mark.parametrize("where", ["first", "between", "last", "everywhere", "alone in its group"])
-def test_an_empty_tensor_does_not_spoil_the_norm(backend, device, where):
+def test_empty_tensor_does_not_spoil_norm(backend, device, where):
     """pytorch#100701: one at a table boundary gave silently wrong norms."""
     full = [values((size,), torch.float32, device, size).requires_grad_() for size in (3, 70, 1)]
     empty = [torch.zeros(0, device=device, requires_grad=True) for _ in range(4)]
@@ -48,7 +48,7 @@ def test_an_empty_tensor_does_not_spoil_the_norm(backend, device, where):
         assert_within(param.detach(), w.double() + 0.5 * 2 / size, w)
 
 
-def test_a_large_norm_of_float16_gradients_is_a_number(backend, device):
+def test_large_norm_of_float16_gradients_is_number(backend, device):
     """94,868 in float16 is infinity: nothing would be perturbed."""
     param = values((1000,), torch.float16, device).requires_grad_()
     start = param.detach().clone()

@@ -9,7 +9,7 @@ from checkout import ROOT
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kills", "steps"), [(1, 8), pytest.param(4, 20, marks=pytest.mark.thorough)])
-def test_a_killed_run_ends_as_an_undisturbed_one(kills, steps):
+def test_killed_run_ends_as_undisturbed_one(kills, steps):
     if not (ROOT / "tools" / "crash.py").exists():
         pytest.skip("the tests run without the checkout, against an installed wheel")
     command = [sys.executable, "tools/crash.py", f"--kills={kills}", f"--steps={steps}", "--save-every=2", "--seed=0"]

@@ -39,7 +39,7 @@ def expected_trajectory(case, device):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trajectory_is_the_papers(backend, device, case):
+def test_trajectory_is_papers(backend, device, case):
     count = triton_interpreter.fewer(STEPS, 3, backend, device)
     actual = train(Network(device, 11), backend, CASES[case], count, adamw="adamw" in case)
     assert_same_trajectory(actual, expected_trajectory(case, device), rtol=1e-12)
@@ -118,7 +118,7 @@ def test_ascent_closure_and_its_loss(backend, device):
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6], ids=str)
-def test_perturbation_has_length_rho_along_the_gradient(backend, device, size):
+def test_perturbation_has_length_rho_along_gradient(backend, device, size):
     """Whatever the gradient's size; and what it changed comes back."""
     network = Network(device, 11)
     params = network.params()
@@ -133,7 +133,7 @@ def test_perturbation_has_length_rho_along_the_gradient(backend, device, size):
     assert_same_bits(detached(params), network.starts)
 
 
-def test_nan_in_the_first_pass_makes_it_a_plain_step(backend, device):
+def test_nan_in_first_pass_makes_it_plain_step(backend, device):
     """The second pass runs at the weights themselves, and its gradient is used."""
     network = Network(device, 11)
     params = network.params(torch.float32)

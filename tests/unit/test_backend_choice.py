@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from internals import MODULES, TRITON_MODULE, UPDATE_OPERATIONS, foreach, load, native, resolve
+from internals import MODULES, TRITON_MODULE, UPDATE_OPERATIONS, Request, foreach, load, native, resolve
 from problem import Problem
 from torch import nn
 
@@ -17,7 +17,7 @@ def make_params():
     return [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(4))]
 
 
-def test_a_named_backend_is_the_one_that_runs(backend, device, monkeypatch):
+def test_named_backend_is_one_that_runs(backend, device, monkeypatch):
     calls = []
     for name, module in MODULES.items():
         for operation in ("grad_norm", "perturb_", UPDATE_OPERATIONS[0]):
@@ -47,14 +47,11 @@ def fresh_choice():
 
 
 def cannot_run(module, monkeypatch, reason):
-    def check(device_type):
-        raise BackendUnavailable(reason)
-
-    monkeypatch.setattr(module, "check", check)
+    monkeypatch.setattr(module, "unsupported_reason", lambda request: reason)
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_named_backend_that_cannot_run_raises_its_reason(name, monkeypatch, fresh_choice):
+def test_named_backend_that_cannot_run_raises_its_reason(name, monkeypatch, fresh_choice):
     cannot_run(MODULES[name], monkeypatch, "not today")
     for act in (
         lambda: FastSAM(make_params(), lr=0.1, backend=name),
@@ -65,24 +62,24 @@ def test_a_named_backend_that_cannot_run_raises_its_reason(name, monkeypatch, fr
             act()
 
 
-def test_a_backend_whose_module_is_missing_says_so(monkeypatch, fresh_choice):
+def test_backend_whose_module_is_missing_says_so(monkeypatch, fresh_choice):
     monkeypatch.setitem(sys.modules, TRITON_MODULE, None)
     with pytest.raises(BackendUnavailable, match="'triton' is not part of this installation"):
         load("triton", "cpu")
 
 
-def test_load_asks_for_the_device_it_is_given(monkeypatch):
+def test_load_asks_for_device_it_is_given(monkeypatch):
     asked = []
     stub = types.ModuleType(TRITON_MODULE)
-    stub.check = asked.append
+    stub.unsupported_reason = lambda request: asked.append(request.device_type) or ""
     monkeypatch.setitem(sys.modules, TRITON_MODULE, stub)
     assert load("triton", "xpu") is stub
     assert asked == ["xpu"]
 
 
-def test_auto_takes_the_fastest_that_can_run(monkeypatch, fresh_choice, caplog):
+def test_auto_takes_fastest_that_can_run(monkeypatch, fresh_choice, caplog):
     caplog.set_level(logging.DEBUG, "fastsam")
-    monkeypatch.setattr(native, "check", lambda device_type: None)
+    monkeypatch.setattr(native, "unsupported_reason", lambda request: "")
     assert resolve("auto", "cpu") is native
     assert not caplog.records
 
@@ -100,7 +97,7 @@ def test_auto_logs_what_it_skips_and_why_once(monkeypatch, fresh_choice, caplog)
     assert record.getMessage() == "backend 'native' skipped on cpu: not today"
 
 
-def test_a_missing_extension_is_a_warning_that_says_what_to_do(monkeypatch, fresh_choice, caplog):
+def test_missing_extension_is_warning_that_says_what_to_do(monkeypatch, fresh_choice, caplog):
     monkeypatch.setattr(native, "_missing", "No module named 'fastsam._C'")
     problem = Problem("cpu")
     problem.step(problem.optimizer("auto"))
@@ -141,9 +138,8 @@ def test_no_backend_at_all(monkeypatch, fresh_choice):
         FastSAM(make_params(), lr=0.1)
 
 
-def test_the_native_backend_names_a_device_it_has_no_kernels_for(monkeypatch):
+def test_native_backend_names_device_it_has_no_kernels_for(monkeypatch):
     monkeypatch.setattr(native, "_missing", "")
     if not hasattr(torch.ops.fastsam, "perturb_"):
         pytest.skip("the extension is not compiled")
-    with pytest.raises(BackendUnavailable, match="no kernels for 'xla'"):
-        native.check("xla")
+    assert "no kernels for 'xla'" in native.unsupported_reason(Request("xla"))

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from fastsam import FastSAM, backends
 from fastsam.bases import FUSED, check_base
 from fastsam.groups import GROUP_OPTIONS
+from fastsam.spec import Update
 
 # What each class of torch.optim is built with here; small rates, so that nothing saturates.
 OPTIONS = {
@@ -130,16 +131,17 @@ def unfused(name):
 @pytest.mark.parametrize(("name", "base"), ALL.items(), ids=ALL)
 def test_only_these_three_run_by_the_backends_update(backend, device, operations, monkeypatch, name, base):
     calls = []
-    for operation in ("restore_", "restore_and_sgd_", "restore_and_adam_"):
-        run = getattr(operations, operation)
-        monkeypatch.setattr(operations, operation, lambda *a, o=operation, run=run: (calls.append(o), run(*a))[1])
+    run = operations.restore_and_update_
+    monkeypatch.setattr(
+        operations, "restore_and_update_", lambda table, update, *a: (calls.append(update), run(table, update, *a))[1]
+    )
     cls, options = base
     problem = Matrices(device)
     problem.step(FastSAM(problem.params, cls, backend=backend, **options))
     if unfused(name):
-        assert set(calls) == {"restore_"}
+        assert set(calls) == {Update.NONE}
     else:
-        assert ("restore_and_sgd_" if name == "SGD" else "restore_and_adam_") in calls
+        assert set(calls) == {Update.SGD if name == "SGD" else Update.ADAM}
 
 
 @pytest.mark.parametrize(("name", "base"), ALL.items(), ids=ALL)

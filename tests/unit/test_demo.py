@@ -45,14 +45,14 @@ def train_quietly(method, options=TINY, seed=0):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.4, 0.333, 1.0])
-def test_noise_hits_exactly_its_share_and_never_keeps_a_label(noise):
+def test_noise_hits_exactly_its_share_and_never_keeps_label(noise):
     data = load_noisy_digits(noise, seed=0)
     assert data.mislabelled.sum() == round(noise * TRAIN_SIZE)
     assert data.train_labels.min() >= 0
     assert data.train_labels.max() <= 9
 
 
-def test_wrong_labels_are_evenly_spread_over_the_nine_others():
+def test_wrong_labels_are_evenly_spread_over_nine_others():
     data = load_noisy_digits(1.0, seed=0)
     shifts = (data.train_labels - data.true_train_labels) % 10
     counts = torch.bincount(shifts, minlength=10)
@@ -74,12 +74,12 @@ def test_splits_are_disjoint_and_complete():
     assert len(data.train_images) == TRAIN_SIZE
 
 
-def test_a_seed_decides_the_data():
+def test_seed_decides_data():
     assert same(load_noisy_digits(0.4, seed=1), load_noisy_digits(0.4, seed=1))
     assert not same(load_noisy_digits(0.4, seed=1), load_noisy_digits(0.4, seed=2))
 
 
-def test_noise_leaves_the_split_alone():
+def test_noise_leaves_split_alone():
     clean, noisy = load_noisy_digits(0.0, seed=1), load_noisy_digits(0.4, seed=1)
     assert torch.equal(clean.train_images, noisy.train_images)
     assert torch.equal(clean.test_labels, noisy.test_labels)
@@ -88,7 +88,7 @@ def test_noise_leaves_the_split_alone():
 # ---- training ----
 
 
-def test_model_leaves_the_global_random_state_alone():
+def test_model_leaves_global_random_state_alone():
     before = torch.get_rng_state()
     first, second = make_cnn(0), make_cnn(0)
     assert torch.equal(before, torch.get_rng_state())
@@ -96,7 +96,7 @@ def test_model_leaves_the_global_random_state_alone():
 
 
 @pytest.mark.parametrize("method", [SGD, FASTSAM], ids=lambda method: method.name)
-def test_a_seed_decides_every_bit(method):
+def test_seed_decides_every_bit(method):
     options = dataclasses.replace(TINY, epochs=1)
     first, second = train_quietly(method, options), train_quietly(method, options)
     states = first.model.state_dict(), second.model.state_dict()
@@ -105,14 +105,14 @@ def test_a_seed_decides_every_bit(method):
     assert train_quietly(method, options, seed=1).test_accuracy != first.test_accuracy
 
 
-def test_methods_differ_in_the_optimizer_alone():
+def test_methods_differ_in_optimizer_alone():
     sgd = train_quietly(SGD, dataclasses.replace(TINY, lr=0.01))
     flat = train_quietly(FASTSAM, dataclasses.replace(TINY, lr=0.01, rho=0.0, backend="reference"))
     for a, b in zip(sgd.model.parameters(), flat.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)  # torch's SGD rounds in another order; chaos does the rest
 
 
-def test_fastsam_takes_the_options():
+def test_fastsam_takes_options():
     options = dataclasses.replace(TINY, rho=0.123, backend="foreach")
     optimizer = FASTSAM.make_optimizer(make_cnn(0), 0.01, options)
     assert isinstance(optimizer, FastSAM)
@@ -135,7 +135,7 @@ def test_epochs_passes_and_progress():
     assert LONGER_SGD.epochs_factor == FASTSAM.passes == 2  # the same number of gradients
 
 
-def test_the_methods_learning_rates_are_in_the_sweep():
+def test_methods_learning_rates_are_in_sweep():
     assert {method.lr for method in METHODS} <= set(LEARNING_RATES)
     assert all(min(LEARNING_RATES) <= method.lr < max(LEARNING_RATES) for method in METHODS)
 
@@ -143,7 +143,7 @@ def test_the_methods_learning_rates_are_in_the_sweep():
 # ---- loss profiles ----
 
 
-def test_profile_at_0_is_the_training_loss_and_the_model_stays():
+def test_profile_at_0_is_training_loss_and_model_stays():
     data, model = load_noisy_digits(0.4, 0), make_cnn(0).eval()
     before = copy.deepcopy(model.state_dict())
     left, middle, right = losses_along(model, data, [-0.5, 0.0, 0.5], seed=0)
@@ -154,7 +154,7 @@ def test_profile_at_0_is_the_training_loss_and_the_model_stays():
     assert left != middle != right
 
 
-def test_directions_scale_with_the_filters():
+def test_directions_scale_with_filters():
     data, model = load_noisy_digits(0.4, 0), make_cnn(0)
     larger = copy.deepcopy(model)
     with torch.no_grad():  # batch norm undoes the scale of the filters before it, if the directions scale with them
@@ -168,7 +168,7 @@ def test_directions_scale_with_the_filters():
 # ---- the command ----
 
 
-def test_command_prints_a_table_and_draws_a_png(tmp_path, capsys):
+def test_command_prints_table_and_draws_png(tmp_path, capsys):
     picture = tmp_path / "demo.png"
     assert command_line.main(["demo", "--quick", "--batch-size", "150", "--output", str(picture)]) == 0
     printed = capsys.readouterr()
@@ -265,14 +265,14 @@ def test_missing_extras_are_named_in_one_line(extra, monkeypatch, capsys):
     assert message == f"the demo needs {extra}: pip install fastsam-optim[demo]\n"
 
 
-def test_importing_the_command_line_needs_no_extras():
+def test_importing_command_line_needs_no_extras():
     package = Path(demo.__file__).parent
     for module in ("__init__", "data", "landscape", "methods", "model", "options", "report", "train"):
         lines = (package / f"{module}.py").read_text().splitlines()
         assert not any(line.startswith(("import", "from")) and extra in line for line in lines for extra in demo.EXTRAS)
 
 
-def test_the_whole_family_can_be_compared(tmp_path):
+def test_whole_family_can_be_compared(tmp_path):
     assert tuple(FAMILY) == FAMILY_NAMES
     assert chosen("sam") == METHODS
     assert chosen("all") == (*METHODS, *FAMILY.values())
@@ -282,7 +282,7 @@ def test_the_whole_family_can_be_compared(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_a_member_of_the_family_trains(name):
+def test_member_of_family_trains(name):
     options = Options(seeds=1, epochs=1, batch_size=100)
     (split,) = [load_noisy_digits(0.4, 0, torch.device("cpu"))]
     runs = demo.train_all([FAMILY[name]], [split], options)[FAMILY[name]]

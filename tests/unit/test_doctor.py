@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from internals import UPDATE_OPERATIONS, BackendUnavailable, foreach, load, reference, resolve, table_params
+from internals import MODULES, UPDATE_OPERATIONS, BackendUnavailable, foreach, load, reference, resolve, table_params
 
 from fastsam import __main__ as command_line
 from fastsam import doctor
@@ -29,10 +29,7 @@ def quick(request, monkeypatch):
 def without_triton(monkeypatch):
     """Its interpreter would take most of the time."""
 
-    def check(device_type):
-        raise BackendUnavailable("left out")
-
-    monkeypatch.setattr(MODULES["triton"], "check", check)
+    monkeypatch.setattr(MODULES["triton"], "unsupported_reason", lambda request: "left out")
 
 
 def add_noise(size):
@@ -117,8 +114,8 @@ def test_update_that_does_nothing_is_found(operation, monkeypatch):
 
 
 def test_perturbation_by_nan_is_found(monkeypatch):
-    def perturb_(table, norm, options):
-        correct(table, torch.where(norm.isfinite(), norm, 1.0), options)
+    def perturb_(table, ascent):
+        correct(table, ascent._replace(norm=torch.where(ascent.norm.isfinite(), ascent.norm, 1.0)))
 
     correct = foreach.perturb_
     monkeypatch.setattr(foreach, "perturb_", perturb_)
@@ -137,10 +134,7 @@ def test_backend_that_raises_is_wrong(monkeypatch, capsys, without_triton):
 
 
 def test_unavailable_backend_gives_its_reason_and_is_no_error(monkeypatch, capsys, without_triton):
-    def check(device_type):
-        raise BackendUnavailable("needs a full moon")
-
-    monkeypatch.setattr(foreach, "check", check)
+    monkeypatch.setattr(foreach, "unsupported_reason", lambda request: "needs a full moon")
     assert command_line.main(["doctor"]) == 0
     assert "unavailable  needs a full moon" in capsys.readouterr().out
 

@@ -30,13 +30,13 @@ def keyboard():
     signal.signal(signal.SIGINT, previous)
 
 
-def test_nothing_happens_without_a_signal(handler):
+def test_nothing_happens_without_signal(handler):
     with DeferredInterrupts():
         assert signal.getsignal(signal.SIGINT) is not handler
     assert handler.calls == []
 
 
-def test_keyboard_interrupt_comes_at_the_end(keyboard):
+def test_keyboard_interrupt_comes_at_end(keyboard):
     reached = []
 
     def work():
@@ -50,17 +50,17 @@ def test_keyboard_interrupt_comes_at_the_end(keyboard):
     assert reached == ["end of the block"]
 
 
-def test_the_programs_own_handler_is_called_once_with_what_the_signal_came_with(handler):
+def test_programs_own_handler_is_called_once_with_what_signal_came_with(handler):
     with DeferredInterrupts():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert handler.calls == []
     ((number, frame),) = handler.calls
     assert number == signal.SIGINT
-    assert frame.f_code.co_name == "test_the_programs_own_handler_is_called_once_with_what_the_signal_came_with"
+    assert frame.f_code.co_name == "test_programs_own_handler_is_called_once_with_what_signal_came_with"
 
 
-def test_signals_outside_the_block_are_the_programs(handler):
+def test_signals_outside_block_are_programs(handler):
     signal.raise_signal(signal.SIGINT)
     with DeferredInterrupts():
         pass
@@ -68,7 +68,7 @@ def test_signals_outside_the_block_are_the_programs(handler):
     assert len(handler.calls) == 2
 
 
-def test_an_exception_in_the_block_passes_through(handler):
+def test_exception_in_block_passes_through(handler):
     error = ValueError("mine")
     with pytest.raises(ValueError, match="mine") as caught, DeferredInterrupts():
         raise error
@@ -76,7 +76,7 @@ def test_an_exception_in_the_block_passes_through(handler):
     assert handler.calls == []
 
 
-def test_ctrl_c_and_an_exception_both_show(keyboard):
+def test_ctrl_c_and_exception_both_show(keyboard):
     error = ValueError("mine")
 
     def work():
@@ -89,7 +89,7 @@ def test_ctrl_c_and_an_exception_both_show(keyboard):
     assert caught.value.__context__ is error
 
 
-def test_blocks_within_blocks_wait_for_the_outermost(handler):
+def test_blocks_within_blocks_wait_for_outermost(handler):
     with DeferredInterrupts():
         with DeferredInterrupts():
             signal.raise_signal(signal.SIGINT)
@@ -98,7 +98,7 @@ def test_blocks_within_blocks_wait_for_the_outermost(handler):
 
 
 @pytest.mark.parametrize("disposition", [signal.SIG_IGN, signal.SIG_DFL], ids=["ignored", "default"])
-def test_a_disposition_that_is_not_pythons_stays(disposition):
+def test_disposition_that_is_not_pythons_stays(disposition):
     previous = signal.signal(signal.SIGINT, disposition)
     try:
         with DeferredInterrupts():

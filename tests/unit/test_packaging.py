@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.resources
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 from checkout import ROOT
-from internals import BackendUnavailable, native
+from internals import native
 from setuptools import Distribution
 
 import fastsam
+from fastsam.backends import Request
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_auto_compiles_where_it_can(setup_script):
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"], ids=["absent", "broken"])
-def test_auto_without_a_compiler_is_pure_python_and_says_so_in_one_line(setup_script, monkeypatch, capsys, compiler):
+def test_auto_without_compiler_is_pure_python_and_says_so_in_one_line(setup_script, monkeypatch, capsys, compiler):
     monkeypatch.setenv("CXX", compiler)
     build = setup_script.choose_build("auto")
     assert "ext_modules" not in build
@@ -67,7 +69,7 @@ def test_none_compiles_nothing_and_says_nothing(setup_script, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_cpu_without_a_compiler_fails(setup_script, monkeypatch):
+def test_cpu_without_compiler_fails(setup_script, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SystemExit, match=r"FASTSAM_BUILD=cpu: .*no-such-compiler"):
         setup_script.choose_build("cpu")
@@ -75,20 +77,23 @@ def test_cpu_without_a_compiler_fails(setup_script, monkeypatch):
 
 @pytest.fixture
 def nvcc(monkeypatch, tmp_path):
-    """Puts an nvcc of some version in the place of the machine's; for an empty version, none."""
+    """Puts an nvcc of some version in the place of the machine's; for an empty version, none.
 
-    def install(version, codes="sm_75 sm_80 sm_90 sm_100"):
+    ``refuses``: what it says to any source.
+    """
+
+    def install(version, codes="sm_75 sm_80 sm_90 sm_100", refuses=""):
         monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
         if version:
-            (tmp_path / "nvcc").write_text(
-                f'#!/bin/sh\ncase $1 in --version) echo "release {version}, V{version}.1";; *) echo {codes};; esac\n'
-            )
+            cases = f'--version) echo "release {version}, V{version}.1";; --list-gpu-code) echo {codes};;'
+            other = f'*) echo "{refuses}" >&2; exit 1;;' if refuses else ""
+            (tmp_path / "nvcc").write_text(f"#!/bin/sh\ncase $1 in {cases} {other} esac\n")
             (tmp_path / "nvcc").chmod(0o755)
 
     return install
 
 
-def test_cuda_is_a_library_beside_the_extension(setup_script, nvcc):
+def test_cuda_is_library_beside_extension(setup_script, nvcc):
     nvcc("12.8")
     names = [extension.name for extension in setup_script.choose_build("cuda")["ext_modules"]]
     assert names == ["fastsam._C", "fastsam._C_cuda"]
@@ -101,7 +106,7 @@ def test_cuda_without_its_compiler_fails(setup_script, nvcc, version, reason):
         setup_script.choose_build("cuda")
 
 
-def test_sanitize_is_the_cpus_build_with_sanitizers(setup_script):
+def test_sanitize_is_cpus_build_with_sanitizers(setup_script):
     (plain,) = setup_script.choose_build("cpu")["ext_modules"]
     (sanitized,) = setup_script.choose_build("sanitize")["ext_modules"]
     assert sanitized.sources == plain.sources
@@ -110,14 +115,30 @@ def test_sanitize_is_the_cpus_build_with_sanitizers(setup_script):
     assert "-fsanitize=address,undefined" in sanitized.extra_link_args
 
 
-@pytest.mark.parametrize(("torch_has_cuda", "version"), [(True, "12.8"), (True, ""), (False, "12.8")])
+@pytest.mark.parametrize(
+    ("torch_has_cuda", "version", "refuses", "said"),
+    [
+        (True, "12.8", "", ""),
+        (True, "", "", "without the compiled CUDA backend, because .*nvcc does not work"),
+        (True, "12.8", "unsupported GNU version!", r"CUDA backend.*\+\+ \(unsupported GNU version!"),
+        (False, "12.8", "", ""),
+    ],
+    ids=["both", "no-nvcc", "refused-compiler", "torch-for-the-cpu"],
+)
 def test_auto_compiles_for_cuda_where_torch_and_compiler_are_for_it(
-    setup_script, nvcc, monkeypatch, torch_has_cuda, version
+    setup_script, nvcc, monkeypatch, capsys, torch_has_cuda, version, refuses, said
 ):
-    nvcc(version)
+    nvcc(version, refuses=refuses)
     monkeypatch.setattr(setup_script, "torch_has_cuda", lambda: torch_has_cuda)
     names = [extension.name for extension in setup_script.choose_build("auto")["ext_modules"]]
-    assert ("fastsam._C_cuda" in names) == (torch_has_cuda and version != "")
+    assert ("fastsam._C_cuda" in names) == (torch_has_cuda and not said)
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_cuda_with_a_compiler_that_nvcc_refuses_fails(setup_script, nvcc):
+    nvcc("12.8", refuses="unsupported GNU version!")
+    with pytest.raises(SystemExit, match=r"FASTSAM_BUILD=cuda: .*unsupported GNU version!"):
+        setup_script.choose_build("cuda")
 
 
 @pytest.mark.parametrize(
@@ -129,14 +150,14 @@ def test_auto_compiles_for_cuda_where_torch_and_compiler_are_for_it(
     ],
     ids=["all-that-nvcc-knows", "one", "two"],
 )
-def test_every_gpu_gets_its_code_and_the_newest_ptx(setup_script, nvcc, monkeypatch, wanted, targets):
+def test_every_gpu_gets_its_code_and_newest_ptx(setup_script, nvcc, monkeypatch, wanted, targets):
     nvcc("12.8")
     monkeypatch.setenv("FASTSAM_CUDA_ARCHS", wanted)
     flags = setup_script.target_flags(setup_script.find_nvcc()[0])
     assert flags == [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
 
 
-def test_an_unknown_gpu_is_an_error_that_names_it(setup_script, nvcc, monkeypatch):
+def test_unknown_gpu_is_error_that_names_it(setup_script, nvcc, monkeypatch):
     nvcc("12.8")
     monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "90;banana")
     with pytest.raises(SystemExit, match=r"FASTSAM_CUDA_ARCHS: .* banana; it knows sm_75"):
@@ -144,7 +165,7 @@ def test_an_unknown_gpu_is_an_error_that_names_it(setup_script, nvcc, monkeypatc
 
 
 @pytest.mark.parametrize("choice", ["banana", "CPU", ""], ids=["unknown", "case", "empty"])
-def test_any_other_choice_is_an_error_that_names_it(setup_script, choice):
+def test_any_other_choice_is_error_that_names_it(setup_script, choice):
     with pytest.raises(SystemExit, match=f"auto, cpu, cuda, sanitize, none, got '{choice}'"):
         setup_script.choose_build(choice)
 
@@ -155,7 +176,7 @@ def test_installed_package_is_complete():
     assert importlib.util.find_spec("fastsam.kernels") is not None
 
 
-def test_extension_needs_the_stable_abi_alone():
+def test_extension_needs_stable_abi_alone():
     spec = importlib.util.find_spec("fastsam._C")
     if spec is None:
         pytest.skip("fastsam was built pure Python")
@@ -174,7 +195,7 @@ def cuda_library():
     return native.cuda_library()
 
 
-def test_the_cuda_library_needs_no_cuda_to_load(cuda_library):
+def test_cuda_library_needs_no_cuda_to_load(cuda_library):
     """Beside a PyTorch without CUDA it registers its kernels, and those of the CPU run."""
     script = f"""
 import torch, fastsam
@@ -191,7 +212,7 @@ assert (weight < 1).all(), weight
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_the_cuda_library_has_its_own_runtime(cuda_library):
+def test_cuda_library_has_its_own_runtime(cuda_library):
     content = cuda_library.read_bytes()
     assert b"libtorch_cpu.so" in content
     for library in (b"libcudart.so", b"libtorch_python.so", b"libc10.so", b"libpython"):
@@ -199,6 +220,5 @@ def test_the_cuda_library_has_its_own_runtime(cuda_library):
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
-def test_without_cuda_the_native_backend_says_so():
-    with pytest.raises(BackendUnavailable, match="was built without CUDA"):
-        native.check("cuda")
+def test_without_cuda_native_backend_says_so():
+    assert "was built without CUDA" in native.unsupported_reason(Request("cuda"))

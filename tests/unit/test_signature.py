@@ -25,11 +25,11 @@ def as_numbers(found):
 class TestDescribe:
     def test_other_tensors_that_look_the_same(self):
         shapes = [(2, 3), (), (0,), (5,)]
-        looks = describe([torch.empty(shape) for shape in shapes]).looks
-        assert describe([torch.empty(shape, requires_grad=True) for shape in shapes]).looks == looks
-        assert describe([torch.nn.Parameter(torch.empty(shape)) for shape in shapes]).looks == looks
+        metadata = describe([torch.empty(shape) for shape in shapes]).metadata
+        assert describe([torch.empty(shape, requires_grad=True) for shape in shapes]).metadata == metadata
+        assert describe([torch.nn.Parameter(torch.empty(shape)) for shape in shapes]).metadata == metadata
         with torch.autocast("cpu"), torch.no_grad():
-            assert describe([torch.empty(shape) for shape in shapes]).looks == looks
+            assert describe([torch.empty(shape) for shape in shapes]).metadata == metadata
 
     @pytest.mark.parametrize(
         "other",
@@ -65,22 +65,22 @@ class TestDescribe:
         usual = [torch.zeros(4, 4) for _ in range(3)]
         tensors = list(usual)
         tensors[position] = other
-        assert describe(tensors).looks != describe(usual).looks
+        assert describe(tensors).metadata != describe(usual).metadata
 
     @pytest.mark.parametrize("shape", [(3,), (), (1, 1), (2, 3)], ids=str)
     def test_conjugates_and_negatives(self, shape):
         numbers = torch.zeros(shape, dtype=torch.complex64)
-        assert describe([numbers]).looks != describe([numbers.conj()]).looks
+        assert describe([numbers]).metadata != describe([numbers.conj()]).metadata
         plain, negative = torch.zeros(shape), numbers.conj().imag
         if negative.numel() == 1:  # a single element may have any strides
             negative = negative.as_strided(plain.shape, plain.stride())
         assert negative.is_neg()
-        assert describe([negative]).looks != describe([plain]).looks
+        assert describe([negative]).metadata != describe([plain]).metadata
 
     def test_no_tensors(self):
         assert describe([]).addresses == b""
         assert describe([]) == describe([])
-        assert describe([]).looks != describe([None]).looks
+        assert describe([]).metadata != describe([None]).metadata
 
     def test_addresses(self):
         base = torch.zeros(10)

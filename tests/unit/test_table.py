@@ -701,7 +701,9 @@ def test_masters_are_backups_and_get_into_the_state_with_the_update():
     assert table.masters[1] is None
     assert_same_bits(table.masters[0], params[0].detach().float())
     assert table.masters[0].stride() == params[0].stride()
-    assert table.addresses[Row.BACKUP].tolist() == table.addresses[Row.MASTER].tolist() == [table.masters[0].data_ptr(), 0]
+    assert (
+        table.addresses[Row.BACKUP].tolist() == table.addresses[Row.MASTER].tolist() == [table.masters[0].data_ptr(), 0]
+    )
     state |= {p: {} for p in params}
     wanted = Wanted(names, masters=table.perturbed, moments=table.present)
     table.slots.bind(table, state, wanted)
