@@ -20,7 +20,7 @@ class GradientSums:
         self._copied: set[Tensor] = set()
 
     def add(self, params: Iterable[Tensor]) -> None:
-        """Adds the present gradients; a parameter's first gradient itself becomes the sum, if nothing else refers to it."""
+        """Adds the present gradients; a parameter's first gradient becomes the sum if nothing else refers to it."""
         self._check()
         present = [param for param in params if param.grad is not None]
         grads: list[Any] = [param.grad for param in present]

@@ -69,7 +69,8 @@ def test_a_base_sees_its_own_keys_and_loads_by_itself(backend):
     saved, twin = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model)
     resumed = make(twin)
     resumed.load_state_dict(saved)
-    assert resumed.state["steps"] == 2 and [group["rho"] for group in resumed.param_groups] == [0.0, 0.25, 0.5, 0.75]
+    assert resumed.state["steps"] == 2
+    assert [group["rho"] for group in resumed.param_groups] == [0.0, 0.25, 0.5, 0.75]
     assert all(resumed.state[p]["bytes"].dtype == torch.uint8 for p in twin.parameters())
     optimizer.step(closure_of(optimizer, model))
     resumed.step(closure_of(resumed, twin))
@@ -111,7 +112,8 @@ def test_a_scheduler_on_the_base_schedules(backend, recwarn):
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer.base_optimizer, 1, 0.5)
     optimizer.step(closure_of(optimizer, model))
     scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == 0.05 and not recwarn.list
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert not recwarn.list
 
 
 BASES = [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop]
@@ -125,7 +127,8 @@ def test_checkpoints_of_davda54(backend, base):
     saved["param_groups"][0].update(rho=0.2, adaptive=False)
     optimizer = FastSAM(model.parameters(), base, lr=0.1, backend=backend)
     optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["rho"] == 0.2 and not optimizer.state
+    assert optimizer.param_groups[0]["rho"] == 0.2
+    assert not optimizer.state
     optimizer.step(closure_of(optimizer, model))
 
 
@@ -161,13 +164,15 @@ def test_a_resized_parameter_with_method_state(backend):
     optimizer.step(lambda: (optimizer.zero_grad(), w.square().sum().backward()))
     w.data = torch.ones(5)
     w.grad = None
-    closure = lambda: (optimizer.zero_grad(), w.square().sum().backward())  # noqa: E731
-    with pytest.raises(RuntimeError, match=r"optimizer.state\[parameter\].pop\('(\w+)'\)") as error:
+
+    def train():
         for _ in range(2):
-            optimizer.step(closure)
+            optimizer.step(lambda: (optimizer.zero_grad(), w.square().sum().backward()))
+
+    with pytest.raises(RuntimeError, match=r"optimizer.state\[parameter\].pop\('(\w+)'\)") as error:
+        train()
     optimizer.state[w].pop(str(error.value).split("'")[-2])
-    for _ in range(2):
-        optimizer.step(closure)
+    train()
 
 
 class CopyingWrapper:
@@ -210,7 +215,8 @@ def test_two_phases_through_a_wrapper(backend, wrapper, end, interval):
                 model(X).square().sum().backward()
             getattr(optimizer, end)()
             optimizer.zero_grad()
-            assert not optimizer.perturbed and not raw.perturbed
+            assert not optimizer.perturbed
+            assert not raw.perturbed
         return model.parameters()
 
     assert_equal(train(wrapper), train(lambda optimizer: optimizer))
@@ -223,7 +229,8 @@ def test_a_wrapper_adds_groups_and_loads(backend, wrapper):
     optimizer = wrapper(raw)
     optimizer.add_param_group({"params": list(model[2].parameters())})
     optimizer.step(closure_of(optimizer, model))
-    assert len(raw.param_groups) == 2 and len(raw.state) == 4
+    assert len(raw.param_groups) == 2
+    assert len(raw.state) == 4
     saved = copy.deepcopy(raw.state_dict())
     optimizer.step(closure_of(optimizer, model))
     optimizer.load_state_dict(saved)
