@@ -376,7 +376,7 @@ class FastSAM(BaseWrapper):
 
     def _check_closure_step(self) -> None:
         self._refuse_perturbed("step(closure)")
-        if getattr(self, "found_inf", None) is not None:
+        if self.__dict__.get("found_inf") is not None:
             self._forget_scaler()
             raise RuntimeError(
                 "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale, "

@@ -189,7 +189,7 @@ class BaseWrapper(Optimizer):
         return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
 
     def _plan(self, micro_batch: int = 0) -> Plan:
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         step = self._step_count()
         return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch)
 

@@ -233,6 +233,8 @@ class TensorTable:
 
     def check_first_grads(self) -> None:
         """Raises RuntimeError if somebody has written to the first-pass gradients since."""
+        if not self._first_versions:
+            return
         kept = [(i, grad) for i, grad in enumerate(self.first_grads) if grad is not None]
         for (i, grad), version in zip(kept, self._first_versions, strict=True):
             if grad._version != version:
