@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 # The functions of the signal module call these, and spend most of their time converting to enums.
 try:
