@@ -101,7 +101,7 @@ class LoadHooks:
         for group, mine in zip(base.param_groups, self._options, strict=False):
             if is_schedule(mine.get("rho")):
                 group["rho"] = mine["rho"]
-        is_fused = type(base) in FUSED
+        is_torchs = type(base).load_state_dict is Optimizer.load_state_dict
         for key, param, _, options in _pairs(given["param_groups"], base):
             saved = given["state"].get(key)
             for name, value in saved.items() if isinstance(saved, Mapping) else ():
@@ -111,7 +111,7 @@ class LoadHooks:
                 # torch casts what it loads to the parameter's dtype, in which a count may end at 256.
                 if name.startswith("fastsam_") or (options.get("master_weights") and name != "step"):
                     entries[name] = value.to(param.device, copy=True)
-                elif is_fused and entries[name] is value:
+                elif is_torchs and entries[name] is value:
                     entries[name] = value.clone()  # two optimizers may load one dict
 
     def _check_method(self, name: str | None) -> None:
