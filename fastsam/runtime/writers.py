@@ -9,11 +9,11 @@ from operator import attrgetter
 from torch import Tensor
 
 # Version counters of so many parameters are compared: reading every one would take longer than a launch.
-SAMPLE = 8
+SAMPLE = 4
 
 _version = attrgetter("_version")
 
-_perturbing: weakref.WeakSet[ForeignWrites] = weakref.WeakSet()
+_perturbing: dict[int, weakref.ref[ForeignWrites]] = {}
 
 
 class ForeignWrites:
@@ -26,8 +26,9 @@ class ForeignWrites:
         self._params: list[Tensor] = []
         self._sample: list[Tensor] = []
         self._left: list[int] = []
+        self._found: list[int] = []
         self._perturbed: list[int] = []
-        self._ours: list[bool] = []
+        self._me = weakref.ref(self)
 
     def watch(self, params: Iterable[Tensor]) -> None:
         """These are the parameters from now on."""
@@ -42,30 +43,39 @@ class ForeignWrites:
         Raises:
             RuntimeError: another FastSAM has perturbed one of the parameters.
         """
-        if len(_perturbing):
-            mine = set(self._params)
-            for other in _perturbing:
-                if other is not self and (shared := [i for i, p in enumerate(other._params) if p in mine]):
-                    raise RuntimeError(
-                        f"parameter {shared[0]} of another FastSAM is also this one's, and is perturbed by it; call "
-                        "that one's second_step() or restore() first"
-                    )
-        self._ours = [a == b for a, b in zip(map(_version, self._sample), self._left, strict=True)]
+        if _perturbing:
+            self._refuse_others()
+        self._found = list(map(_version, self._sample))
 
     def note_ascent(self) -> None:
         """The parameters are perturbed now."""
         self._perturbed = list(map(_version, self._sample))
-        _perturbing.add(self)
+        _perturbing[id(self)] = self._me
 
     def find(self) -> Tensor | None:
         """A parameter that somebody else has written to since."""
-        now = map(_version, self._sample)
-        for param, version, before, ours in zip(self._sample, now, self._perturbed, self._ours, strict=False):
-            if ours and version != before:
+        now = list(map(_version, self._sample))
+        if now == self._perturbed:
+            return None
+        for param, *versions in zip(self._sample, now, self._perturbed, self._found, self._left, strict=True):
+            version, perturbed, found, left = versions
+            if version != perturbed and found == left:
                 return param
         return None
 
     def end(self) -> None:
         """The step is over."""
         self._left = list(map(_version, self._sample))
-        _perturbing.discard(self)
+        _perturbing.pop(id(self), None)
+
+    def _refuse_others(self) -> None:
+        mine = set(self._params)
+        for number, reference in list(_perturbing.items()):
+            other = reference()
+            if other is None:
+                del _perturbing[number]
+            elif other is not self and (shared := [i for i, p in enumerate(other._params) if p in mine]):
+                raise RuntimeError(
+                    f"parameter {shared[0]} of another FastSAM is also this one's, and is perturbed by it; call that "
+                    "one's second_step() or restore() first"
+                )
