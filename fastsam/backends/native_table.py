@@ -35,14 +35,14 @@ class HostTable:
     """
 
     def __init__(self, table: TensorTable) -> None:
-        positions = torch.tensor(table.positions, dtype=torch.int64) if table.stochastic else None
+        positions = torch.tensor(table.positions, dtype=torch.int64, device="cpu") if table.stochastic else None
         chunks = table.chunks(CHUNK_SIZE)
         cut = chunks, CHUNK_SIZE
         self._arguments = table.addresses, table.tensors, *cut, table.dtype, None, positions, table.has_masters
         self._packed: dict[type, tuple[list[tuple[float, ...]], Tensor]] = {}
-        self.norm = torch.empty((), dtype=torch.float64)
-        self.norm_partials = torch.empty(len(chunks), dtype=torch.float64)
-        self.dot_partials = torch.empty((len(chunks), 3), dtype=torch.float64)
+        self.norm = torch.empty((), dtype=torch.float64, device="cpu")
+        self.norm_partials = torch.empty(len(chunks), dtype=torch.float64, device="cpu")
+        self.dot_partials = torch.empty((len(chunks), 3), dtype=torch.float64, device="cpu")
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Arguments, Tensor]:
         """The table and its options, float64 ``(groups, fields)``, made anew only when a number has changed."""
