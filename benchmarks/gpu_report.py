@@ -42,15 +42,8 @@ GRACE, LAST_SECONDS = 20.0, 25.0
 WORKERS = 8
 
 # First what only hardware can show, then every backend's contract; those that are there.
-HARDWARE_TESTS = ("gpu", "test_gpu.py")
-CONTRACT_TESTS = (
-    "contract",
-    "test_backends.py",
-    "test_triton_kernels.py",
-    "test_combinations.py",
-    "test_rounding.py",
-    "test_methods.py",
-)
+HARDWARE_TESTS = ("gpu",)
+CONTRACT_TESTS = ("operations", "test_triton_kernels.py", "contract")
 PACKAGES = ("torch", "triton", "pytest", "pytest-xdist", "pytest-timeout", "pytest-benchmark", "hypothesis", "numpy")
 PACKAGES += ("matplotlib", "timm", "transformers", "pytorch_optimizer", "heavyball", "setuptools", "ninja")
 TOOLS = {

@@ -23,8 +23,6 @@ UPDATE_BYTES = {"SGD": 20, "AdamW": 28}
 BACKENDS = ("foreach", "triton", "native")
 KERNELS = BACKENDS[1:]
 
-_NAMES = {"restore_and_sgd_": UPDATE, "restore_and_adam_": UPDATE}
-
 
 def operation_bytes(operation: str, base: str) -> int:
     """What an operation cannot do without, in bytes per fp32 parameter."""
@@ -78,7 +76,7 @@ class OperationClock:
     def _time(self, name: str, run: Callable[[], Any]) -> Any:
         start = self._device.mark()
         result = run()
-        self._marks.setdefault(_NAMES.get(name, name), []).append((start, self._device.mark()))
+        self._marks.setdefault(name, []).append((start, self._device.mark()))
         return result
 
 
@@ -89,12 +87,9 @@ def chunk_size(elements: int | None) -> Iterator[None]:
         yield
         return
 
-    def fixed(*of_table: int) -> int:
-        return elements
-
     with (
-        mock.patch.object(triton_gpu, "chunk_size", fixed),
-        mock.patch.object(native_table, "fit_chunk_size", fixed),
+        mock.patch.object(triton_gpu, "CHUNK_SIZE", elements),
+        mock.patch.object(native_table, "fit_chunk_size", return_value=elements),
     ):
         yield
 
@@ -128,44 +123,22 @@ def _stubbed_native(stack: contextlib.ExitStack) -> None:
     if reason := obstacle("native", "cpu"):
         raise Unavailable(reason)
     stack.enter_context(mock.patch.object(native, "_ops", _Operators()))
-    stack.enter_context(mock.patch.dict(native._tables, {"cpu": native_table.CudaTable}))
+    stack.enter_context(mock.patch.object(native, "_view", lambda table: table.attached(native_table.CudaTable)))
     stack.enter_context(mock.patch.object(device_table, "is_capturing", do_nothing))
 
 
 def _stubbed_triton(stack: contextlib.ExitStack) -> None:
     if reason := triton_gpu.find_obstacle():
         raise Unavailable(reason)
-    if triton_gpu._interpreted:
-        raise Unavailable("Triton's interpreter launches nothing that could be stubbed")
-    from triton.runtime import driver
+    kernels = triton_gpu.kernels
+    stack.enter_context(mock.patch.object(triton_gpu, "unsupported_reason", return_value=""))
+    stack.enter_context(mock.patch.object(kernels, "interpreted", False))
+    stack.enter_context(mock.patch.object(kernels.Kernel, "prepare", return_value=_Launches()))
+    stack.enter_context(mock.patch.object(device_table, "is_capturing", do_nothing))
 
-    stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
-    stack.enter_context(mock.patch.object(triton_gpu, "check", do_nothing))
 
+class _Launches:
+    """In the place of a compiled kernel."""
 
-class _Driver:
-    """In the place of Triton's: kernels are compiled for an H100 and launched nowhere."""
-
-    def __init__(self) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", 90, 32)
-        self.utils = mock.Mock()
-        self.utils.load_binary.return_value = (1, 2, 32, 0, 1024)  # module, function, registers, spills, threads
-        properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
-        self.utils.get_device_properties.return_value = properties
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
         return do_nothing
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")

@@ -9,9 +9,9 @@
 
 namespace fastsam::cuda {
 
-// Threads of a block. The tests run the kernels on the CPU, with fewer.
+// Threads of a block: 128 beat 256 by 1 to 7% on an H200. The tests run the kernels on the CPU, with fewer.
 #ifndef FASTSAM_CUDA_THREADS
-#define FASTSAM_CUDA_THREADS 256
+#define FASTSAM_CUDA_THREADS 128
 #endif
 constexpr int kThreads = FASTSAM_CUDA_THREADS;
 // Blocks on a multiprocessor at least, which allows a thread 64, 80 or 128 registers. Left to itself, the compiler

@@ -6,8 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include <torch/headeronly/util/bit_cast.h>
-
 #include "launches.h"
 
 namespace fastsam::cuda {
@@ -116,7 +114,7 @@ struct alignas(sizeof(T) * kWidth < kVectorBytes ? sizeof(T) * kWidth : kVectorB
     uint32_t difference = 0;
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
-      difference |= c10::bit_cast<uint32_t>(elements[e]) ^ c10::bit_cast<uint32_t>(other.elements[e]);
+      difference |= bit_cast<uint32_t>(elements[e]) ^ bit_cast<uint32_t>(other.elements[e]);
     }
     return difference != 0;
   }

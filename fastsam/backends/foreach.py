@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends import list_updates
-from fastsam.backends.lists import Tensors, convert, matching, multiply, norms, store_, take
+from fastsam.backends.lists import Tensors, convert, copy_bits_, matching, multiply, norms, store_, take
 from fastsam.backends.rounding import followed_master, round_all, round_for
 from fastsam.backends.scalars import as_scalar, ascent_scale, opmath_dtype
 from fastsam.spec import (
@@ -90,7 +90,7 @@ def perturb_(table: TensorTable, ascent: Ascent) -> None:
     is_first = ascent.form.y != PERTURBATION
     if table.perturbed and is_first:
         backups, values = take(table.backups, table.perturbed), take(table.values, table.perturbed)
-        torch._foreach_copy_(backups, list(map(followed_master, backups, values)) if table.has_masters else values)
+        copy_bits_(backups, list(map(followed_master, backups, values)) if table.has_masters else values)
     try:
         indices = taking_part(ascent.form, table)
         if ascent.norm is None:
@@ -203,7 +203,8 @@ def _mapped(xs: Tensors, points: Tensors, form: Map, coefficients: Tensor) -> Te
 
 def restore_(table: TensorTable) -> None:
     if table.perturbed:
-        torch._foreach_copy_(take(table.values, table.perturbed), take(table.backups, table.perturbed))
+        copy = torch._foreach_copy_ if table.has_masters else copy_bits_
+        copy(take(table.values, table.perturbed), take(table.backups, table.perturbed))
 
 
 def restore_and_update_(

@@ -33,6 +33,12 @@ def convert(tensors: Tensors, dtype: torch.dtype, *, copy: bool = False) -> Tens
     return copies
 
 
+def copy_bits_(targets: Tensors, sources: Tensors) -> None:
+    """``targets <- sources``, of one dtype, bit for bit: on CUDA, PyTorch alters NaNs when it copies 16-bit lists."""
+    integers = _INTEGERS[targets[0].element_size()]
+    torch._foreach_copy_([t.view(integers) for t in targets], [t.view(integers) for t in sources])
+
+
 def matching(tensors: Tensors, like: Tensors) -> Tensors:
     """``tensors`` with the strides of ``like``, which may differ only where they mean nothing (a size of 1).
 

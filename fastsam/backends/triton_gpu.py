@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +136,7 @@ def perturb_(table: TensorTable, ascent: Ascent) -> None:
 
 
 def restore_(table: TensorTable) -> None:
-    restore_and_update_(table, Update.NONE, ())
+    _restore(table, None)
 
 
 def restore_and_update_(
@@ -148,20 +147,30 @@ def restore_and_update_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
+    if update == Update.NONE:
+        _restore(table, descent)
+        return
     view = table.attached(_View)
     form, coefficients = (None, None) if descent is None else descent
     kernel = kernels.update(view.kind, update, form)
     addresses, packed = view.copy.read(table, options)
     chunks, positions = view.copy.chunks, None if "positions_ptr" in kernel.absent else view.copy.positions
-    if update == Update.NONE:
-        arguments: tuple[Any, ...] = None, None, None, coefficients, None, None, len(table.params)
-        kernel.launch(table.device, len(chunks), addresses, chunks, *arguments)
-        return
     grad_scale = view.no_scale if grad_scale is None else grad_scale
     found_inf = view.no_overflow if found_inf is None else found_inf
     with view.copy.counting() as finished:
         arguments = packed, grad_scale, found_inf, coefficients, positions, finished, len(table.params)
         kernel.launch(table.device, len(chunks), addresses, chunks, *arguments)
+
+
+def _restore(table: TensorTable, descent: Descent | None) -> None:
+    """Restores, and prepares the gradients where there is a descent."""
+    view = table.attached(_View)
+    form, coefficients = (None, None) if descent is None else descent
+    kernel = kernels.update(view.kind, Update.NONE, form)
+    addresses, _ = view.copy.read(table, ())
+    chunks = view.copy.chunks
+    arguments = None, None, None, coefficients, None, None, len(table.params)
+    kernel.launch(table.device, len(chunks), addresses, chunks, *arguments)
 
 
 class _View:

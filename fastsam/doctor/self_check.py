@@ -105,7 +105,7 @@ def _compare_steps(
         _compare(outcome, f"{where}, update", params, copies, weights, eps)
         after, after_expected = _state(fastsam.base_optimizer, params), _state(expected.base_optimizer, copies)
         for name, tensors in after.items():
-            before = state.get(name) or [torch.zeros_like(tensor) for tensor in tensors]
+            before = state.get(name) or _values([torch.zeros_like(tensor) for tensor in tensors])
             if name == "momentum_buffer":  # the gradient is added to it, where weight decay may cancel both
                 before = [torch.maximum(b.abs(), g.abs()) for b, g in zip(before, grads, strict=True)]
             _compare(outcome, f"{where}, {name}", tensors, after_expected[name], before, eps)

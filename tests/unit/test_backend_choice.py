@@ -123,7 +123,7 @@ def test_auto_on_gpus_prefers_what_is_compiled_then_triton_then_foreach(monkeypa
     caplog.set_level(logging.INFO, "fastsam")
     order = {"native": types.ModuleType(native.__name__), "triton": types.ModuleType(TRITON_MODULE), "foreach": foreach}
     for stub in (order["native"], order["triton"]):
-        stub.check = lambda device_type: None
+        stub.unsupported_reason = lambda request: ""
         monkeypatch.setitem(sys.modules, stub.__name__, stub)
     for name in broken:
         cannot_run(order[name], monkeypatch, "not here")
