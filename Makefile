@@ -77,7 +77,7 @@ crash: $(EXTENSION)  ## Kill a training run KILLS=20 times: it must end like an 
 sanitize: $(SANITIZED)  ## The native backend's tests under AddressSanitizer and UBSan
 	PYTHONPATH=$(dir $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  FASTSAM_REQUIRE_BACKENDS=native $(BIN)/pytest --numprocesses $(WORKERS) --capture=sys --timeout 600 -k "(native or fingerprint) and not cuda" $(ARGS)
+	  FASTSAM_REQUIRE_BACKENDS=native $(BIN)/pytest --numprocesses $(WORKERS) --capture=sys --timeout 600 -k "(native or signature) and not cuda" $(ARGS)
 
 # A release that cannot be installed is left out; the last line printed names the ones that were used.
 kernels: $(PACKAGE)  ## Compile the Triton kernels for every GPU, without one; a table; QUICK=1: a part
@@ -99,7 +99,7 @@ cuda: $(EXTENSION)  ## Compile the CUDA kernels with nvcc, without a GPU; a tabl
 sanitize-cuda:  ## The CUDA kernels under compute-sanitizer, on a machine with a GPU, after make cuda
 	for tool in memcheck racecheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 FASTSAM_REQUIRE_BACKENDS=native:cuda compute-sanitizer --tool $$tool \
-	    --target-processes all --error-exitcode 1 $(BIN)/pytest -m gpu -k native --timeout 0 $(or $(ARGS),tests/test_backends.py) || exit 1; \
+	    --target-processes all --error-exitcode 1 $(BIN)/pytest -m gpu -k native --timeout 0 $(or $(ARGS),tests/operations) || exit 1; \
 	done
 
 lint: $(DEPENDENCIES)  ## Formatting, ruff and mypy; changes nothing

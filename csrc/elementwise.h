@@ -151,6 +151,7 @@ struct AscentStep {
 
 template <typename T>
 struct SgdStep {
+  static constexpr int kMostSlots = 1;
   T lr, momentum, grad_weight, weight_decay, grad_factor;
   bool nesterov;
 
@@ -196,6 +197,7 @@ struct SgdStep {
 
 template <typename T>
 struct AdamStep {
+  static constexpr int kMostSlots = 3;
   T grad_weight, beta2, square_weight, eps, step_size, root_correction, coupled_decay, decay_factor, grad_factor;
 
   // Powers: beta ** step, with step counted from 1; bias corrections in double (1 - 0.999^1 has 14 bits left in float).

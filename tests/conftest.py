@@ -21,8 +21,9 @@ from internals import BACKENDS, BackendUnavailable, load  # noqa: E402
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Backends that must be able to run: "native", on some device that is here; "native:cuda", on that one.
 REQUIRED = frozenset(filter(None, map(str.strip, os.environ.get("FASTSAM_REQUIRE_BACKENDS", "").split(","))))
-# Folders of which the default run takes every pair of values instead of every combination.
-IN_PAIRS = ("contract", "properties")
+# Folders of which the default run takes pairs of values instead of every combination: pairs that meet in some test of
+# a file, or in every test.
+IN_PAIRS = {"contract": pairs.of_file, "properties": pairs.of_file, "operations": pairs.of_function}
 
 
 def pytest_addoption(parser):
@@ -62,8 +63,10 @@ def pytest_collection_modifyitems(config, items):
 
 def _left_for_thorough(option, items):
     marked = {item for item in items if "thorough" in item.keywords}
-    in_pairs = [item for item in items if item not in marked and item.path.parent.name in IN_PAIRS]
-    left = marked | (set(in_pairs) - pairs.choose(in_pairs))
+    left = set(marked)
+    for folder, scope in IN_PAIRS.items():
+        mine = [item for item in items if item not in marked and item.path.parent.name == folder]
+        left |= set(mine) - pairs.choose(mine, scope)
     in_order = [item for item in items if item in left]
     return left - pairs.sample(in_order, option.sample, option.sample_seed)
 

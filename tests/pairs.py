@@ -18,21 +18,34 @@ SLOW = 8  # what a variant under Triton's interpreter costs, in variants on anot
 SHARED = (str, int, float, bool, type, torch.dtype, type(None))
 
 
-def choose(items):
-    """The items to run, as a set; each device has a selection of its own."""
+def choose(items, scope):
+    """The items to run, as a set; each device has a selection of its own.
+
+    Args:
+        items: tests.
+        scope: :func:`of_file` or :func:`of_function`: within what every pair is to occur.
+    """
+
+    def key(item):
+        return scope(item), str(_params(item).get("device", ""))
+
     chosen = set()
-    for _, some in itertools.groupby(sorted(items, key=_file_and_device), key=_file_and_device):
+    for _, some in itertools.groupby(sorted(items, key=key), key=key):
         chosen |= _cover(list(some))
     return chosen
+
+
+def of_file(item):
+    return str(item.path)
+
+
+def of_function(item):
+    return item.nodeid.partition("[")[0]
 
 
 def sample(items, count, seed):
     """``count`` of the items, others for every seed."""
     return set(random.Random(seed).sample(items, min(count, len(items))))
-
-
-def _file_and_device(item):
-    return str(item.path), str(_params(item).get("device", ""))
 
 
 def _params(item):

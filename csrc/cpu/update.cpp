@@ -165,7 +165,8 @@ struct ChunkUpdate {
     const Row origin = table.has_masters ? kMaster : table.has(kBackup, chunk.tensor) ? kBackup : kParam;
     const Elements<scalar_t> param(table, kParam, chunk), source(table, origin, chunk);
     std::array<Elements<scalar_t>, kStateSlots> state;
-    for (int k = 0; k < kStateSlots; ++k) state[k] = Elements<scalar_t>(table, kState0 + k, chunk);
+    // A table may have more rows than this base has state.
+    for (int k = 0; k < Step::kMostSlots; ++k) state[k] = Elements<scalar_t>(table, kState0 + k, chunk);
     for_each_block(chunk.length, [&](int64_t start, int64_t length) {
       typename Direction<scalar_t>::Block block;
       alignas(64) T buffers[kStateSlots + 1][kBlock], result[kBlock];

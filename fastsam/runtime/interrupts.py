@@ -1,11 +1,10 @@
-"""SIGINT (Ctrl-C) is deferred to the end of an operation that must not be interrupted."""
+"""Signals wait for the end of what must be done as a whole."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any
 
 # The functions of the signal module call these, and spend most of their time converting to enums.
 try:
@@ -15,31 +14,53 @@ except ImportError:
     from signal import getsignal
     from signal import signal as set_handler
 
+# Those for which Python code may be called: SIGINT, SIGTERM, SIGALRM, SIGUSR1, ... but no real-time signals.
+_NUMBERS = sorted(int(number) for number in signal.valid_signals() if number < getattr(signal, "SIGRTMIN", 32))
+
 
 class DeferredInterrupts:
-    """A block during which SIGINT is only recorded; its handler (usually KeyboardInterrupt) runs at the end."""
+    """A block during which signals are only recorded; their handlers (KeyboardInterrupt, sys.exit) run at the end.
 
-    __slots__ = ("_previous", "_recorded")
+    That is so for every handler in Python, real-time signals excepted. What is not Python's (SIGKILL, or the default
+    of SIGTERM) ends the process at once.
+    """
+
+    __slots__ = ("_handlers", "_recorded", "_replaced")
 
     def __enter__(self) -> None:
-        self._previous: Any = None
-        # Only the main thread receives signals, and only a Python handler can interrupt Python code.
+        self._replaced: list[int] = []
+        # Only the main thread receives signals.
         if threading.get_ident() != threading.main_thread().ident:
             return
-        previous = getsignal(signal.SIGINT)
-        if callable(previous):
-            self._recorded: list[tuple[int, FrameType | None]] = []
-            self._previous = previous
-            set_handler(signal.SIGINT, self._record)
+        self._recorded: dict[int, FrameType | None] = {}
+        found = zip(_NUMBERS, map(getsignal, _NUMBERS), strict=True)
+        self._handlers = {number: handler for number, handler in found if callable(handler)}
+        try:
+            for number in self._handlers:
+                self._replaced.append(number)
+                set_handler(number, self._record)
+        except BaseException:  # the handler of one that is not deferred yet
+            self._end()
+            raise
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self._recorded.append((number, frame))
+        self._recorded.setdefault(number, frame)  # once, as a pending signal
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._previous is None:
-            return
-        set_handler(signal.SIGINT, self._previous)
-        if self._recorded:
-            self._previous(*self._recorded[0])
+        if self._replaced:
+            self._end()
+
+    def _end(self) -> None:
+        """Puts the handlers back, all of them even if one that is back already raises; then calls what was recorded."""
+        try:
+            while self._replaced:
+                set_handler(self._replaced[-1], self._handlers[self._replaced[-1]])
+                self._replaced.pop()
+            while self._recorded:
+                number = next(iter(self._recorded))
+                self._handlers[number](number, self._recorded.pop(number))
+        except BaseException:
+            self._end()
+            raise

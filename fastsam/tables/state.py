@@ -170,7 +170,7 @@ class StateSlots:
             return self._pending[i, row]
         if value is None and row == Row.MASTER and table.is_perturbed and table.masters[i] is not None:
             # Of a perturbed parameter only the master still has the weights.
-            master = table.masters[i]
+            master: Tensor = table.rows[Row.MASTER][i]
             return torch.view_as_complex(master) if table.params[i].is_complex() else master
         if value is None and not needed:
             return None

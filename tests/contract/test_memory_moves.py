@@ -1,6 +1,6 @@
 """No address is trusted: whatever is swapped, assigned or exchanged at any moment, only parameters are written to.
 
-Casts and new memory for ``.data`` are in test_tensor_table.py and test_api_steps.py, both at random in test_fuzz.py.
+Casts and new memory for ``.data`` are in unit/test_table.py and test_steps.py, both at random in test_fuzz.py.
 """
 
 import copy

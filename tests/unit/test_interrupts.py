@@ -119,3 +119,30 @@ def test_other_threads_neither_get_nor_defer_signals(handler):
     worker.start()
     worker.join()
     assert seen == [handler]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_every_python_handler_waits(number):
+    """SLURM, time limits: their handlers raise, too."""
+
+    class TimeIsUp(Exception):
+        pass
+
+    def handler(*_):
+        raise TimeIsUp
+
+    previous = signal.signal(number, handler)
+    finished = []
+
+    def block():
+        with DeferredInterrupts():
+            signal.raise_signal(number)
+            finished.append(True)
+
+    try:
+        with pytest.raises(TimeIsUp):
+            block()
+        assert finished
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, previous)

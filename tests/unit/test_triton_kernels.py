@@ -21,7 +21,7 @@ from fastsam.precision import Precision
 from fastsam.spec import AdamOptions, Ascent, AscentForm, AscentOptions, Row, SGDOptions, StateNames, Update
 from fastsam.tables import Member, TensorTable, Wanted
 
-COMPILE = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
+COMPILE = Path(__file__).parents[2] / "tools" / "compile_kernels.py"
 SGD = SGDOptions(0.1, 0.9, 0.0, 0.0, False, False)
 ASCENT = AscentOptions(0.05, False, False)
 

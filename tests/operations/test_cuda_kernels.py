@@ -4,7 +4,6 @@ import inspect
 
 import cuda_on_cpu
 import pytest
-import test_native_guards as guards
 import torch
 from checks import Canaries, assert_same_bits
 from operations import test_operations, test_stochastic_rounding, test_whole_steps
@@ -25,6 +24,7 @@ from scene import (
     norm_of,
     update_,
 )
+from unit import test_native_guards as guards
 
 from fastsam.backends import native, native_table
 from fastsam.backends.native_table import CudaTable
