@@ -57,7 +57,7 @@ WORK_FILES = ("tables", "backends")
 
 # (object, attribute) of the functions that begin the update: the state is published, the base's own step runs.
 publish_state = (StateSlots, "publish")
-base_step = (optimizer_module, "unhooked_step")
+base_step = (optimizer_module, "run_step")
 
 
 def update_operations(operations) -> list[tuple[object, str]]:
