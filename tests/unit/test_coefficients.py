@@ -4,7 +4,6 @@ from collections import Counter
 from contextlib import contextmanager
 
 import internals
-import pytest
 import torch
 from registry import METHODS, every_method
 from torch.utils._python_dispatch import TorchDispatchMode
