@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsam.methods import Method
+from fastsam.spec import Ascent, AscentCoefficients, AscentForm, AscentOptions, Row
 from fastsam.tables import TensorTable
 from fastsam.tables.memory import allocate_like, as_real
 
@@ -47,6 +48,14 @@ def set_displacements(tables: Sequence[TensorTable], tensors: Sequence[Tensor | 
     for table in tables:
         table.choose_perturbed(_every_group(table), list(range(len(table.params))))
     _set_directions(tables, _places(tables), tensors, "perturb_by(): tensors", perturb_all=False)
+
+
+def displacement(table: TensorTable, options: Sequence[AscentOptions]) -> Ascent:
+    """The ascent ``w + d`` of every parameter that has a direction d."""
+    shape = len(table.params), len(AscentCoefficients)
+    coefficients = torch.zeros(shape, dtype=torch.float64, device=table.device)
+    coefficients[:, AscentCoefficients.A].fill_(1.0)
+    return Ascent(options, form=AscentForm(x=Row.DIRECTION), coefficients=coefficients)
 
 
 Place = tuple[TensorTable, int]
