@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsam.backends import Backend
 from fastsam.methods.method import AscentTerms, DescentTerms, Dots, Facts, Method
-from fastsam.spec import Ascent, AscentOptions, Descent, DescentCoefficients
+from fastsam.spec import Ascent, AscentOptions, Descent, DescentCoefficients, Map, Row
 from fastsam.tables import TensorTable
 
 Values = Sequence[float | Tensor]
@@ -23,10 +23,16 @@ Values = Sequence[float | Tensor]
 
 
 class Coefficients:
-    """One method's coefficients, and whether the present step's first pass was finite."""
+    """One method's coefficients, and whether the present step's first pass was finite.
+
+    Attributes:
+        method: the method.
+        grad_norm: the norm of the last ascent's (mapped) gradient; None if its dots are not that norm's square.
+    """
 
     def __init__(self, method: Method) -> None:
         self.method = method
+        self.grad_norm: Tensor | None = None
         # On each device: whether the ascent's dots were finite. If not, the first-pass gradients are not used.
         self._finite: dict[torch.device, Tensor] = {}
 
@@ -48,6 +54,8 @@ class Coefficients:
         maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
         each = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
         totals = _totals(tables, [self.method.weigh(d, f) for d, f in zip(each, facts, strict=True)])
+        is_norm = form.x == Row.GRAD and form.map != Map.POWER
+        self.grad_norm = next(iter(totals.values()))[0].sqrt() if is_norm else None
         finite = {device: _all_finite(total) for device, total in totals.items()}
         self._finite = {d: f & self._finite[d] if further else f for d, f in finite.items()}
         result = []

@@ -12,14 +12,14 @@ from torch import Tensor
 from fastsam.backends import Backend, grad_norms, operations
 from fastsam.bases import FusedUpdate
 from fastsam.coefficients import Coefficients
-from fastsam.directions import choose_directions, draw_noise
+from fastsam.directions import choose_directions, draw_noise, set_displacements
 from fastsam.groups import ascent_options, learning_rate
 from fastsam.methods import Method
 from fastsam.precision import ascent_seed
 from fastsam.runtime.accumulation import AccumulationWatch
 from fastsam.runtime.weight_caches import clear_weight_caches
 from fastsam.runtime.writers import ForeignWrites
-from fastsam.spec import Ascent, AscentOptions, Descent, Row, StateNames, Update
+from fastsam.spec import Ascent, AscentCoefficients, AscentForm, AscentOptions, Descent, Row, StateNames, Update
 from fastsam.tables import TensorTable, TensorTables, Wanted
 from fastsam.tables.memory import as_real
 from fastsam.tables.state import OptimizerState
@@ -62,7 +62,9 @@ class Engine:
         tables: the tables.
         perturbed: whether the weights are perturbed.
         is_single: whether ``first_step()`` has found that this step has no ascent: its gradients are for the update.
+        is_displaced: whether the weights are perturbed by given tensors: no step may follow.
         ascents: how many ascent steps this step has had.
+        grad_norm: the norm that the last ascent was scaled by (0-dim, float64); None if its method has none.
         is_running: whether a closure runs.
         is_constructed: whether the optimizer's constructor is through.
         accumulation: warns of gradients that a closure adds to.
@@ -72,8 +74,9 @@ class Engine:
         self.backend, self.method = backend, method
         self.tables = TensorTables()
         self.perturbed = False
-        self.is_single = self.is_running = False
+        self.is_single = self.is_running = self.is_displaced = False
         self.ascents = 0
+        self.grad_norm: Tensor | None = None
         self.is_constructed = False
         self.accumulation = AccumulationWatch()
         self._writes = ForeignWrites()
@@ -147,6 +150,9 @@ class Engine:
                 table.choose_perturbed(perturb, among)
         if self.method.has_direction:
             choose_directions(tables, self.method, further)
+        self._bind_for_ascent(tables, plan)
+
+    def _bind_for_ascent(self, tables: Sequence[TensorTable], plan: Plan) -> None:
         for table in tables:
             if table.stochastic or table.has_masters or self.method.state_name is not None:
                 self._bind([table], plan, masters=True)
@@ -156,8 +162,12 @@ class Engine:
         options = [_for_ascent(ascent_options(group, plan.step), number) for group in plan.groups]
         backends = [self._backend(table) for table in tables]
         if self.method.ascent_form(further) is not None:
-            return self._coefficients.ascents(backends, tables, options, further)
+            ascents = self._coefficients.ascents(backends, tables, options, further)
+            if not further:
+                self.grad_norm = self._coefficients.grad_norm
+            return ascents
         norms = grad_norms(backends, tables, options)
+        self.grad_norm = next(iter(norms.values()))
         if self.method.needs_first_grads:
             self._coefficients.note_norms(norms)
         return [Ascent(options, norms[table.device]) for table in tables]
@@ -186,6 +196,28 @@ class Engine:
             f"{name} was written to while it was perturbed, by another optimizer, say: the restore would undo that; "
             "call restore() to give the ascent up; the other one may step before first_step() or after second_step()"
         )
+
+    @torch.no_grad()
+    def displace(self, plan: Plan, tensors: Sequence[Tensor | None]) -> None:
+        """Adds given tensors to the weights, one per parameter in the groups' order; None: it stays.
+
+        Raises:
+            TypeError, ValueError: a tensor does not fit its parameter; nothing has been changed then.
+        """
+        self._writes.begin()
+        with self.tables.holding_grads():
+            tables = self.tables.read_grads(plan.groups)
+            set_displacements(tables, tensors)
+            self._bind_for_ascent(tables, plan)
+            options = [ascent_options(group, plan.step) for group in plan.groups]
+            self.is_displaced = True
+            self._perturb(tables, [_whole_direction(table, options) for table in tables])
+        clear_weight_caches()
+
+    def refuse_displaced(self) -> None:
+        """Raises RuntimeError within ``perturb_by()``."""
+        if self.is_displaced:
+            raise RuntimeError("a step is not possible within perturb_by(); leave its block first")
 
     # ---- restore ----
 
@@ -368,7 +400,7 @@ class Engine:
                 )
 
     def _end_step(self) -> None:
-        self.perturbed, self.ascents = False, 0
+        self.perturbed, self.is_displaced, self.ascents = False, False, 0
         for table in self.tables:
             table.end_step()
         if self.tables.builds != self._watched_builds:
@@ -381,6 +413,14 @@ class Engine:
 def _for_ascent(options: AscentOptions, number: int) -> AscentOptions:
     """The options with random numbers of their own for each ascent of a step."""
     return options._replace(rounding_seed=ascent_seed(options.rounding_seed, number)) if number else options
+
+
+def _whole_direction(table: TensorTable, options: Sequence[AscentOptions]) -> Ascent:
+    """``w <- w + d`` for every parameter that has a direction d."""
+    shape = len(table.params), len(AscentCoefficients)
+    coefficients = torch.zeros(shape, dtype=torch.float64, device=table.device)
+    coefficients[:, AscentCoefficients.A].fill_(1.0)
+    return Ascent(options, form=AscentForm(x=Row.DIRECTION), coefficients=coefficients)
 
 
 def _unscale(plan: Plan) -> None:

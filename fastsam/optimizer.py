@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastsam.backends import check_name
 from fastsam.bases import check_base, note_step, run_step
 from fastsam.engine import Engine
 from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, give_options, split_options, with_defaults
+from fastsam.last_ascent import LastAscent, average, record
 from fastsam.micro_batches import GradientSums
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
@@ -89,6 +90,16 @@ class FastSAM(BaseWrapper):
     # torch.amp.GradScaler then always calls step(), which reads grad_scale and found_inf itself: an overflow in the
     # second pass must not leave the weights perturbed.
     _step_supports_amp_scaling = True
+
+    last_ascent: LastAscent | None = None
+    """What the last ``step(closure)`` has measured: ``loss`` at w, ``perturbed_loss`` at w + e, ``grad_norm``.
+
+    Detached tensors, on the device (reading them waits for it). With ``closures=`` the means over the micro-batches; in
+    distributed training the losses are this rank's. Without ``replay_rng=True`` the difference of the losses contains
+    that of two dropout masks. None in two-phase use, with ``ascent_closure=`` (the losses are of different data), after
+    a step without an ascent, with methods that have no pass at w, and if the closure does not return its loss. In a
+    captured step the tensors belong to the graph: each replay writes them.
+    """
 
     def __init__(
         self,
@@ -168,6 +179,8 @@ class FastSAM(BaseWrapper):
             ValueError: ``closures`` is empty, given beside another, or not possible with the method.
             Exception: whatever a closure raises; the weights, the state and ``perturbed`` are then as before the step.
         """
+        self._engine.refuse_displaced()
+        self.last_ascent = None
         if closures is not None:
             if closure is not None or ascent_closure is not None:
                 raise ValueError("step(): closures stands for closure and ascent_closure, it cannot be beside them")
@@ -192,11 +205,15 @@ class FastSAM(BaseWrapper):
             return loss
         if states is not None and ascends:
             closure, first = states.replayed(closure), states.replayed(first)
+        measured = None
         with self._undone_by_exceptions():
             if ascends:
                 self._ascend_all_the_way(first)
-                self._run_second(closure)
+                perturbed_loss = self._run_second(closure)
+                if ascent_closure is None:
+                    measured = record(loss, perturbed_loss, self._engine.grad_norm)
             self._descend()
+        self.last_ascent = measured
         return loss
 
     def _step_of_one_pass(self, closure: Closure) -> Any:
@@ -218,6 +235,7 @@ class FastSAM(BaseWrapper):
             raise ValueError(f"step(closures=...) is not possible with {self.method}: its steps cannot be averaged")
         self._check_closure_step()
         losses: list[Any] = []
+        measured: list[LastAscent | None] = []
         sums = GradientSums()
         with self._undone_by_exceptions():
             for number, closure in enumerate(closures):
@@ -228,11 +246,12 @@ class FastSAM(BaseWrapper):
                 if self._ascends_now() and self._has_gradients():
                     again = closure if states is None else states.replayed(closure)
                     self._ascend_all_the_way(again, number)
-                    self._run_second(again)
+                    measured.append(record(losses[-1], self._run_second(again), self._engine.grad_norm))
                     self.restore()
                 sums.add(self._parameters())
             if sums.hand_over(self._parameters(), len(closures)):
                 self._descend()
+        self.last_ascent = average(measured)
         return losses
 
     @untraced
@@ -255,7 +274,9 @@ class FastSAM(BaseWrapper):
             RuntimeError: the weights are perturbed already, or no parameter has a gradient.
         """
         engine = self._engine
+        engine.refuse_displaced()
         engine.check_writes()
+        self.last_ascent = None
         if engine.is_single or not (engine.perturbed and engine.ascents < self.method.ascents):
             self._refuse_perturbed("first_step()")
         if self.method.needs_first_pass and not self._ascends_now():
@@ -293,6 +314,33 @@ class FastSAM(BaseWrapper):
         with DeferredInterrupts():
             self._engine.restore()
             self._restore_statistics()
+
+    @contextmanager
+    def perturb_by(self, tensors: Iterable[Tensor | None]) -> Iterator[None]:
+        """A block in which given tensors are added to the weights; at its end the weights are back bit for bit.
+
+        For measurements around w: no gradient, no state and no ``rho`` are needed, and parameters of groups with
+        ``perturb=False`` move, too. The block may compute losses and gradients, but no step. With ``model=`` the
+        running statistics of its batch-norm layers are preserved.
+
+        Args:
+            tensors: one for each parameter, in the order of ``param_groups``, of the parameter's shape on its device;
+                None: this parameter stays.
+
+        Raises:
+            RuntimeError: the weights are perturbed already.
+            TypeError, ValueError: an entry cannot be added to its parameter, or there are too many or too few;
+                nothing has been changed then.
+        """
+        self._refuse_perturbed("perturb_by()")
+        try:
+            with DeferredInterrupts():
+                self._engine.displace(self._plan(), list(tensors))
+                if self._statistics is not None:
+                    self._statistics.save()
+            yield
+        finally:
+            self.restore()
 
     # ---- the two phases ----
 
@@ -387,10 +435,11 @@ class FastSAM(BaseWrapper):
         with self._engine.accumulation.watching(self._parameters()):
             return self._engine.run(closure)
 
-    def _run_second(self, closure: Closure) -> None:
-        self._engine.run(closure)
+    def _run_second(self, closure: Closure) -> Any:
+        loss = self._engine.run(closure)
         if not self._has_gradients():
             raise RuntimeError(
                 "no parameter has a gradient after the second pass: the closure of step() must call backward() each "
                 "time it is called. If the gradients were computed outside of it, call first_step() and second_step()"
             )
+        return loss
