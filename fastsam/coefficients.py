@@ -28,6 +28,8 @@ class Coefficients:
         self.method = method
         # On each device: whether the ascent's dots were finite. If not, the first-pass gradients are not used.
         self._finite: dict[torch.device, Tensor] = {}
+        # Of each table: the last ascent's dots.
+        self._dots: list[Dots] = []
 
     def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
         """The ascent was plain SAM's, by these norms."""
@@ -38,20 +40,22 @@ class Coefficients:
         backends: Sequence[Backend],
         tables: Sequence[TensorTable],
         options: Sequence[AscentOptions],
+        step: int,
         further: bool,
     ) -> list[Ascent]:
         """What each table's ascent is."""
         form = self.method.ascent_form(further)
         assert form is not None
-        facts = [_facts(table, options) for table in tables]
+        facts = [_facts(table, options, step) for table in tables]
         maps = [_pack(_constants(t).ascent, self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
         each = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
         totals = _totals(tables, [self.method.weigh(d, f) for d, f in zip(each, facts, strict=True)])
         finite = {device: torch.isfinite(total).all() for device, total in totals.items()}
         self._finite = {d: f & self._finite[d] if further else f for d, f in finite.items()}
+        self._dots = [Dots(totals[table.device], dots) for table, dots in zip(tables, each, strict=True)]
         result = []
-        for table, dots, fact in zip(tables, each, facts, strict=True):
-            terms = self.method.ascent_terms(Dots(totals[table.device], dots), fact, further)
+        for table, dots, fact in zip(tables, self._dots, facts, strict=True):
+            terms = self.method.ascent_terms(dots, fact, further)
             constants = _constants(table)
             packed = _pack(constants.ascent, terms)
             stays = constants.further if further else constants.ascent
@@ -64,6 +68,7 @@ class Coefficients:
         backends: Sequence[Backend],
         tables: Sequence[TensorTable],
         options: Sequence[AscentOptions],
+        step: int,
         lrs: Callable[[], Values],
         ascended: bool,
         grad_scales: Sequence[Tensor | None],
@@ -72,14 +77,18 @@ class Coefficients:
         form = self.method.descent_form(ascended)
         if form is None:
             return None
-        facts = [_facts(table, options, lrs) for table in tables]
+        ascents = self._dots if ascended and self._dots else [None] * len(tables)
+        facts = [_facts(t, options, step, lrs, dots) for t, dots in zip(tables, ascents, strict=True)]
+        # A parameter that was not perturbed has no part in a combination of both gradients.
+        masks = [_constants(table).mask(table.perturbed) if ascended else None for table in tables]
         if self.method.measures(ascended):
             each = [b.dots(t, form, _constants(t).descent) for b, t in zip(backends, tables, strict=True)]
+            each = [d if m is None else torch.where(m[:, None], d, 0.0) for d, m in zip(each, masks, strict=True)]
         else:
             each = [_constants(table).no_dots for table in tables]
         totals = _totals(tables, each)
         result = []
-        for table, dots, fact, scale in zip(tables, each, facts, grad_scales, strict=True):
+        for table, dots, fact, mask, scale in zip(tables, each, facts, masks, grad_scales, strict=True):
             constants = _constants(table)
             finite = torch.isfinite(totals[table.device]).all()
             if ascended:
@@ -90,6 +99,7 @@ class Coefficients:
                 packed[:, DescentCoefficients.DECOUPLED_X : DescentCoefficients.DECOUPLED_Y + 1] /= scale.double()
             # Where rho is 0, the gradient is the base's own.
             used = torch.where(constants.keeps, finite, finite & (fact.rho != 0)[:, None])
+            used = used if mask is None else used & mask[:, None]
             result.append(Descent(form, torch.where(used, packed, constants.descent)))
         return result
 
@@ -113,6 +123,27 @@ class _Constants:
         groups = torch.tensor(table.groups, dtype=torch.int64, device="cpu")
         self._in_group = {group: _send(groups == group, device) for group in sorted(set(table.groups))}
         self._spread: dict[str, tuple[list[float], Tensor]] = {}
+        self._positions = _send(torch.tensor(table.positions, dtype=torch.int64, device="cpu"), device)
+        self._mask: tuple[list[int], Tensor] | None = None
+
+    def mask(self, indices: list[int]) -> Tensor | None:
+        """Which parameters are among ``indices``, as bools ``(n,)``; None: all are."""
+        if len(indices) == len(self.matrix):
+            return None
+        # The list is the same object from step to step.
+        if self._mask is None or self._mask[0] is not indices:
+            flags = torch.zeros(len(self.matrix), dtype=torch.bool, device="cpu")
+            flags[indices] = True
+            self._mask = indices, _send(flags, self.matrix.device)
+        return self._mask[1]
+
+    def uniform(self, seed: int, step: int) -> Tensor:
+        """A number in [0, 1) for each parameter: a hash of seed, step and the parameter's position."""
+        x = self._positions * -0x61C8864680B583EB + ((seed * 0x9E3779B1 + step * 0x85EBCA77) & (2**62 - 1))
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+        x = x ^ (x >> 31 & (1 << 33) - 1)
+        return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
     def spread(self, name: str, values: Values, signs: Sequence[float]) -> Tensor:
         """A number of each group as one of each parameter: float64 ``(n,)``."""
@@ -140,13 +171,22 @@ def _constants(table: TensorTable) -> _Constants:
     return table.attached(_Constants)
 
 
-def _facts(table: TensorTable, options: Sequence[AscentOptions], lrs: Callable[[], Values] = list) -> Facts:
+def _facts(
+    table: TensorTable,
+    options: Sequence[AscentOptions],
+    step: int,
+    lrs: Callable[[], Values] = list,
+    ascent: Dots | None = None,
+) -> Facts:
     signs = [-1.0 if option.maximize else 1.0 for option in options]
     constants = _constants(table)
     return Facts(
+        step,
         partial(constants.spread, "rho", [option.rho for option in options], signs),
         lambda: constants.spread("lr", lrs(), signs),
         lambda: constants.matrix,
+        constants.uniform,
+        ascent,
     )
 
 

@@ -15,6 +15,7 @@ from fastsam.bases import FUSED, FusedUpdate
 from fastsam.checkpoint import STEP_COUNT, check_shapes, complete_loaded, complete_saved
 from fastsam.engine import Engine
 from fastsam.groups import GROUP_OPTIONS, check_parameters, tensors_of, with_defaults
+from fastsam.policy import Policy
 from fastsam.precision import check_precision
 
 
@@ -24,7 +25,7 @@ class BaseWrapper(Optimizer):
     base_optimizer: Optimizer
     backend: str
     _engine: Engine
-    _interval: int
+    _policy: Policy
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -79,6 +80,7 @@ class BaseWrapper(Optimizer):
         self._refuse_perturbed("state_dict()")
         saved = super().state_dict()
         complete_saved(saved, self.method, self._update, self._step_count())
+        self._policy.save(saved["param_groups"])
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -101,7 +103,7 @@ class BaseWrapper(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        names = ("base_optimizer", "defaults", "backend", "method", "_interval", "_replay_rng", "_statistics")
+        names = ("base_optimizer", "defaults", "backend", "method", "_policy", "_replay_rng", "_statistics")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -115,6 +117,7 @@ class BaseWrapper(Optimizer):
 
     def _load_state(self, loaded: dict[str, Any], given: Mapping[str, Any]) -> None:
         """Takes over what torch has cast (``loaded``) of a state dict (``given``); all of it or nothing."""
+        statistics = self._policy.take_saved(loaded["param_groups"])
         complete_loaded(loaded, given, self.param_groups, self.method)
         for group in loaded["param_groups"]:
             self._check_group(group)
@@ -126,6 +129,7 @@ class BaseWrapper(Optimizer):
         except BaseException:
             self.state, self.param_groups = before
             raise
+        self._policy.load(statistics)
 
     def __repr__(self) -> str:
         text = super().__repr__()

@@ -220,6 +220,12 @@ class TensorTable:
         self.set_row(Row.FIRST_GRAD, firsts)
         self._of_this_step.add(Row.FIRST_GRAD)
 
+    def take_grads_for_first_ones(self) -> None:
+        """In a step of one pass, its gradients are those at w: the update reads them in the first ones' place."""
+        self.first_grad_dtype = self.grad_dtype
+        self.set_row(Row.FIRST_GRAD, list(self.grads))
+        self._of_this_step.add(Row.FIRST_GRAD)
+
     def fill_missing_grads(self) -> None:
         """Gives zeros to perturbed parameters without a gradient: a further ascent still counts their perturbation."""
         missing = [i for i in self.perturbed if self.grads[i] is None]
