@@ -35,6 +35,7 @@ class Plan(NamedTuple):
         update: how the base runs fused; None: by its own ``step()``.
         grad_scale, found_inf: a GradScaler's, or None.
         micro_batch: which of the step's closures this is, each with an ascent of its own.
+        rho_scale: what a schedule multiplies every rho by.
     """
 
     groups: Sequence[Mapping[str, Any]]
@@ -44,11 +45,22 @@ class Plan(NamedTuple):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     micro_batch: int = 0
+    rho_scale: float = 1.0
 
     @property
     def state_names(self) -> list[StateNames]:
         """What the base update keeps, for each group."""
         return [] if self.update is None else [self.update.state_names(group) for group in self.groups]
+
+    @property
+    def ascent_options(self) -> list[AscentOptions]:
+        """How the parameters of each group ascend."""
+        return [ascent_options(group, self.step, self.rho_scale) for group in self.groups]
+
+    @property
+    def perturb(self) -> list[bool]:
+        """Whether each group is perturbed."""
+        return [bool(group["perturb"]) for group in self.groups]
 
 
 class Engine:
@@ -140,14 +152,13 @@ class Engine:
             form = self.method.ascent_form(further)
             if form is not None and Row.STATE <= form.x < Row.STATE + 3:
                 self._bind(tables, plan)
-            perturb = [bool(group["perturb"]) for group in plan.groups]
             for table in tables:
                 among = table.present
                 if form is not None and form.x not in (Row.GRAD, Row.DIRECTION):
                     among = [i for i, tensor in enumerate(table.rows[form.x]) if tensor is not None]
                 elif seed is not None:
                     among = [i for i, param in enumerate(table.params) if param.requires_grad]
-                table.choose_perturbed(perturb, among)
+                table.choose_perturbed(plan.perturb, among)
         if self.method.has_direction:
             choose_directions(tables, self.method, further)
         self._bind_for_ascent(tables, plan)
@@ -159,10 +170,10 @@ class Engine:
 
     def _plan_ascents(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> list[Ascent]:
         number = plan.micro_batch * self.method.ascents + self.ascents
-        options = [_for_ascent(ascent_options(group, plan.step), number) for group in plan.groups]
+        options = [_for_ascent(mine, number) for mine in plan.ascent_options]
         backends = [self._backend(table) for table in tables]
         if self.method.ascent_form(further) is not None:
-            ascents = self._coefficients.ascents(backends, tables, options, further)
+            ascents = self._coefficients.ascents(backends, tables, options, plan.step, further)
             if not further:
                 self.grad_norm = self._coefficients.grad_norm
             return ascents
@@ -209,7 +220,7 @@ class Engine:
             tables = self.tables.read_grads(plan.groups)
             set_displacements(tables, tensors)
             self._bind_for_ascent(tables, plan)
-            options = [ascent_options(group, plan.step) for group in plan.groups]
+            options = plan.ascent_options
             self.is_displaced = True
             self._perturb(tables, [_whole_direction(table, options) for table in tables])
         clear_weight_caches()
@@ -247,6 +258,17 @@ class Engine:
                 table.choose_perturbed([False] * len(plan.groups), [])
 
     @torch.no_grad()
+    def measure(self, plan: Plan) -> Tensor:
+        """The norm of the present gradients of the parameters that a step perturbs: float64, 0-dim."""
+        with self.tables.holding_grads():
+            tables = self.tables.read_grads(plan.groups)
+            for table in tables:
+                table.choose_perturbed(plan.perturb, table.present)
+            options = [AscentOptions(0.0, adaptive=False, maximize=False)] * len(plan.groups)
+            norms = grad_norms([self._backend(table) for table in tables], tables, options)
+        return next((norm for device, norm in norms.items() if device.type != "cpu"), next(iter(norms.values())))
+
+    @torch.no_grad()
     def initialize_state(self, plan: Plan, base_step: Callable[[], None]) -> None:
         """Makes the state of every parameter that has a gradient, as torch's optimizers do in a step with lr = 0."""
         self.begin_without_ascent(plan)
@@ -254,11 +276,10 @@ class Engine:
             base_step()
         with self.tables.holding_grads():
             self._read_grads_again()
-            perturb = [bool(group["perturb"]) for group in plan.groups]
             tables, wanted = list(self.tables), []
             for table in tables:
-                among = [i for i in table.present if perturb[table.groups[i]]]
-                mine = self._wanted(plan, (), table.present, among if self.method.state_name is not None else ())
+                among = _would_move(table, plan) if self.method.state_name is not None else ()
+                mine = self._wanted(plan, (), table.present, among)
                 wanted.append((mine, table.slots.bind(table, plan.state, mine)))
             self._publish(tables, plan, wanted)
 
@@ -299,12 +320,16 @@ class Engine:
             return None
         if self.method.state_name is not None:
             self._bind(tables, plan, method=form.keeps)
-        options = [ascent_options(group, plan.step) for group in plan.groups]
+        if form.keeps and self.ascents == 0:
+            for table in tables:
+                table.take_grads_for_first_ones()
         backends = [self._backend(table) for table in tables]
         # An unfused base is given unscaled gradients: the combination is unscaled with them.
         scales = [to_table_device(plan.grad_scale, t) if plan.update is not None else None for t in tables]
         lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
-        return self._coefficients.descents(backends, tables, options, lrs, self.ascents > 0, scales)
+        return self._coefficients.descents(
+            backends, tables, plan.ascent_options, plan.step, lrs, self.ascents > 0, scales
+        )
 
     def _update(self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None) -> None:
         update = plan.update
@@ -342,11 +367,15 @@ class Engine:
 
     def _bind(self, tables: Sequence[TensorTable], plan: Plan, *, masters: bool = False, method: bool = False) -> None:
         for table in tables:
-            kept = table.perturbed if method else ()
+            kept = self._keepers(table, plan) if method else ()
             table.slots.bind(table, plan.state, self._wanted(plan, table.perturbed if masters else (), (), kept))
 
     def _wanted(self, plan: Plan, masters: Sequence[int], moments: Sequence[int], method: Sequence[int]) -> Wanted:
         return Wanted(plan.state_names, self.method.state_name, masters, moments, method)
+
+    def _keepers(self, table: TensorTable, plan: Plan) -> Sequence[int]:
+        """The parameters that have method state: the perturbed ones, or those that an ascent would perturb."""
+        return table.perturbed if self.ascents > 0 else _would_move(table, plan)
 
     def _bind_all(
         self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None
@@ -355,7 +384,8 @@ class Engine:
         keeps = descents is not None and descents[0].form.keeps
         result = []
         for table in tables:
-            wanted = self._wanted(plan, table.perturbed, table.present, table.perturbed if keeps else ())
+            kept = self._keepers(table, plan) if keeps else ()
+            wanted = self._wanted(plan, table.perturbed, table.present, kept)
             result.append((wanted, table.slots.bind(table, plan.state, wanted)))
         return result
 
@@ -408,6 +438,11 @@ class Engine:
         else:
             self._writes.end()
         clear_weight_caches()
+
+
+def _would_move(table: TensorTable, plan: Plan) -> list[int]:
+    perturb = plan.perturb
+    return [i for i in table.present if perturb[table.groups[i]]]
 
 
 def _for_ascent(options: AscentOptions, number: int) -> AscentOptions:

@@ -18,10 +18,11 @@ from fastsam.engine import Engine
 from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, give_options, split_options, with_defaults
 from fastsam.last_ascent import LastAscent, average, record
 from fastsam.micro_batches import GradientSums
+from fastsam.policy import Policy
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
-from fastsam.schedules import RhoSchedule
+from fastsam.schedules import RhoSchedule, Schedule, check_schedule
 from fastsam.wrapper import BaseWrapper
 
 Closure = Callable[[], Any]
@@ -60,11 +61,15 @@ class FastSAM(BaseWrapper):
         base: a :class:`torch.optim.Optimizer` class. SGD, Adam and AdamW run fused with the restore, every other class
             by its own ``step()``.
         rho: radius of the neighbourhood, in the units of the weights' L2 norm; a number or a 0-dim tensor, >= 0; or a
-            schedule: a function of the number of the step (from 0), or :class:`fastsam.methods.RhoByLR`.
+            schedule: a function of the number of the step (from 0), or :class:`fastsam.methods.RhoByLR`. If it is the
+            number 0 in every perturbed group, the step is the base's, of one pass.
         adaptive: ASAM's ascent with T = \|w\|: ``e = rho * w^2 * g / || |w| g ||`` (Kwon et al., ICML 2021,
             https://arxiv.org/abs/2102.11600, without its eta, as in davda54/sam).
         method: one of :mod:`fastsam.methods`; :class:`fastsam.methods.SAM` by default.
         interval: perturb in every ``interval``-th step only; the others are the base's, of one pass.
+        schedule: perturb only in the steps for which this function of the step's number (from 0) returns True:
+            :class:`fastsam.schedules.Late`, :class:`fastsam.schedules.Early`, a function of your own; or
+            :class:`fastsam.schedules.AESAM`, which decides by the gradient's norm.
         model: if given, the running statistics of its batch-norm layers move in the first pass only.
         replay_rng: give both passes of ``step(closure)`` the same random numbers (dropout masks).
         rounding: how bfloat16 and float16 parameters and their state are stored: ``"nearest"``, or ``"stochastic"``, up
@@ -110,6 +115,7 @@ class FastSAM(BaseWrapper):
         adaptive: bool = False,
         method: methods.Method = PLAIN,
         interval: int = 1,
+        schedule: Schedule | None = None,
         model: nn.Module | None = None,
         replay_rng: bool = False,
         rounding: str = "nearest",
@@ -122,6 +128,7 @@ class FastSAM(BaseWrapper):
         check_name(backend)
         methods.check_method(method)
         check_count("interval", interval)
+        check_schedule(schedule)
         if interval > 1 and not method.needs_first_pass:
             raise ValueError(f"interval={interval} saves no pass with {method}, whose ascent needs none")
         if model is not None and not isinstance(model, nn.Module):
@@ -133,7 +140,8 @@ class FastSAM(BaseWrapper):
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
         check_parameters(groups)
         self.backend = backend
-        self._interval, self._replay_rng = interval, replay_rng
+        self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
+        self._policy.check(method)
         self._statistics = RunningStatistics(model) if model is not None else None
         self._engine = Engine(backend, method)
         for group in groups:
@@ -207,11 +215,14 @@ class FastSAM(BaseWrapper):
             closure, first = states.replayed(closure), states.replayed(first)
         measured = None
         with self._undone_by_exceptions():
-            if ascends:
+            if self._still_ascends(ascends):
                 self._ascend_all_the_way(first)
                 perturbed_loss = self._run_second(closure)
                 if ascent_closure is None:
                     measured = record(loss, perturbed_loss, self._engine.grad_norm)
+            elif ascends and ascent_closure is not None:
+                self._clear_grads()
+                self._run_second(closure)
             self._descend()
         self.last_ascent = measured
         return loss
@@ -219,7 +230,8 @@ class FastSAM(BaseWrapper):
     def _step_of_one_pass(self, closure: Closure) -> Any:
         """A step of a method whose ascent needs no gradient."""
         with self._undone_by_exceptions():
-            self._ascend()
+            if self._ascends_now():
+                self._ascend()
             self._clear_grads()
             loss = self._engine.run(closure)
             if self._has_gradients():
@@ -231,8 +243,12 @@ class FastSAM(BaseWrapper):
     def _step_by_micro_batches(self, closures: list[Closure]) -> list[Any]:
         if not closures:
             raise ValueError("step(): closures is empty; it must hold one closure for each micro-batch")
-        if not self.method.needs_first_pass or self.method.needs_first_grads:
+        if not self.method.needs_first_pass or self.method.descent_form(ascended=True) is not None:
             raise ValueError(f"step(closures=...) is not possible with {self.method}: its steps cannot be averaged")
+        if self._policy.statistics is not None:
+            raise ValueError(
+                f"step(closures=...) is not possible with {self._policy.schedule}: the gradient at w is not computed"
+            )
         self._check_closure_step()
         losses: list[Any] = []
         measured: list[LastAscent | None] = []
@@ -279,9 +295,10 @@ class FastSAM(BaseWrapper):
         self.last_ascent = None
         if engine.is_single or not (engine.perturbed and engine.ascents < self.method.ascents):
             self._refuse_perturbed("first_step()")
-        if self.method.needs_first_pass and not self._ascends_now():
-            if not self._has_gradients():
-                raise RuntimeError("no parameter has a gradient; call backward() first")
+        is_first = not engine.perturbed
+        if self.method.needs_first_pass and is_first and not self._has_gradients():
+            raise RuntimeError("no parameter has a gradient; call backward() first")
+        if is_first and not self._still_ascends(self._ascends_now()):
             engine.is_single = True
             return False
         self._ascend()
@@ -309,6 +326,7 @@ class FastSAM(BaseWrapper):
     def restore(self) -> None:
         """Gives the ascent up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
         self._engine.is_single = False
+        self._policy.discard()
         if not self._engine.perturbed:
             return
         with DeferredInterrupts():
@@ -443,3 +461,11 @@ class FastSAM(BaseWrapper):
                 "time it is called. If the gradients were computed outside of it, call first_step() and second_step()"
             )
         return loss
+
+    def _still_ascends(self, ascends: bool) -> bool:
+        """Whether a step that :meth:`_ascends_now` says yes to has an ascent after all, by its gradients."""
+        if (statistics := self._policy.statistics) is None:
+            return ascends
+        with DeferredInterrupts():
+            statistics.observe(self._engine.measure(self._plan()), self._step_count())
+        return ascends and statistics.ascends_after_first_pass()

@@ -25,6 +25,7 @@ from fastsam.groups import (
     tensors_of,
     with_defaults,
 )
+from fastsam.policy import Policy
 from fastsam.precision import check_precision
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.replay_rng import GeneratorStates
@@ -37,7 +38,7 @@ class BaseWrapper(Optimizer):
     base_optimizer: Optimizer
     backend: str
     _engine: Engine
-    _interval: int
+    _policy: Policy
     _replay_rng: bool
     _statistics: RunningStatistics | None
 
@@ -107,6 +108,7 @@ class BaseWrapper(Optimizer):
         self._complete_groups()
         saved = self.base_optimizer.state_dict()
         complete_saved(saved, self.method, FUSED.get(type(self.base_optimizer)), self._step_count())
+        self._policy.save(saved.get("param_groups", ()))
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, saved)
             saved = saved if changed is None else changed
@@ -124,6 +126,10 @@ class BaseWrapper(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, given)
             given = given if changed is None else changed
+        saved_groups = [dict(group) for group in given.get("param_groups", ())]
+        statistics = self._policy.take_saved(saved_groups)
+        if statistics is not None:
+            given = {**given, "param_groups": saved_groups}
         self._complete_groups()
         state, groups = self.state, self.param_groups
         options = [split_options(group)[1] for group in groups]
@@ -133,13 +139,14 @@ class BaseWrapper(Optimizer):
             if self.param_groups is not groups:
                 self.state, self.param_groups = state, groups
             raise
+        self._policy.load(statistics)
         fill_options(self.param_groups, options)  # a load_state_dict of the base's own may run no hooks
         for loaded in self._optimizer_load_state_dict_post_hooks.values():
             loaded(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        names = ("base_optimizer", "defaults", "backend", "method", "_interval", "_replay_rng", "_statistics")
+        names = ("base_optimizer", "defaults", "backend", "method", "_policy", "_replay_rng", "_statistics")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -191,7 +198,8 @@ class BaseWrapper(Optimizer):
     def _plan(self, micro_batch: int = 0) -> Plan:
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         step = self._step_count()
-        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch)
+        rho_scale = self._policy.rho_scale(step)
+        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch, rho_scale)
 
     def _forget_scaler(self) -> None:
         # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
@@ -199,13 +207,14 @@ class BaseWrapper(Optimizer):
             self.__dict__.pop(name, None)
 
     def _ascends_now(self) -> bool:
-        step = self._step_count()
-        return step % self._interval == 0 and self.method.ascends(step)
+        """Whether this step has an ascent, as far as is known before its first pass."""
+        return self._policy.ascends(self._step_count(), self.param_groups, self.method)
 
     def _count_step(self) -> None:
         self._engine.is_single = False
         schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
-        if self._interval > 1 or self.method.counts_steps or schedules:
+        self._policy.commit()
+        if self._policy.counts_steps or self.method.counts_steps or schedules:
             count = self._step_count() + 1
             for group in self.param_groups:
                 group[STEP_COUNT] = count

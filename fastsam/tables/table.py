@@ -233,6 +233,12 @@ class TensorTable:
         self._first_versions = [grad._version for grad in firsts if grad is not None]
         self._of_this_step.add(Row.FIRST_GRAD)
 
+    def take_grads_for_first_ones(self) -> None:
+        """In a step of one pass, its gradients are those at w: the update reads them in the first ones' place."""
+        self.first_grad_dtype = self.grad_dtype
+        self.set_row(Row.FIRST_GRAD, list(self.grads))
+        self._of_this_step.add(Row.FIRST_GRAD)
+
     def check_first_grads(self) -> None:
         """Raises RuntimeError if somebody has written to the first-pass gradients since."""
         if not self._first_versions:
