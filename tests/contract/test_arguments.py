@@ -45,6 +45,7 @@ def test_signature_is_documented_one():
         "adaptive",
         "method",
         "interval",
+        "schedule",
         "model",
         "replay_rng",
         "rounding",
