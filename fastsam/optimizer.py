@@ -14,8 +14,17 @@ from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
 from fastsam.bases import check_base, note_step, run_step
+from fastsam.distributed import ShardGroups, check_shards
 from fastsam.engine import Engine
-from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, give_options, split_options, with_defaults
+from fastsam.groups import (
+    GROUP_OPTIONS,
+    as_groups,
+    check_parameters,
+    give_options,
+    split_options,
+    tensors_of,
+    with_defaults,
+)
 from fastsam.micro_batches import GradientSums
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
@@ -76,6 +85,10 @@ class FastSAM(BaseWrapper):
             parameters with the same gradients; ``rounding`` applies to the perturbation alone, which needs no backup. A
             parameter that is not its master's rounding (it was written to from outside) replaces it. Bases: SGD, Adam,
             AdamW.
+        shard_groups: for parameters of which other ranks hold the rest and that are not DTensors (pipeline stages,
+            FSDP1, Megatron's tensor parallelism): the process groups over which the norm must be added up; one,
+            several, or a function of a parameter that returns some. DTensors (``fully_shard``, ``parallelize_module``)
+            need nothing.
         backend: ``"auto"`` (the fastest that can run on the parameters' device), ``"reference"``, ``"foreach"``,
             ``"native"`` or ``"triton"``; a named one runs or raises.
         **base_kwargs: the base's options (``lr``, ``momentum``, ``weight_decay``, ...).
@@ -104,6 +117,7 @@ class FastSAM(BaseWrapper):
         rounding: str = "nearest",
         rounding_seed: int | None = None,
         master_weights: bool = False,
+        shard_groups: ShardGroups = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
@@ -121,10 +135,11 @@ class FastSAM(BaseWrapper):
         del own["params"]
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
         check_parameters(groups)
+        check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
         self.backend = backend
         self._interval, self._replay_rng = interval, replay_rng
         self._statistics = RunningStatistics(model) if model is not None else None
-        self._engine = Engine(backend, method)
+        self._engine = Engine(backend, method, shard_groups)
         for group in groups:
             self._check_backends(group)
         # The base may check what its groups hold: it is shown its own options alone.

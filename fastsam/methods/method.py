@@ -72,7 +72,7 @@ class Dots(NamedTuple):
     total: Tensor
     """``(3,)``: over all parameters of the optimizer that take part."""
     each: Tensor
-    """``(n, 3)``: of each parameter of one table."""
+    """``(n, 3)``: of each parameter of one table; see ``reads_each_dot``."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ class Method:
     """Whether the descent needs the first pass's gradients."""
     state_name: ClassVar[str | None] = None
     """The name in ``state`` of what is kept from step to step."""
+    reads_each_dot: ClassVar[bool] = False
+    """Whether the formulas read ``Dots.each``; if not, sharded parameters' are those of the local shards."""
+    uses_shapes: ClassVar[bool] = False
+    """Whether the formulas treat matrices differently from vectors (``Facts.matrix``)."""
     counts_steps: ClassVar[bool] = False
     """Whether the number of the step matters."""
 
