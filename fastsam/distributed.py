@@ -159,6 +159,24 @@ def _refuse_zero() -> None:
         frame = frame.f_back
 
 
+def check_missing_grads(params: Iterable[Any]) -> None:
+    """Raises RuntimeError if the first pass left no gradient because of how the model is sharded.
+
+    Other parameters without gradients are left alone, as by every torch optimizer.
+    """
+    for index, param in enumerate(params):
+        if getattr(param, "_fsdp_orig_uid", None) is not None:
+            raise RuntimeError(
+                f"parameter {index} (shape {tuple(param.shape)}) is no longer the model's: fully_shard() has replaced "
+                "it; construct the optimizer after fully_shard()"
+            )
+        if is_distributed(param) and param.requires_grad:
+            raise RuntimeError(
+                f"parameter {index} (shape {tuple(param.shape)}) and all others have no gradient after the first pass; "
+                "the closure must call backward(), with FSDP's set_requires_gradient_sync(True)"
+            )
+
+
 # ---- sums over ranks ----
 
 

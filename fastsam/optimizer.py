@@ -14,7 +14,7 @@ from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
 from fastsam.bases import check_base, note_step, run_step
-from fastsam.distributed import ShardGroups, check_shards
+from fastsam.distributed import ShardGroups, check_missing_grads, check_shards
 from fastsam.engine import Engine
 from fastsam.groups import (
     GROUP_OPTIONS,
@@ -29,6 +29,7 @@ from fastsam.micro_batches import GradientSums
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
+from fastsam.runtime.parallel_models import ParallelModel
 from fastsam.schedules import RhoSchedule
 from fastsam.wrapper import BaseWrapper
 
@@ -73,7 +74,8 @@ class FastSAM(BaseWrapper):
             https://arxiv.org/abs/2102.11600, without its eta, as in davda54/sam).
         method: one of :mod:`fastsam.methods`; :class:`fastsam.methods.SAM` by default.
         interval: perturb in every ``interval``-th step only; the others are the base's, of one pass.
-        model: if given, the running statistics of its batch-norm layers move in the first pass only.
+        model: if given, the running statistics of its batch-norm layers move in the first pass only, and FSDP2's
+            unsharded copies of weights are freed whenever the weights change.
         replay_rng: give both passes of ``step(closure)`` the same random numbers (dropout masks).
         rounding: how bfloat16 and float16 parameters and their state are stored: ``"nearest"``, or ``"stochastic"``, up
             or down at random so that the expected value is exact; nearest loses every step of less than half a unit in
@@ -89,6 +91,9 @@ class FastSAM(BaseWrapper):
             FSDP1, Megatron's tensor parallelism): the process groups over which the norm must be added up; one,
             several, or a function of a parameter that returns some. DTensors (``fully_shard``, ``parallelize_module``)
             need nothing.
+        local_ascent: with ``model``, a DistributedDataParallel module: each rank ascends by the gradient of its own
+            batch (the paper's m-sharpness), so that ``step(closure)`` averages gradients once, not twice. Not possible
+            with methods that use the first pass's gradients or norm in the descent.
         backend: ``"auto"`` (the fastest that can run on the parameters' device), ``"reference"``, ``"foreach"``,
             ``"native"`` or ``"triton"``; a named one runs or raises.
         **base_kwargs: the base's options (``lr``, ``momentum``, ``weight_decay``, ...).
@@ -118,6 +123,7 @@ class FastSAM(BaseWrapper):
         rounding_seed: int | None = None,
         master_weights: bool = False,
         shard_groups: ShardGroups = None,
+        local_ascent: bool = False,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
@@ -138,6 +144,7 @@ class FastSAM(BaseWrapper):
         check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
         self.backend = backend
         self._interval, self._replay_rng = interval, replay_rng
+        self._parallel = ParallelModel(model, local_ascent, method)
         self._statistics = RunningStatistics(model) if model is not None else None
         self._engine = Engine(backend, method, shard_groups)
         for group in groups:
@@ -149,6 +156,7 @@ class FastSAM(BaseWrapper):
             self._check_group(group)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own})
         self._engine.is_constructed = True
+        self._parallel.watch_events(self._engine)
         self._adopt_base()
 
     # ---- steps ----
@@ -197,13 +205,14 @@ class FastSAM(BaseWrapper):
         self._check_closure_step()
         if not self.method.needs_first_pass:
             return self._step_of_one_pass(closure)
-        first = ascent_closure or closure
+        first = self._parallel.locally(ascent_closure or closure)
         ascends = self._ascends_now()
         states = self._generator_states()
         loss = self._run_first(first if ascends else closure)
         if not self._has_gradients():
             if ascends and ascent_closure is not None:
                 raise RuntimeError("no parameter has a gradient; ascent_closure must call backward()")
+            check_missing_grads(self._parameters())
             return loss
         if states is not None and ascends:
             closure, first = states.replayed(closure), states.replayed(first)
@@ -239,12 +248,14 @@ class FastSAM(BaseWrapper):
                 if losses:
                     self._clear_grads()
                 states = self._generator_states()
-                losses.append(self._engine.run(closure) if losses else self._run_first(closure))
-                if self._ascends_now() and self._has_gradients():
+                ascends = self._ascends_now()
+                first = self._parallel.locally(closure) if ascends else closure
+                losses.append(self._engine.run(first) if losses else self._run_first(first))
+                if ascends and self._has_gradients():
                     again = closure if states is None else states.replayed(closure)
-                    self._ascend_all_the_way(again, number)
+                    self._ascend_all_the_way(self._parallel.locally(again), number)
                     self._run_second(again)
-                    self.restore()
+                    self._bring_back()
                 sums.add(self._parameters())
             if sums.hand_over(self._parameters(), len(closures)):
                 self._descend()
@@ -270,6 +281,11 @@ class FastSAM(BaseWrapper):
             RuntimeError: the weights are perturbed already, or no parameter has a gradient.
         """
         engine = self._engine
+        if self._parallel.local_ascent:
+            raise RuntimeError(
+                "local_ascent=True is for step(closure); in a loop of two phases leave it out, and enter "
+                "model.no_sync() around the first forward and backward"
+            )
         engine.check_writes()
         if engine.is_single or not (engine.perturbed and engine.ascents < self.method.ascents):
             self._refuse_perturbed("first_step()")
@@ -303,13 +319,17 @@ class FastSAM(BaseWrapper):
     def restore(self) -> None:
         """Gives the ascent up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
         self._engine.is_single = False
-        if not self._engine.perturbed:
-            return
+        if self._engine.perturbed:
+            self._bring_back()
+            self._parallel.abandon_pass()
+
+    # ---- the two phases ----
+
+    def _bring_back(self) -> None:
         with DeferredInterrupts():
             self._engine.restore()
             self._restore_statistics()
-
-    # ---- the two phases ----
+        self._parallel.note_writes()
 
     def _ascend_all_the_way(self, ascent_closure: Closure, micro_batch: int = 0) -> None:
         self._ascend(micro_batch)
@@ -324,11 +344,14 @@ class FastSAM(BaseWrapper):
         self._complete_groups()
         for group in self.param_groups:
             self._check_group(group)
+        if self.method.needs_first_pass:
+            self._parallel.check_first_pass()
         if self._statistics is not None and self.method.needs_first_pass and not self._engine.perturbed:
             self._statistics.save()
         try:
             with DeferredInterrupts():
                 self._engine.ascend(self._plan(micro_batch))
+            self._parallel.note_writes()
         except BaseException:
             if not self._engine.perturbed:
                 self._restore_statistics()
@@ -347,6 +370,7 @@ class FastSAM(BaseWrapper):
             note_step(self.base_optimizer)
             self._count_step()
             self._restore_statistics()
+        self._parallel.note_writes()
         self._engine.accumulation.end_step(self._parameters())
 
     def _finish(self) -> None:

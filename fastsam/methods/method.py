@@ -93,6 +93,11 @@ class Method:
     """Whether the number of the step matters."""
 
     @property
+    def allows_local_ascent(self) -> bool:
+        """Whether ranks may ascend by different gradients: only ``e`` depends on the first pass."""
+        return self.needs_first_pass and not self.needs_first_grads and self.state_name is None
+
+    @property
     def ascents(self) -> int:
         """How many ascent steps a step has; each one by a gradient is one more pass."""
         return 1
