@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends import Backend
+from fastsam.distributed import GlobalSums, Sharding
 from fastsam.methods.method import AscentTerms, DescentTerms, Dots, Facts, Method
 from fastsam.spec import Ascent, AscentOptions, Descent, DescentCoefficients, Map, Row
 from fastsam.tables import TensorTable
@@ -25,13 +26,16 @@ Values = Sequence[float | Tensor]
 class Coefficients:
     """One method's coefficients, and whether the present step's first pass was finite.
 
-    Attributes:
+    Args:
         method: the method.
+        sums: adds up over the ranks that hold other parts of the parameters.
+
+    Attributes:
         grad_norm: the norm of the last ascent's (mapped) gradient; None if its dots are not that norm's square.
     """
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def __init__(self, method: Method, sums: GlobalSums) -> None:
+        self.method, self._sums = method, sums
         self.grad_norm: Tensor | None = None
         # On each device: whether the ascent's dots were finite. If not, the first-pass gradients are not used.
         self._finite: dict[torch.device, Tensor] = {}
@@ -56,7 +60,7 @@ class Coefficients:
         facts = [_facts(table, options, step) for table in tables]
         maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
         each = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
-        totals = _totals(tables, [self.method.weigh(d, f) for d, f in zip(each, facts, strict=True)])
+        each, totals = self._add_up(tables, each, lambda dots: self._weigh(dots, facts))
         is_norm = form.x == Row.GRAD and form.map != Map.POWER
         self.grad_norm = next(iter(totals.values()))[0].sqrt() if is_norm else None
         finite = {device: _all_finite(total) for device, total in totals.items()}
@@ -95,7 +99,7 @@ class Coefficients:
             each = [d if m is None else torch.where(m[:, None], d, 0.0) for d, m in zip(each, masks, strict=True)]
         else:
             each = [_constants(table).no_dots for table in tables]
-        totals = _totals(tables, each)
+        each, totals = self._add_up(tables, each, lambda dots: dots, needed=self.method.measures(ascended))
         result = []
         for table, dots, fact, mask, scale in zip(tables, each, facts, masks, grad_scales, strict=True):
             constants = _constants(table)
@@ -112,6 +116,29 @@ class Coefficients:
             used = used if mask is None else used & mask[:, None]
             result.append(Descent(form, torch.where(used, packed, constants.descent)))
         return result
+
+    def _weigh(self, each: Sequence[Tensor], facts: Sequence[Facts]) -> list[Tensor]:
+        return [self.method.weigh(dots, fact) for dots, fact in zip(each, facts, strict=True)]
+
+    def _add_up(
+        self,
+        tables: Sequence[TensorTable],
+        each: Sequence[Tensor],
+        weigh: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        needed: bool = True,
+    ) -> tuple[Sequence[Tensor], dict[torch.device, Tensor]]:
+        """The dots of whole parameters, if the method reads them, and their sums on each of the tables' devices."""
+        home = home_of([table.device for table in tables])
+        shardings: list[Sharding] = [table.sharding for table in tables]
+        if needed and self.method.reads_each_dot:
+            each = self._sums.of_each_parameter(shardings, each)
+            shardings = [()] * len(tables)
+        parts: dict[Sharding, Tensor] = {}
+        for sharding, dots in zip(shardings, weigh(each), strict=True):
+            mine = dots.sum(dim=0).to(home, non_blocking=True)
+            parts[sharding] = parts[sharding] + mine if sharding in parts else mine
+        total = self._sums.total(parts, home, (3,)) if needed else sum(parts.values())
+        return each, {t.device: total.to(t.device, non_blocking=t.device.type != "cpu") for t in tables}
 
 
 class _Constants:
@@ -221,17 +248,9 @@ def _pack(constants: _Constants, terms: AscentTerms | DescentTerms) -> Tensor:
     return neutral if is_neutral else torch.stack(columns, dim=1)
 
 
-def _totals(tables: Sequence[TensorTable], each: Sequence[Tensor]) -> dict[torch.device, Tensor]:
-    """The sums over all parameters, on each of the tables' devices."""
-    sums: dict[torch.device, Tensor] = {}
-    for table, dots in zip(tables, each, strict=True):
-        mine = dots.sum(dim=0)
-        sums[table.device] = sums[table.device] + mine if table.device in sums else mine
-    if len(sums) == 1:
-        return sums
-    home = next((device for device in sums if device.type != "cpu"), next(iter(sums)))
-    total = torch.stack([part.to(home, non_blocking=True) for part in sums.values()]).sum(dim=0)
-    return {device: total.to(device, non_blocking=device.type != "cpu") for device in sums}
+def home_of(devices: Sequence[torch.device]) -> torch.device:
+    """Where numbers of several devices are added up: on an accelerator where there is one, so that nothing waits."""
+    return next((device for device in devices if device.type != "cpu"), next(iter(devices), torch.device("cpu")))
 
 
 def _all_finite(sums: Tensor) -> Tensor:

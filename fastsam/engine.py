@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastsam.backends import Backend, grad_norms, operations
 from fastsam.bases import FusedUpdate
-from fastsam.coefficients import Coefficients
+from fastsam.coefficients import Coefficients, home_of
 from fastsam.directions import choose_directions, draw_noise, set_displacements
+from fastsam.distributed import GlobalSums, ShardGroups, Sharding, local_of, whole_scalar
 from fastsam.groups import ascent_options, learning_rate
 from fastsam.methods import Method
 from fastsam.precision import ascent_seed
@@ -69,6 +70,7 @@ class Engine:
     Args:
         backend: the name of one, or "auto".
         method: the method.
+        shard_groups: see :class:`fastsam.distributed.GlobalSums`.
 
     Attributes:
         tables: the tables.
@@ -80,11 +82,13 @@ class Engine:
         is_running: whether a closure runs.
         is_constructed: whether the optimizer's constructor is through.
         accumulation: warns of gradients that a closure adds to.
+        sums: adds up over the ranks that hold other parts of the parameters.
     """
 
-    def __init__(self, backend: str, method: Method) -> None:
+    def __init__(self, backend: str, method: Method, shard_groups: ShardGroups = None) -> None:
         self.backend, self.method = backend, method
-        self.tables = TensorTables()
+        self.sums = GlobalSums(shard_groups)
+        self.tables = TensorTables(self.sums.sharding_of)
         self.perturbed = False
         self.is_single = self.is_running = self.is_displaced = False
         self.ascents = 0
@@ -93,7 +97,7 @@ class Engine:
         self.accumulation = AccumulationWatch()
         self._writes = ForeignWrites()
         self._watched_builds = 0
-        self._coefficients = Coefficients(method)
+        self._coefficients = Coefficients(method, self.sums)
 
     def watch(self, params: Iterable[Tensor]) -> None:
         """These are the parameters, to which nobody else may write while they are perturbed."""
@@ -135,7 +139,7 @@ class Engine:
                     table.fill_missing_grads()
             else:
                 tables = self.tables.read_grads(plan.groups)
-            if self.method.needs_first_pass and not any(table.present for table in tables):
+            if self.method.needs_first_pass and not self.may_have_grads(table.present for table in tables):
                 raise RuntimeError("no parameter has a gradient; call backward() first")
             self._choose_perturbed(tables, plan, further)
             self._perturb(tables, self._plan_ascents(tables, plan, further))
@@ -177,11 +181,30 @@ class Engine:
             if not further:
                 self.grad_norm = self._coefficients.grad_norm
             return ascents
-        norms = grad_norms(backends, tables, options)
+        norms = self._norms(backends, tables, options)
         self.grad_norm = next(iter(norms.values()))
         if self.method.needs_first_grads:
             self._coefficients.note_norms(norms)
         return [Ascent(options, norms[table.device]) for table in tables]
+
+    def _norms(
+        self, backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[AscentOptions]
+    ) -> dict[torch.device, Tensor]:
+        """The norm of the whole model's gradient, on each of the tables' devices."""
+        if not (self.sums.has_shard_groups or any(table.sharding for table in tables)):
+            return grad_norms(backends, tables, options)
+        home = home_of([table.device for table in tables])
+        squares: dict[Sharding, Tensor] = {}
+        for sharding in dict.fromkeys(table.sharding for table in tables):
+            mine = [(b, t) for b, t in zip(backends, tables, strict=True) if t.sharding == sharding]
+            norms = grad_norms([b for b, _ in mine], [t for _, t in mine], options)
+            squares[sharding] = next(iter(norms.values())).to(home, non_blocking=True).square()
+        norm = self.sums.total(squares, home).sqrt()
+        return {table.device: norm.to(table.device, non_blocking=table.device.type != "cpu") for table in tables}
+
+    def may_have_grads(self, present: Iterable[Any]) -> bool:
+        """Whether any of ``present`` is true, or another rank may have gradients and count on this one."""
+        return any(present) or self.sums.has_shard_groups
 
     def _perturb(self, tables: Sequence[TensorTable], ascents: Sequence[Ascent]) -> None:
         self.perturbed = True
@@ -265,7 +288,7 @@ class Engine:
             for table in tables:
                 table.choose_perturbed(plan.perturb, table.present)
             options = [AscentOptions(0.0, adaptive=False, maximize=False)] * len(plan.groups)
-            norms = grad_norms([self._backend(table) for table in tables], tables, options)
+            norms = self._norms([self._backend(table) for table in tables], tables, options)
         return next((norm for device, norm in norms.items() if device.type != "cpu"), next(iter(norms.values())))
 
     @torch.no_grad()
@@ -356,11 +379,12 @@ class Engine:
                 continue
             for i in table.present:
                 grad, laid_out = table.params[i].grad, table.grads[i]
-                if grad is not None and laid_out is not None and as_real(grad).data_ptr() != laid_out.data_ptr():
-                    as_real(grad).copy_(laid_out)
+                memory = None if grad is None else as_real(local_of(grad))
+                if memory is not None and laid_out is not None and memory.data_ptr() != laid_out.data_ptr():
+                    memory.copy_(laid_out)
                 move = table.first_grads[i]
                 if descent.form.decoupled and move is not None:
-                    moves.append((as_real(table.params[i]), move))
+                    moves.append((as_real(table.locals[i]), move))
         return moves
 
     # ---- state ----
@@ -464,8 +488,9 @@ def _unscale(plan: Plan) -> None:
     inverse = plan.grad_scale.double().reciprocal().float()
     for group in plan.groups:
         for param in group["params"]:
-            if param.grad is not None:
-                param.grad.mul_(inverse.to(param.grad.device))
+            grad = local_of(param.grad)
+            if grad is not None:
+                grad.mul_(inverse.to(grad.device))
 
 
 def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
@@ -473,5 +498,6 @@ def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
     if scalar is None:
         return None
     # A number where the scaler saw no gradient at all.
+    scalar = whole_scalar(scalar)
     tensor = scalar if isinstance(scalar, Tensor) else torch.tensor(scalar, dtype=torch.float32, device="cpu")
     return tensor.to(table.device, torch.float32, non_blocking=table.device.type != "cpu").reshape(())

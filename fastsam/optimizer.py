@@ -14,14 +14,24 @@ from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
 from fastsam.bases import check_base, note_step, run_step
+from fastsam.distributed import ShardGroups, check_missing_grads, check_shards
 from fastsam.engine import Engine
-from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, give_options, split_options, with_defaults
+from fastsam.groups import (
+    GROUP_OPTIONS,
+    as_groups,
+    check_parameters,
+    give_options,
+    split_options,
+    tensors_of,
+    with_defaults,
+)
 from fastsam.last_ascent import LastAscent, average, record
 from fastsam.micro_batches import GradientSums
 from fastsam.policy import Policy
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
+from fastsam.runtime.parallel_models import ParallelModel
 from fastsam.schedules import RhoSchedule, Schedule, check_schedule
 from fastsam.wrapper import BaseWrapper
 
@@ -70,7 +80,8 @@ class FastSAM(BaseWrapper):
         schedule: perturb only in the steps for which this function of the step's number (from 0) returns True:
             :class:`fastsam.schedules.Late`, :class:`fastsam.schedules.Early`, a function of your own; or
             :class:`fastsam.schedules.AESAM`, which decides by the gradient's norm.
-        model: if given, the running statistics of its batch-norm layers move in the first pass only.
+        model: if given, the running statistics of its batch-norm layers move in the first pass only, and FSDP2's
+            unsharded copies of weights are freed whenever the weights change.
         replay_rng: give both passes of ``step(closure)`` the same random numbers (dropout masks).
         rounding: how bfloat16 and float16 parameters and their state are stored: ``"nearest"``, or ``"stochastic"``, up
             or down at random so that the expected value is exact; nearest loses every step of less than half a unit in
@@ -82,6 +93,13 @@ class FastSAM(BaseWrapper):
             parameters with the same gradients; ``rounding`` applies to the perturbation alone, which needs no backup. A
             parameter that is not its master's rounding (it was written to from outside) replaces it. Bases: SGD, Adam,
             AdamW.
+        shard_groups: for parameters of which other ranks hold the rest and that are not DTensors (pipeline stages,
+            FSDP1, Megatron's tensor parallelism): the process groups over which the norm must be added up; one,
+            several, or a function of a parameter that returns some. DTensors (``fully_shard``, ``parallelize_module``)
+            need nothing.
+        local_ascent: with ``model``, a DistributedDataParallel module: each rank ascends by the gradient of its own
+            batch (the paper's m-sharpness), so that ``step(closure)`` averages gradients once, not twice. Not possible
+            with methods that use the first pass's gradients or norm in the descent.
         backend: ``"auto"`` (the fastest that can run on the parameters' device), ``"reference"``, ``"foreach"``,
             ``"native"`` or ``"triton"``; a named one runs or raises.
         **base_kwargs: the base's options (``lr``, ``momentum``, ``weight_decay``, ...).
@@ -121,6 +139,8 @@ class FastSAM(BaseWrapper):
         rounding: str = "nearest",
         rounding_seed: int | None = None,
         master_weights: bool = False,
+        shard_groups: ShardGroups = None,
+        local_ascent: bool = False,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
@@ -139,11 +159,13 @@ class FastSAM(BaseWrapper):
         del own["params"]
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
         check_parameters(groups)
+        check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
         self.backend = backend
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
         self._policy.check(method)
+        self._parallel = ParallelModel(model, local_ascent, method)
         self._statistics = RunningStatistics(model) if model is not None else None
-        self._engine = Engine(backend, method)
+        self._engine = Engine(backend, method, shard_groups)
         for group in groups:
             self._check_backends(group)
         # The base may check what its groups hold: it is shown its own options alone.
@@ -153,6 +175,7 @@ class FastSAM(BaseWrapper):
             self._check_group(group)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own})
         self._engine.is_constructed = True
+        self._parallel.watch_events(self._engine)
         self._adopt_base()
 
     # ---- steps ----
@@ -203,13 +226,14 @@ class FastSAM(BaseWrapper):
         self._check_closure_step()
         if not self.method.needs_first_pass:
             return self._step_of_one_pass(closure)
-        first = ascent_closure or closure
+        first = self._parallel.locally(ascent_closure or closure)
         ascends = self._ascends_now()
         states = self._generator_states()
         loss = self._run_first(first if ascends else closure)
         if not self._has_gradients():
             if ascends and ascent_closure is not None:
                 raise RuntimeError("no parameter has a gradient; ascent_closure must call backward()")
+            check_missing_grads(self._parameters())
             return loss
         if states is not None and ascends:
             closure, first = states.replayed(closure), states.replayed(first)
@@ -258,12 +282,14 @@ class FastSAM(BaseWrapper):
                 if losses:
                     self._clear_grads()
                 states = self._generator_states()
-                losses.append(self._engine.run(closure) if losses else self._run_first(closure))
-                if self._ascends_now() and self._has_gradients():
+                ascends = self._ascends_now()
+                first = self._parallel.locally(closure) if ascends else closure
+                losses.append(self._engine.run(first) if losses else self._run_first(first))
+                if ascends and self._has_gradients():
                     again = closure if states is None else states.replayed(closure)
-                    self._ascend_all_the_way(again, number)
+                    self._ascend_all_the_way(self._parallel.locally(again), number)
                     measured.append(record(losses[-1], self._run_second(again), self._engine.grad_norm))
-                    self.restore()
+                    self._bring_back()
                 sums.add(self._parameters())
             if sums.hand_over(self._parameters(), len(closures)):
                 self._descend()
@@ -290,6 +316,11 @@ class FastSAM(BaseWrapper):
             RuntimeError: the weights are perturbed already, or no parameter has a gradient.
         """
         engine = self._engine
+        if self._parallel.local_ascent:
+            raise RuntimeError(
+                "local_ascent=True is for step(closure); in a loop of two phases leave it out, and enter "
+                "model.no_sync() around the first forward and backward"
+            )
         engine.refuse_displaced()
         engine.check_writes()
         self.last_ascent = None
@@ -327,11 +358,9 @@ class FastSAM(BaseWrapper):
         """Gives the ascent up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
         self._engine.is_single = False
         self._policy.discard()
-        if not self._engine.perturbed:
-            return
-        with DeferredInterrupts():
-            self._engine.restore()
-            self._restore_statistics()
+        if self._engine.perturbed:
+            self._bring_back()
+            self._parallel.abandon_pass()
 
     @contextmanager
     def perturb_by(self, tensors: Iterable[Tensor | None]) -> Iterator[None]:
@@ -356,11 +385,19 @@ class FastSAM(BaseWrapper):
                 self._engine.displace(self._plan(), list(tensors))
                 if self._statistics is not None:
                     self._statistics.save()
+            self._parallel.note_writes()
             yield
         finally:
-            self.restore()
+            if self._engine.perturbed:
+                self._bring_back()
 
     # ---- the two phases ----
+
+    def _bring_back(self) -> None:
+        with DeferredInterrupts():
+            self._engine.restore()
+            self._restore_statistics()
+        self._parallel.note_writes()
 
     def _ascend_all_the_way(self, ascent_closure: Closure, micro_batch: int = 0) -> None:
         self._ascend(micro_batch)
@@ -375,11 +412,14 @@ class FastSAM(BaseWrapper):
         self._complete_groups()
         for group in self.param_groups:
             self._check_group(group)
+        if self.method.needs_first_pass:
+            self._parallel.check_first_pass()
         if self._statistics is not None and self.method.needs_first_pass and not self._engine.perturbed:
             self._statistics.save()
         try:
             with DeferredInterrupts():
                 self._engine.ascend(self._plan(micro_batch))
+            self._parallel.note_writes()
         except BaseException:
             if not self._engine.perturbed:
                 self._restore_statistics()
@@ -398,6 +438,7 @@ class FastSAM(BaseWrapper):
             note_step(self.base_optimizer)
             self._count_step()
             self._restore_statistics()
+        self._parallel.note_writes()
         self._engine.accumulation.end_step(self._parameters())
 
     def _finish(self) -> None:

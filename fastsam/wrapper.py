@@ -146,7 +146,18 @@ class BaseWrapper(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        names = ("base_optimizer", "defaults", "backend", "method", "_policy", "_replay_rng", "_statistics")
+        if self._engine.sums.has_shard_groups:
+            raise TypeError("an optimizer with shard_groups cannot be copied: a process group is this process's own")
+        names = (
+            "base_optimizer",
+            "defaults",
+            "backend",
+            "method",
+            "_policy",
+            "_replay_rng",
+            "_statistics",
+            "_parallel",
+        )
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -235,7 +246,7 @@ class BaseWrapper(Optimizer):
         )
 
     def _has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self._parameters())
+        return self._engine.may_have_grads(p.grad is not None for p in self._parameters())
 
     def _clear_grads(self) -> None:
         """Sets gradients to None, or to zeros where they are views of a buffer, which are to remain the gradients."""

@@ -91,6 +91,7 @@ class ASAM(Method):
     """
 
     eta: float = 0.01
+    uses_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("eta", self.eta, ">= 0 and finite", 0 <= self.eta < math.inf)
@@ -179,6 +180,8 @@ class AWP(Method):
     """
 
     gamma: float = 0.01
+    reads_each_dot: ClassVar[bool] = True
+    uses_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("gamma", self.gamma, ">= 0 and finite", 0 <= self.gamma < math.inf)

@@ -51,6 +51,8 @@ def test_signature_is_documented_one():
         "rounding",
         "rounding_seed",
         "master_weights",
+        "shard_groups",
+        "local_ascent",
         "backend",
     ]
     assert list(parameters) == ["params", "base", *own, "base_kwargs"]
