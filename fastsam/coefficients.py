@@ -6,9 +6,9 @@ the kernels that fill tensors.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,18 +29,20 @@ class Coefficients:
     Args:
         method: the method.
         sums: adds up over the ranks that hold other parts of the parameters.
-
-    Attributes:
-        grad_norm: the norm of the last ascent's (mapped) gradient; None if its dots are not that norm's square.
     """
 
     def __init__(self, method: Method, sums: GlobalSums) -> None:
         self.method, self._sums = method, sums
-        self.grad_norm: Tensor | None = None
+        self._squares: Tensor | None = None
         # On each device: whether the ascent's dots were finite. If not, the first-pass gradients are not used.
         self._finite: dict[torch.device, Tensor] = {}
         # Of each table: the last ascent's dots.
         self._dots: list[Dots] = []
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's first (mapped) gradient; None if its dots are not that norm's square."""
+        return None if self._squares is None else self._squares.sqrt()
 
     def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
         """The ascent was plain SAM's, by these norms."""
@@ -59,10 +61,11 @@ class Coefficients:
         assert form is not None
         facts = [_facts(table, options, step) for table in tables]
         maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
-        each = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
+        each: Sequence[Tensor] = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
         each, totals = self._add_up(tables, each, lambda dots: self._weigh(dots, facts))
         is_norm = form.x == Row.GRAD and form.map != Map.POWER
-        self.grad_norm = next(iter(totals.values()))[0].sqrt() if is_norm else None
+        if not further:
+            self._squares = next(iter(totals.values()))[0] if is_norm else None
         finite = {device: _all_finite(total) for device, total in totals.items()}
         self._finite = {d: f & self._finite[d] if further else f for d, f in finite.items()}
         self._dots = [Dots(totals[table.device], dots) for table, dots in zip(tables, each, strict=True)]
@@ -95,8 +98,10 @@ class Coefficients:
         # A parameter that was not perturbed has no part in a combination of both gradients.
         masks = [_constants(table).mask(table.perturbed) if ascended else None for table in tables]
         if self.method.measures(ascended):
-            each = [b.dots(t, form, _constants(t).descent) for b, t in zip(backends, tables, strict=True)]
-            each = [d if m is None else torch.where(m[:, None], d, 0.0) for d, m in zip(each, masks, strict=True)]
+            found = [b.dots(t, form, _constants(t).descent) for b, t in zip(backends, tables, strict=True)]
+            each: Sequence[Tensor] = [
+                d if m is None else torch.where(m[:, None], d, 0.0) for d, m in zip(found, masks, strict=True)
+            ]
         else:
             each = [_constants(table).no_dots for table in tables]
         each, totals = self._add_up(tables, each, lambda dots: dots, needed=self.method.measures(ascended))
@@ -137,7 +142,7 @@ class Coefficients:
         for sharding, dots in zip(shardings, weigh(each), strict=True):
             mine = dots.sum(dim=0).to(home, non_blocking=True)
             parts[sharding] = parts[sharding] + mine if sharding in parts else mine
-        total = self._sums.total(parts, home, (3,)) if needed else sum(parts.values())
+        total = self._sums.total(parts, home, (3,)) if needed else functools.reduce(torch.add, parts.values())
         return each, {t.device: total.to(t.device, non_blocking=t.device.type != "cpu") for t in tables}
 
 
@@ -224,7 +229,7 @@ def _facts(
     constants = _constants(table)
     return Facts(
         step,
-        partial(constants.spread, "rho", [option.rho for option in options], signs),
+        functools.partial(constants.spread, "rho", [option.rho for option in options], signs),
         lambda: constants.spread("lr", lrs(), signs),
         lambda: constants.matrix,
         constants.uniform,

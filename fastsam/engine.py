@@ -13,7 +13,7 @@ from fastsam.backends import Backend, grad_norms, operations
 from fastsam.bases import FusedUpdate
 from fastsam.coefficients import Coefficients, home_of
 from fastsam.directions import choose_directions, draw_noise, set_displacements
-from fastsam.distributed import GlobalSums, ShardGroups, Sharding, local_of, whole_scalar
+from fastsam.distributed import GlobalSums, ShardGroups, Sharding, local_of, whole_of
 from fastsam.groups import ascent_options, learning_rate
 from fastsam.methods import Method
 from fastsam.precision import ascent_seed
@@ -78,7 +78,6 @@ class Engine:
         is_single: whether ``first_step()`` has found that this step has no ascent: its gradients are for the update.
         is_displaced: whether the weights are perturbed by given tensors: no step may follow.
         ascents: how many ascent steps this step has had.
-        grad_norm: the norm that the last ascent was scaled by (0-dim, float64); None if its method has none.
         is_running: whether a closure runs.
         is_constructed: whether the optimizer's constructor is through.
         accumulation: warns of gradients that a closure adds to.
@@ -92,12 +91,17 @@ class Engine:
         self.perturbed = False
         self.is_single = self.is_running = self.is_displaced = False
         self.ascents = 0
-        self.grad_norm: Tensor | None = None
+        self._norm: Tensor | None = None
         self.is_constructed = False
         self.accumulation = AccumulationWatch()
         self._writes = ForeignWrites()
         self._watched_builds = 0
         self._coefficients = Coefficients(method, self.sums)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm that the last step's first ascent was scaled by: float64, 0-dim; None if its method has none."""
+        return self._coefficients.grad_norm if self._norm is None else self._norm
 
     def watch(self, params: Iterable[Tensor]) -> None:
         """These are the parameters, to which nobody else may write while they are perturbed."""
@@ -177,12 +181,10 @@ class Engine:
         options = [_for_ascent(mine, number) for mine in plan.ascent_options]
         backends = [self._backend(table) for table in tables]
         if self.method.ascent_form(further) is not None:
-            ascents = self._coefficients.ascents(backends, tables, options, plan.step, further)
-            if not further:
-                self.grad_norm = self._coefficients.grad_norm
-            return ascents
+            self._norm = None
+            return self._coefficients.ascents(backends, tables, options, plan.step, further)
         norms = self._norms(backends, tables, options)
-        self.grad_norm = next(iter(norms.values()))
+        self._norm = next(iter(norms.values()))
         if self.method.needs_first_grads:
             self._coefficients.note_norms(norms)
         return [Ascent(options, norms[table.device]) for table in tables]
@@ -498,6 +500,6 @@ def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
     if scalar is None:
         return None
     # A number where the scaler saw no gradient at all.
-    scalar = whole_scalar(scalar)
+    scalar = whole_of(scalar)
     tensor = scalar if isinstance(scalar, Tensor) else torch.tensor(scalar, dtype=torch.float32, device="cpu")
     return tensor.to(table.device, torch.float32, non_blocking=table.device.type != "cpu").reshape(())
