@@ -292,6 +292,16 @@ class FastSAM(BaseWrapper):
             self._engine.restore()
             self._restore_statistics()
 
+    @property
+    def ascends_next(self) -> bool:
+        """Whether the coming step has an ascent (see ``interval`` and :class:`fastsam.methods.LookSAM`)."""
+        return self._ascends_now()
+
+    @property
+    def replay_rng(self) -> bool:
+        """Whether both passes have the same random numbers."""
+        return self._replay_rng
+
     # ---- the two phases ----
 
     def _ascend_all_the_way(self, ascent_closure: Closure, micro_batch: int = 0) -> None:
