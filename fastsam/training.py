@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from fastsam.optimizer import FastSAM
 from fastsam.runtime.replay_rng import GeneratorStates
@@ -88,7 +87,7 @@ def sam_step(
 
 
 class Passes:
-    """The passes of each step, for loops that compute gradients micro-batch by micro-batch and call ``step()`` themselves.
+    """The passes of each step, for loops that compute gradients micro-batch by micro-batch and call ``step()``.
 
     :meth:`first` runs a micro-batch's forward and backward pass and remembers it. After the last one :meth:`repeat`
     perturbs the weights and runs all of them again, as often as the method asks for. Then the gradients are those for
@@ -106,13 +105,20 @@ class Passes:
         optimizer: the optimizer, with any method.
         scaler: if the gradients are scaled, by which scaler.
         clip: clips the gradients, which are unscaled before. It is called in :meth:`update`, and for the first pass's
-            gradients if the method depends on their length.
+            gradients if the method depends on their length. If the loop clips by itself, give it all the same.
+        stepped: what is given to ``scaler.unscale_()`` and ``scaler.step()`` if it is not the optimizer but a wrapper.
     """
 
     def __init__(
-        self, optimizer: FastSAM, *, scaler: GradScaler | None = None, clip: Callable[[], Any] | None = None
+        self,
+        optimizer: FastSAM,
+        *,
+        scaler: GradScaler | None = None,
+        clip: Callable[[], Any] | None = None,
+        stepped: Any = None,
     ) -> None:
         self.optimizer = optimizer
+        self._stepped = stepped or optimizer
         self._scaler = scaler
         self.clip = clip
         self._repeats: list[tuple[Callable[[], Any], GeneratorStates | None]] = []
@@ -162,15 +168,12 @@ class Passes:
                 for left, compute_gradients in zip(reversed(range(len(repeats))), repeats, strict=True):
                     with no_sync() if left else nullcontext():
                         compute_gradients()
+            if self._length_matters and self._scaler is not None and self.clip is None:
+                self._scaler.unscale_(self._stepped)  # as the first pass's; a loop that clips does it itself
 
-    def update(self, optimizer: Optimizer | None = None) -> None:
-        """Clips the gradients, and restores and updates the weights; for loops that leave this to FastSAM.
-
-        Args:
-            optimizer: a wrapper of the optimizer, if it is to be stepped through that.
-        """
-        optimizer = optimizer or self.optimizer
-        scaler = self._scaler
+    def update(self) -> None:
+        """Clips the gradients, and restores and updates the weights; for loops that leave this to FastSAM."""
+        optimizer, scaler = self._stepped, self._scaler
         with self.undone_by_exceptions():
             if self.clip is not None:
                 if scaler is not None:
@@ -194,12 +197,11 @@ class Passes:
 
     def _ascend(self) -> bool:
         """``first_step()``; gradients on whose length the method depends are unscaled and clipped before."""
-        optimizer, scaler, method = self.optimizer, self._scaler, self.optimizer.method
-        length_matters = method.depends_on_length or method.needs_first_grads
-        if not (length_matters and optimizer.ascends_next):
+        optimizer, scaler = self.optimizer, self._scaler
+        if not (self._length_matters and optimizer.ascends_next):
             return optimizer.first_step()
         if scaler is not None:
-            scaler.unscale_(optimizer)
+            scaler.unscale_(self._stepped)
         if self.clip is not None:
             self.clip()
         goes_on = optimizer.first_step()
@@ -208,6 +210,11 @@ class Passes:
             device = optimizer.param_groups[0]["params"][0].device
             scaler.update(scaler.scale(torch.ones((), device=device)))
         return goes_on
+
+    @property
+    def _length_matters(self) -> bool:
+        method = self.optimizer.method
+        return method.depends_on_length or method.needs_first_grads
 
     def _generator_states(self) -> GeneratorStates | None:
         optimizer = self.optimizer

@@ -39,8 +39,8 @@ class SAMBackward:
         accelerator: the accelerator.
         model: the model, as ``accelerator.prepare`` has returned it.
         optimizer: the optimizer, as ``accelerator.prepare`` has returned it; FastSAM inside, with any method.
-        max_grad_norm: what the loop clips to. It matters only for methods that combine the gradients of both passes or
-            perturb by their length (GSAM, WSAM, LookSAM, FriendlySAM, AMP): the first pass's are clipped alike.
+        max_grad_norm: what the loop clips to, if it clips: methods that combine the gradients of both passes or perturb
+            by their length (GSAM, WSAM, LookSAM, FriendlySAM, AMP, Direction) need to know.
     """
 
     def __init__(

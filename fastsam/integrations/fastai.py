@@ -8,7 +8,7 @@ from typing import Any
 
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.torch_core import find_bs, to_float
 
 from fastsam.integrations import unwrap
@@ -24,8 +24,7 @@ class SAMCallback(Callback):  # type: ignore[misc]
         learner = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, cbs=SAMCallback())
 
     ``GradientAccumulation``, ``GradientClip``, ``MixedPrecision`` and schedules work as usual; other callbacks see the
-    first pass only. Methods for which ``clip`` or the scale of the loss matters in the first pass (GSAM, WSAM, LookSAM,
-    FriendlySAM, AMP) get its gradients unscaled and not clipped.
+    first pass only.
     """
 
     # After GradientAccumulation, which ends incomplete steps; before MixedPrecision, which unscales.
@@ -35,12 +34,16 @@ class SAMCallback(Callback):  # type: ignore[misc]
     def before_fit(self) -> None:
         """Finds the optimizer and the callbacks that change the loss."""
         self._accumulation, self._mixed = self._find(GradientAccumulation), self._find(MixedPrecision)
+        clips = self._find(GradientClip)
+        self._clip = clips and clips.before_step
         self._passes = None
 
     def before_batch(self) -> None:
         """Announces the batch, which is read after the forward pass: callbacks such as MixUp change it before."""
         if self._passes is None:
-            self._passes = Passes(unwrap(self.learn.opt), scaler=self.learn.scaler if self._mixed else None)
+            scaler = self.learn.scaler if self._mixed else None
+            # MixedPrecision gives itself to the scaler as the optimizer.
+            self._passes = Passes(unwrap(self.learn.opt), scaler=scaler, clip=self._clip, stepped=self._mixed)
         self._batch: dict[str, Any] = {}
         self._passes.record(partial(self._compute_gradients, self._batch))
 

@@ -57,7 +57,7 @@ def create_sam_trainer(
     clip = None
     if max_grad_norm is not None:
         clip = partial(nn.utils.clip_grad_norm_, list(model.parameters()), max_grad_norm)
-    passes = Passes(unwrap(optimizer), scaler=scaler, clip=clip)
+    passes = Passes(unwrap(optimizer), scaler=scaler, clip=clip, stepped=optimizer)
     no_sync = getattr(model, "no_sync", nullcontext)
 
     def compute_gradients(x: Any, y: Any) -> tuple[Any, Tensor]:
@@ -80,7 +80,7 @@ def create_sam_trainer(
             predictions, loss = passes.first(partial(compute_gradients, x, y))
         if is_last:
             passes.repeat(no_sync)
-            passes.update(optimizer)
+            passes.update()
         return output_transform(x, y, predictions, loss)
 
     return Engine(update)

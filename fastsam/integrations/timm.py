@@ -72,10 +72,9 @@ class SAMBackward:
         *,
         no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._optimizer = optimizer
         self._scaler = None if loss_scaler is None else loss_scaler._scaler
         self._no_sync = no_sync
-        self._passes = Passes(unwrap(optimizer), scaler=self._scaler)
+        self._passes = Passes(unwrap(optimizer), scaler=self._scaler, stepped=optimizer)
 
     def __call__(
         self,
@@ -107,7 +106,7 @@ class SAMBackward:
             clips = partial(dispatch_clip_grad, params, clip_grad, mode=clip_mode)
             self._passes.clip = None if clip_grad is None else clips
             self._passes.repeat(self._no_sync)
-            self._passes.update(self._optimizer)
+            self._passes.update()
         return loss
 
     @torch.enable_grad()
