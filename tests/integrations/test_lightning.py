@@ -161,9 +161,8 @@ def test_methods_with_accumulation_and_clipping(table, method, scaled):
 def test_an_interval(table):
     module, _ = fit(Module(interval=2), accumulate_grad_batches=2)
     assert module.calls == EPOCHS * len(BATCHES) * 3 / 2
-    table.compare(
-        "Lightning", "interval=2, accumulation", module.net, by_sam_step(methods.SAM(), accumulate=2, interval=2)
-    )
+    expected = by_sam_step(methods.SAM(), accumulate=2, interval=2)
+    table.compare("Lightning", "interval=2, accumulation", module.net, expected)
 
 
 def test_a_methods_gradients_are_scaled_alike_without_clipping(table):
