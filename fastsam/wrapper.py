@@ -78,6 +78,16 @@ class BaseWrapper(Optimizer):
         """The method, which cannot be changed: its state would be of no use to another."""
         return self._engine.method
 
+    @property
+    def ascends_next(self) -> bool:
+        """Whether the coming step has an ascent, as far as is known before its first pass."""
+        return self._ascends_now()
+
+    @property
+    def replay_rng(self) -> bool:
+        """Whether both passes have the same random numbers."""
+        return self._replay_rng
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; what it does not set is taken from the constructor's options.
 
