@@ -38,7 +38,7 @@ EXTENSION := .venv/.extension
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-all bench gpu-report docs-tables kernels cuda fuzz crash sanitize sanitize-cuda lint format wheel \
-  compat clean
+  docs compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -122,6 +122,9 @@ format: $(DEPENDENCIES)  ## Format everything in place
 
 wheel: $(DEPENDENCIES)  ## The source distribution and the manylinux_2_28 wheel, checked, in dist/; TWICE=1: reproducible, too
 	tools/wheel.sh $(if $(TWICE),--twice)
+
+docs: $(EXTENSION)  ## The pages, into build/docs/html; runs their code; BROWSE=1: looks at them with headless Chromium
+	tools/docs.sh $(if $(BROWSE),--browse)
 
 # Runs in its own folder, so that the installed fastsam is tested, not the checkout's. A release of torch may download
 # gigabytes of CUDA; TORCH=2.11.0+cpu is a CPU build, where pip is configured to find these. The Triton of
