@@ -37,11 +37,13 @@ myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what an argument may be
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"FastSAM {version}"
+html_theme_options = {"light_css_variables": {"code-font-size": "0.75em"}}  # lines of 100 characters
 html_show_sourcelink = False
 html_copy_source = False

@@ -94,7 +94,7 @@ def not_found(root, browser):
     wrong = []
     for word, expected in SEARCHES.items():
         page, _ = run_browser(browser, "--virtual-time-budget=8000", "--dump-dom", f"{root}/search.html?q={word}")
-        if not re.search(rf'<ul class="search".*href="{expected}\.html', page, re.DOTALL):
+        if not re.search(rf'id="search-results".*href="{expected}\.html', page, re.DOTALL):
             wrong.append(f"the search for {word} does not find {expected}")
     return wrong
 
