@@ -24,7 +24,8 @@ from fastsam.demo.options import Options
 from fastsam.demo.report import results_table, sweep_table
 from fastsam.demo.train import Run, train_model
 
-EXTRAS = ("matplotlib", "sklearn", "tqdm")
+# What the demo imports, and the distributions that have it.
+EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 
 # Where the picture shows the loss around each solution.
 RADII = [0.15 * step for step in range(-6, 7)]
@@ -33,9 +34,9 @@ DIRECTIONS = 3
 
 def run(options: Options) -> int:
     """Runs the demo, prints its table and writes its picture; returns the exit status."""
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    missing = [package for name, package in EXTRAS.items() if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"the demo needs {', '.join(missing)}: pip install fastsam-optim[demo]", file=sys.stderr)
+        print(f"the demo also needs: pip install {' '.join(missing)}", file=sys.stderr)
         return 1
     with one_thread():
         splits = [load_noisy_digits(options.noise, seed, options.device) for seed in range(options.seeds)]
