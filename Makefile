@@ -120,8 +120,8 @@ format: $(DEPENDENCIES)  ## Format everything in place
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-wheel: $(DEPENDENCIES)  ## The source distribution and the manylinux_2_28 wheel, checked, in dist/; TWICE=1: reproducible, too
-	tools/wheel.sh $(if $(TWICE),--twice)
+wheel: $(DEPENDENCIES)  ## The sdist and the manylinux_2_28 wheel, checked, in dist/; TWICE=1: and built again; QUICK=1: with the set-up's objects
+	tools/wheel.sh $(if $(TWICE),--twice) $(if $(QUICK),--quick)
 
 docs: $(EXTENSION)  ## The pages, into build/docs/html; runs their code; BROWSE=1: looks at them with headless Chromium
 	tools/docs.sh $(if $(BROWSE),--browse)

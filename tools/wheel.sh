@@ -2,6 +2,7 @@
 # Builds dist/: the source distribution, and from it the wheel for manylinux_2_28; checks both.
 #
 #   wheel.sh            FASTSAM_BUILD=cpu unless it is set
+#   wheel.sh --quick    the wheel from the checkout, whose objects are used again
 #   wheel.sh --twice    also builds the wheel a second time, in another folder, and compares
 #
 # The wheel does not depend on the folder or the time: SOURCE_DATE_EPOCH, if not set, is the last commit's time.
@@ -19,29 +20,41 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 rm -rf dist build/lib* build/bdist* && mkdir dist
 
-# build FOLDER: unpacks the source distribution there and builds it; prints the wheel's path.
-build() {
+# unpack FOLDER: the source distribution's files.
+unpack() {
   mkdir "$1"
   tar -xzf dist/*.tar.gz -C "$1" --strip-components=1
-  "$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$1/dist" "$1" >&2
+}
+
+# build SOURCES FOLDER: builds a wheel of the sources, in the folder; prints its path.
+build() {
+  "$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$2/dist" "$1" >&2
   if [ "$FASTSAM_BUILD" = none ]; then
-    mkdir "$1/repaired" && mv "$1"/dist/*.whl "$1/repaired"
+    mkdir "$2/repaired" && mv "$2"/dist/*.whl "$2/repaired"
   else
     # torch's library comes with torch. Fails if the extension needs newer symbols than the platform has.
     PATH=$tools:$PATH "$tools/auditwheel" repair --plat "$platform" --only-plat --exclude 'libtorch*.so' \
-      --wheel-dir "$1/repaired" "$1"/dist/*.whl >&2
+      --wheel-dir "$2/repaired" "$2"/dist/*.whl >&2
   fi
-  ls "$1"/repaired/*.whl
+  ls "$2"/repaired/*.whl
 }
 
 echo "source distribution"
 "$python" -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > "$scratch/log" 2>&1 ||
   { cat "$scratch/log"; exit 1; }
-echo "wheel (compiles for about two minutes on two cores)"
-wheel=$(build "$scratch/first")
+if [ "${1:-}" = --quick ]; then
+  echo "wheel, from the checkout"
+  wheel=$(build . "$scratch/wheel")
+else
+  echo "wheel, from the source distribution (compiles for about two minutes on two cores)"
+  unpack "$scratch/sources"
+  wheel=$(build "$scratch/sources" "$scratch/wheel")
+fi
 if [ "${1:-}" = --twice ]; then
   echo "wheel, in another folder"
-  cmp "$wheel" "$(build "$scratch/the-second-one")"
+  unpack "$scratch/more-sources"
+  cmp "$wheel" "$(build "$scratch/more-sources" "$scratch/same-wheel")"
+  echo "the same bytes"
 fi
 cp "$wheel" dist/
 
