@@ -21,7 +21,7 @@ from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.schedules import RhoSchedule
-from fastsam.wrapper import BaseWrapper
+from fastsam.wrapper import BaseWrapper, refuse_groups_of_others
 
 Closure = Callable[[], Any]
 
@@ -120,6 +120,8 @@ class FastSAM(BaseWrapper):
         own = with_defaults({"params": []}, own, base)
         del own["params"]
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
+        if method is PLAIN and interval == 1 and model is None and not replay_rng:
+            refuse_groups_of_others(params)
         check_parameters(groups)
         self.backend = backend
         self._interval, self._replay_rng = interval, replay_rng
@@ -376,7 +378,7 @@ class FastSAM(BaseWrapper):
 
     def _check_closure_step(self) -> None:
         self._refuse_perturbed("step(closure)")
-        if self.__dict__.get("found_inf") is not None:
+        if "found_inf" in self._engine.scaler:
             self._forget_scaler()
             raise RuntimeError(
                 "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale, "
