@@ -82,6 +82,7 @@ class Engine:
         is_constructed: whether the optimizer's constructor is through.
         accumulation: warns of gradients that a closure adds to.
         sums: adds up over the ranks that hold other parts of the parameters.
+        scaler: what a GradScaler has set for the coming update.
     """
 
     def __init__(self, backend: str, method: Method, shard_groups: ShardGroups = None) -> None:
@@ -94,6 +95,7 @@ class Engine:
         self._norm: Tensor | None = None
         self.is_constructed = False
         self.accumulation = AccumulationWatch()
+        self.scaler: dict[str, Any] = {}
         self._writes = ForeignWrites()
         self._watched_builds = 0
         self._coefficients = Coefficients(method, self.sums)
@@ -112,16 +114,18 @@ class Engine:
         """Calls a closure with gradients enabled, and what it returns.
 
         Raises:
-            RuntimeError: one is running already.
+            RuntimeError: one is running already, or it has written to perturbed weights.
         """
         if self.is_running:
             raise RuntimeError("step(closure) was called within a closure of the same optimizer")
         self.is_running = True
         try:
             with torch.enable_grad():
-                return closure()
+                result = closure()
         finally:
             self.is_running = False
+        self.check_writes()
+        return result
 
     # ---- perturb ----
 
@@ -261,6 +265,8 @@ class Engine:
     def restore(self) -> None:
         """Brings the weights back, bit for bit, and ends the step without an update."""
         moved = any(table.changed() for table in self.tables)
+        for table in self.tables if moved else ():
+            table.check_memory()
         for table in self.tables:
             if not table.is_perturbed:
                 continue

@@ -33,7 +33,7 @@ from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.parallel_models import ParallelModel
 from fastsam.schedules import RhoSchedule, Schedule, check_schedule
-from fastsam.wrapper import BaseWrapper
+from fastsam.wrapper import BaseWrapper, refuse_groups_of_others
 
 Closure = Callable[[], Any]
 
@@ -158,6 +158,8 @@ class FastSAM(BaseWrapper):
         own = with_defaults({"params": []}, own, base)
         del own["params"]
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
+        if method is PLAIN and interval == 1 and model is None and not replay_rng:
+            refuse_groups_of_others(params)
         check_parameters(groups)
         check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
         self.backend = backend
@@ -483,7 +485,7 @@ class FastSAM(BaseWrapper):
 
     def _check_closure_step(self) -> None:
         self._refuse_perturbed("step(closure)")
-        if self.__dict__.get("found_inf") is not None:
+        if "found_inf" in self._engine.scaler:
             self._forget_scaler()
             raise RuntimeError(
                 "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale, "

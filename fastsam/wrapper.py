@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -29,7 +30,10 @@ from fastsam.policy import Policy
 from fastsam.precision import check_precision
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.replay_rng import GeneratorStates
+from fastsam.runtime.scaler import ScalerAttribute
 from fastsam.schedules import is_schedule
+
+_living: weakref.WeakSet[BaseWrapper] = weakref.WeakSet()
 
 
 class BaseWrapper(Optimizer):
@@ -41,6 +45,9 @@ class BaseWrapper(Optimizer):
     _policy: Policy
     _replay_rng: bool
     _statistics: RunningStatistics | None
+
+    grad_scale = ScalerAttribute()
+    found_inf = ScalerAttribute()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -177,6 +184,12 @@ class BaseWrapper(Optimizer):
         self._engine.is_constructed = True
         self._adopt_base()
 
+    def __copy__(self) -> BaseWrapper:
+        """A view of the same optimizer: it shares the base, so it must share the step's state."""
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        return view
+
     def __repr__(self) -> str:
         text = super().__repr__()
         return text.replace(type(self).__name__, f"{type(self).__name__} over {type(self.base_optimizer).__name__}", 1)
@@ -184,6 +197,7 @@ class BaseWrapper(Optimizer):
     # ---- small things ----
 
     def _adopt_base(self) -> None:
+        _living.add(self)
         base, method = self.base_optimizer, self.method
         self._engine.watch(self._parameters())
         LoadHooks(base, method, functools.partial(_check_group, type(base), method, type(base) in FUSED))
@@ -217,15 +231,14 @@ class BaseWrapper(Optimizer):
         return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
 
     def _plan(self, micro_batch: int = 0) -> Plan:
-        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        step = self._step_count()
+        step, scaler = self._step_count(), self._engine.scaler
+        scale, found_inf = scaler.get("grad_scale"), scaler.get("found_inf")
         rho_scale = self._policy.rho_scale(step)
         return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch, rho_scale)
 
     def _forget_scaler(self) -> None:
         # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
-        for name in ("grad_scale", "found_inf"):
-            self.__dict__.pop(name, None)
+        self._engine.scaler.clear()
 
     def _ascends_now(self) -> bool:
         """Whether this step has an ascent, as far as is known before its first pass."""
@@ -274,6 +287,24 @@ class BaseWrapper(Optimizer):
         if self._engine.perturbed:
             raise RuntimeError(
                 f"{what} is not possible while the weights are perturbed; call second_step() or restore() first"
+            )
+
+
+def refuse_groups_of_others(params: Any) -> None:
+    """Raises TypeError if ``params`` are the live groups of a FastSAM with options that groups do not hold.
+
+    ``type(optimizer)(optimizer.param_groups)``, as some distributed wrappers do it, would silently lose them.
+    """
+    for other in list(_living):
+        if params is not other.param_groups:
+            continue
+        policy = other._policy
+        plain = other.method == methods.SAM() and policy.interval == 1 and policy.schedule is None
+        if not plain or other._replay_rng or other._statistics is not None:
+            raise TypeError(
+                f"these are the param_groups of another FastSAM, with method={other.method}, "
+                f"interval={policy.interval}, schedule={policy.schedule}, replay_rng={other._replay_rng}, which groups "
+                "do not hold; pass the same arguments, or parameters"
             )
 
 

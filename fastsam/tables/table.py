@@ -14,7 +14,7 @@ from fastsam.precision import Precision
 from fastsam.runtime.streams import current_stream
 from fastsam.spec import NONE, ROWS, STATE_SLOTS, AscentForm, DescentForm, Row
 from fastsam.tables.gradients import Gradients
-from fastsam.tables.memory import allocate_like, as_real, is_dense
+from fastsam.tables.memory import allocate_like, as_real, has_memory, is_dense
 from fastsam.tables.signature import BLOCK, ParameterBlock, describe
 from fastsam.tables.state import StateSlots
 
@@ -306,6 +306,14 @@ class TensorTable:
                     known[i] = view
         moving = set(self.perturbed)
         self.set_row(Row.BACKUP, [tensor if i in moving else None for i, tensor in enumerate(known)])
+
+    def check_memory(self) -> None:
+        """Raises RuntimeError if a perturbed parameter has no memory to which it could be restored."""
+        for i in self.perturbed if self.is_perturbed else ():
+            if not has_memory(self.params[i]):
+                raise RuntimeError(
+                    f"{self.name(i)}: its storage was freed while it was perturbed; give it memory, then call restore()"
+                )
 
     def restore_elsewhere(self) -> None:
         """Copies the backups into the parameters' present memory, for a model that was moved while perturbed."""
