@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsam.distributed import is_distributed, local_of, placed_like
 from fastsam.methods import Method
-from fastsam.spec import Ascent, AscentCoefficients, AscentForm, AscentOptions, Row
 from fastsam.tables import TensorTable
 from fastsam.tables.memory import allocate_like, as_real
 
@@ -50,14 +50,6 @@ def set_displacements(tables: Sequence[TensorTable], tensors: Sequence[Tensor | 
     _set_directions(tables, _places(tables), tensors, "perturb_by(): tensors", perturb_all=False)
 
 
-def displacement(table: TensorTable, options: Sequence[AscentOptions]) -> Ascent:
-    """The ascent ``w + d`` of every parameter that has a direction d."""
-    shape = len(table.params), len(AscentCoefficients)
-    coefficients = torch.zeros(shape, dtype=torch.float64, device=table.device)
-    coefficients[:, AscentCoefficients.A].fill_(1.0)
-    return Ascent(options, form=AscentForm(x=Row.DIRECTION), coefficients=coefficients)
-
-
 Place = tuple[TensorTable, int]
 
 
@@ -96,7 +88,9 @@ def _check(what: str, table: TensorTable, i: int, direction: Any) -> None:
         raise TypeError(f"{what} must be a tensor or None, got {type(direction).__name__}")
     if direction.shape != table.params[i].shape:
         raise ValueError(f"{what} has shape {tuple(direction.shape)}")
-    if direction.device != table.device:
+    if is_distributed(table.params[i]) != is_distributed(direction):
+        raise ValueError(f"{what} must be a {type(table.params[i].data).__name__} like the parameter")
+    if local_of(direction).device != table.device:
         raise ValueError(f"{what} is on {direction.device}")
     if direction.is_complex() != table.params[i].is_complex():
         raise ValueError(f"{what} has dtype {direction.dtype}")
@@ -104,4 +98,5 @@ def _check(what: str, table: TensorTable, i: int, direction: Any) -> None:
 
 def _lay_out(table: TensorTable, i: int, direction: Tensor) -> Tensor:
     """A copy, which the step owns: a method may return a gradient, or a tensor of its own."""
+    direction = local_of(placed_like(table.params[i], direction))
     return torch.empty_like(table.values[i]).copy_(as_real(direction.detach()))

@@ -31,7 +31,8 @@ def record(loss: Any, perturbed_loss: Any, grad_norm: Tensor | None) -> LastAsce
     losses = _as_scalar(loss), _as_scalar(perturbed_loss)
     if losses[0] is None or losses[1] is None:
         return None
-    return LastAscent(losses[0], losses[1], grad_norm)
+    # A copy: the backends compute every step's norm in the same memory.
+    return LastAscent(losses[0], losses[1], None if grad_norm is None else grad_norm.clone())
 
 
 def average(records: list[LastAscent | None]) -> LastAscent | None:

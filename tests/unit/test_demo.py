@@ -235,7 +235,7 @@ def test_missing_extras_are_named_in_one_line(extra, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == extra else find_spec(name))
     assert command_line.main(["demo"]) == 1
     message = capsys.readouterr().err
-    assert message == f"the demo needs {extra}: pip install fastsam-optim[demo]\n"
+    assert message == f"the demo also needs: pip install {demo.EXTRAS[extra]}\n"
 
 
 def test_importing_command_line_needs_no_extras():
