@@ -64,9 +64,7 @@ def distribute_like(param: Tensor, local: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
 
 
 def is_placed_like(param: Tensor, tensor: Tensor) -> bool:

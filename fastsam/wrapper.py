@@ -141,7 +141,16 @@ class BaseWrapper(Optimizer):
         self._refuse_perturbed("copying or pickling")
         if self._engine.sums.has_shard_groups:
             raise TypeError("an optimizer with shard_groups cannot be copied: a process group is this process's own")
-        names = ("base_optimizer", "defaults", "backend", "method", "_interval", "_replay_rng", "_statistics", "_parallel")
+        names = (
+            "base_optimizer",
+            "defaults",
+            "backend",
+            "method",
+            "_interval",
+            "_replay_rng",
+            "_statistics",
+            "_parallel",
+        )
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

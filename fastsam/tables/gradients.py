@@ -69,7 +69,9 @@ class Gradients:
 
     def _find_in_buffers(self, table: TensorTable, grads: list[Tensor | None]) -> list[int]:
         params = table.params
-        return [i for i, g in enumerate(grads) if g is not None and g._base is not None and not is_distributed(params[i])]
+        return [
+            i for i, g in enumerate(grads) if g is not None and g._base is not None and not is_distributed(params[i])
+        ]
 
     def _examine(self, table: TensorTable, grads: list[Tensor | None]) -> None:
         present = [(i, g) for i, g in enumerate(grads) if g is not None]

@@ -169,7 +169,9 @@ def check_parameter(param: Tensor, index: int) -> None:
     name = f"parameter {index} (shape {tuple(param.shape)})"
     param = local_of(param)
     if is_traceable_wrapper_subclass(param):
-        raise TypeError(f"{name}: {type(param).__name__} parameters are not supported; pass plain tensors or DTensors of them")
+        raise TypeError(
+            f"{name}: {type(param).__name__} parameters are not supported; pass plain tensors or DTensors of them"
+        )
     if param.layout is not torch.strided:
         raise ValueError(f"{name}: sparse parameters are not supported; use a dense one")
     if param.device.type == "meta":

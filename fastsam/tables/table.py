@@ -323,7 +323,9 @@ class TensorTable:
         everything = len(written) == len(self.params)
         moved = self.params if everything else [self.params[i] for i in written]
         if self._sharded:  # a DTensor and its shard each have a version
-            moved = moved + [self.locals[i] for i in (self._sharded if everything else set(written) & set(self._sharded))]
+            moved = moved + [
+                self.locals[i] for i in (self._sharded if everything else set(written) & set(self._sharded))
+            ]
         torch.autograd.graph.increment_version(moved)
         if state:
             torch.autograd.graph.increment_version(self.slots.written)

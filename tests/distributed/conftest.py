@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The ranks' processes import the modules of the tests, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path[:2]]))
 
-from rank_pool import RankPool  # noqa: E402
+from rank_pool import RankPool
 
 
 def pytest_collection_modifyitems(items):
