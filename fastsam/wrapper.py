@@ -241,11 +241,15 @@ class BaseWrapper(Optimizer):
 
     def _clear_grads(self) -> None:
         """Sets gradients to None, or to zeros where they are views of a buffer, which are to remain the gradients."""
-        kept = {param: param.grad for param in self._engine.tables.in_buffers if param.grad is not None}
+        in_buffers = {id(param) for param in self._engine.tables.in_buffers}
         for param in self._parameters():
-            param.grad = None
-        for param, grad in kept.items():
-            param.grad = grad.detach().zero_() if grad.requires_grad else grad.zero_()
+            grad = param.grad
+            if grad is None or id(param) not in in_buffers:
+                param.grad = None
+                continue
+            if grad.requires_grad:
+                param.grad = grad = grad.detach()
+            grad.zero_()
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._engine.perturbed:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fastsam.distributed import Sharding, local_of
 from fastsam.precision import Precision, precision_of
+from fastsam.runtime.streams import StreamGuard
 from fastsam.tables.memory import check_disjoint, check_parameter, find_shared, may_move
 from fastsam.tables.signature import identities
 from fastsam.tables.state import Wanted
@@ -32,6 +33,7 @@ class TensorTables:
         self._members: list[tuple[Any, ...]] = []
         self._tables: list[TensorTable] = []
         self._frozen: list[Tensor] = []
+        self._streams = StreamGuard()
         self.builds = 0
         """How often tables were built."""
 
@@ -40,6 +42,7 @@ class TensorTables:
 
     def read_grads(self, groups: Sequence[Mapping[str, Any]]) -> list[TensorTable]:
         """The tables for the parameters as they are now, with their present gradients."""
+        self._streams.free()
         members = [(identities(g["params"]), g.get("rounding"), g.get("master_weights")) for g in groups]
         usual = members == self._members and not self.has_strange_grads()
         if not (usual and all(table.read_grads() for table in self._tables)):
@@ -73,6 +76,8 @@ class TensorTables:
 
     def drop(self) -> None:
         """Forgets everything; the next step builds anew."""
+        for table in self._tables:
+            self._streams.keep(table.device, table.made_on, table)
         self._members, self._tables, self._frozen = [], [], []
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsam.distributed import Sharding, is_distributed, local_of
 from fastsam.precision import Precision
+from fastsam.runtime.streams import current_stream
 from fastsam.spec import NONE, ROWS, STATE_SLOTS, AscentForm, DescentForm, Row
 from fastsam.tables.gradients import Gradients
 from fastsam.tables.memory import allocate_like, as_real, is_dense
@@ -103,6 +104,7 @@ class TensorTable:
         # Rows whose tensors live until the end of the step.
         self._of_this_step: set[Row] = set()
         self._attachments: dict[Any, Any] = {}
+        self.made_on = current_stream(device)
         self._chunks: dict[int, Tensor] = {}
 
     # ---- rows ----
