@@ -7,7 +7,6 @@ import torch.distributed as dist
 import ways
 from registry import BASES, METHODS
 from torch import nn
-from torch.distributed.tensor.debug import CommDebugMode
 
 from fastsam import FastSAM
 
@@ -83,10 +82,10 @@ def compare(base, ddp_options, steps=6, parts=1, branches=False):
                     loss.backward()
             return loss
 
-        with CommDebugMode() as mode:
+        with ways.Collectives() as collectives:
             optimizer.step(closure)
     _by_hand(single, base, steps, ddp_options.get("static_graph", False), parts)
-    return ways.error_of(module, ways.whole(single)), mode.get_total_counts()
+    return ways.error_of(module, ways.whole(single)), sum("allreduce" in name for name in collectives.names)
 
 
 def replicas_after(steps, method, spoils=False):
