@@ -106,8 +106,8 @@ def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(param.device), mesh, placements, src_data_rank=None)
 
 
-def whole_scalar(value: Any) -> Any:
-    """A GradScaler's number: where its gradients are DTensors, so is the number."""
+def whole_of(value: Any) -> Any:
+    """A DTensor's whole value, the same on every rank; any other object itself. All ranks must call this."""
     return value.full_tensor() if is_distributed(value) else value
 
 

@@ -146,6 +146,7 @@ class AMP(Method):
     inner_steps: int = 1
     inner_lr: float = 1.0
     eps: float = 0.5
+    depends_on_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("inner_steps", self.inner_steps)

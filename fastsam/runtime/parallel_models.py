@@ -95,9 +95,10 @@ class ParallelModel:
 
     def abandon_pass(self) -> None:
         """After an exception: discards what FSDP had begun, where torch has a function for that."""
-        if hasattr(self._model, "reset_iter_state"):
+        reset: Any = getattr(self._model, "reset_iter_state", None)
+        if reset is not None:
             with suppress(RuntimeError):  # not the root
-                self._model.reset_iter_state()
+                reset()
         self.note_writes()
 
     def _fsdp_modules(self) -> list[Any]:

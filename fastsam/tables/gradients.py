@@ -91,7 +91,8 @@ class Gradients:
         """The gradient itself if it has the table's dtype and the parameter's layout, else a copy that does."""
         real = grad if not (grad.is_complex() or grad.is_neg()) else as_real(grad)
         if real.dtype == table.grad_dtype and same_order(real, table.values[i]) and has_memory(real):
-            return real
+            # A subclass may compute otherwise, or refuse to.
+            return real if type(real) is Tensor else real.as_subclass(Tensor)
         if i not in self._scratch or self._scratch[i].dtype != table.grad_dtype:
             self._scratch[i] = torch.empty_like(table.values[i], dtype=table.grad_dtype)
         return copy_into(self._scratch[i], real, f"{table.name(i)}: its gradient")

@@ -63,8 +63,13 @@ _EXCLUSIVE = _sample_references()
 
 
 def is_exclusive(grads: Sequence[Any], i: int) -> bool:
-    """Whether only its parameter and the list ``grads`` have a gradient, so that nobody can write to it later."""
-    return _EXCLUSIVE is not None and grads[i]._base is None and _references(grads, i) == _EXCLUSIVE
+    """Whether only its parameter and the list ``grads`` have a gradient, so that nobody can write to it later.
+
+    Memory that torch has not allocated (NumPy's, say), or that processes share, cannot be resized.
+    """
+    if _EXCLUSIVE is None or grads[i]._base is not None or _references(grads, i) != _EXCLUSIVE:
+        return False
+    return bool(grads[i].untyped_storage().resizable())
 
 
 def is_dense(tensor: Tensor) -> bool:

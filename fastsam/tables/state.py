@@ -7,7 +7,7 @@ the whole block). Allocated tensors are in the table's rows at once, but in ``st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from fastsam.tables.signature import Description, describe, nested_identities
 if TYPE_CHECKING:
     from fastsam.tables.table import TensorTable
 
-OptimizerState = Mapping[Tensor, dict[str, Any]]
+OptimizerState = MutableMapping[Tensor, dict[str, Any]]
 
 _MOMENTS = tuple(Row(Row.STATE + slot) for slot in range(STATE_SLOTS))
 _ROWS = (*_MOMENTS, Row.MASTER, Row.METHOD_STATE, Row.STEP)
@@ -106,7 +106,7 @@ class StateSlots:
                 left[i, row] = tensor
                 continue
             name = dict(_slots(table, names, wanted.method_state, i))[row]
-            state[table.params[i]][name] = tensor
+            state.setdefault(table.params[i], {})[name] = tensor  # a base's own state may be a plain dict
         self._pending = left
         if not table.has_masters:
             for param in table.params:  # from steps with master weights

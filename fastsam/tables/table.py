@@ -14,7 +14,7 @@ from fastsam.precision import Precision
 from fastsam.runtime.streams import current_stream
 from fastsam.spec import NONE, ROWS, STATE_SLOTS, AscentForm, DescentForm, Row
 from fastsam.tables.gradients import Gradients
-from fastsam.tables.memory import allocate_like, as_real, is_dense
+from fastsam.tables.memory import allocate_like, as_real, has_memory, is_dense
 from fastsam.tables.signature import BLOCK, ParameterBlock, describe
 from fastsam.tables.state import StateSlots
 
@@ -238,6 +238,12 @@ class TensorTable:
         self._first_versions = [grad._version for grad in firsts if grad is not None]
         self._of_this_step.add(Row.FIRST_GRAD)
 
+    def take_grads_for_first_ones(self) -> None:
+        """In a step of one pass, its gradients are those at w: the update reads them in the first ones' place."""
+        self.first_grad_dtype = self.grad_dtype
+        self.set_row(Row.FIRST_GRAD, list(self.grads))
+        self._of_this_step.add(Row.FIRST_GRAD)
+
     def check_first_grads(self) -> None:
         """Raises RuntimeError if somebody has written to the first-pass gradients since."""
         if not self._first_versions:
@@ -300,6 +306,14 @@ class TensorTable:
                     known[i] = view
         moving = set(self.perturbed)
         self.set_row(Row.BACKUP, [tensor if i in moving else None for i, tensor in enumerate(known)])
+
+    def check_memory(self) -> None:
+        """Raises RuntimeError if a perturbed parameter has no memory to which it could be restored."""
+        for i in self.perturbed if self.is_perturbed else ():
+            if not has_memory(self.params[i]):
+                raise RuntimeError(
+                    f"{self.name(i)}: its storage was freed while it was perturbed; give it memory, then call restore()"
+                )
 
     def restore_elsewhere(self) -> None:
         """Copies the backups into the parameters' present memory, for a model that was moved while perturbed."""
