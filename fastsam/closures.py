@@ -18,8 +18,8 @@ def functional_sam_closures(model: nn.Module, loss_fn: LossFunction | None, *bat
     r"""Functional SAM: the second pass keeps the loss's gradient by the logits and takes the logits' gradient at w + e.
 
     The first pass is the loss's, at w. The second differentiates ``<F(w + e), dL/dF(w)>``, so that the perturbation
-    acts on the function F that the network computes and not on how the loss weights its outputs. Singh et al., ICML 2025,
-    https://arxiv.org/abs/2502.02407: plain SAM does the latter in language models, and hurts there.
+    acts on the function F that the network computes and not on how the loss weights its outputs. Singh et al., ICML
+    2025, https://arxiv.org/abs/2502.02407: plain SAM does the latter in language models, and hurts there.
 
     From the first pass to the second, the gradient by the logits is held: as much memory as the logits, (batch, time,
     vocabulary). Both passes must use the same dropout masks: ``FastSAM(..., replay_rng=True)``. In a step without an
