@@ -1,4 +1,4 @@
-"""What a climb is worth where the weights are bfloat16: the README's table.
+"""What an ascent step is worth where the weights are bfloat16: the README's table.
 
 python -m benchmarks.low_precision        25 million weights; needs 1 GiB, takes seconds
 """

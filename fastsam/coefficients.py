@@ -6,6 +6,7 @@ the kernels that fill tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -33,7 +34,7 @@ class Coefficients:
 
     def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
         """The ascent was plain SAM's, by these norms."""
-        self._finite = {device: torch.isfinite(norm) for device, norm in norms.items()}
+        self._finite = {device: norm < math.inf for device, norm in norms.items()}
 
     def ascents(
         self,
@@ -47,17 +48,17 @@ class Coefficients:
         form = self.method.ascent_form(further)
         assert form is not None
         facts = [_facts(table, options, step) for table in tables]
-        maps = [_pack(_constants(t).ascent, self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
+        maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
         each = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
         totals = _totals(tables, [self.method.weigh(d, f) for d, f in zip(each, facts, strict=True)])
-        finite = {device: torch.isfinite(total).all() for device, total in totals.items()}
+        finite = {device: _all_finite(total) for device, total in totals.items()}
         self._finite = {d: f & self._finite[d] if further else f for d, f in finite.items()}
         self._dots = [Dots(totals[table.device], dots) for table, dots in zip(tables, each, strict=True)]
         result = []
         for table, dots, fact in zip(tables, self._dots, facts, strict=True):
             terms = self.method.ascent_terms(dots, fact, further)
             constants = _constants(table)
-            packed = _pack(constants.ascent, terms)
+            packed = _pack(constants, terms)
             stays = constants.further if further else constants.ascent
             selected = torch.where(finite[table.device], packed, stays)
             result.append(Ascent(options, form=form, coefficients=selected))
@@ -90,16 +91,18 @@ class Coefficients:
         result = []
         for table, dots, fact, mask, scale in zip(tables, each, facts, masks, grad_scales, strict=True):
             constants = _constants(table)
-            finite = torch.isfinite(totals[table.device]).all()
-            if ascended:
-                finite = finite & self._finite.get(table.device, finite)
+            used = _all_finite(totals[table.device])
+            if ascended and table.device in self._finite:
+                used = used & self._finite[table.device]
             terms = self.method.descent_terms(Dots(totals[table.device], dots), fact, ascended)
-            packed = _pack(constants.descent, terms)
+            packed = _pack(constants, terms)
             if form.decoupled and scale is not None:
                 packed[:, DescentCoefficients.DECOUPLED_X : DescentCoefficients.DECOUPLED_Y + 1] /= scale.double()
-            # Where rho is 0, the gradient is the base's own.
-            used = torch.where(constants.keeps, finite, finite & (fact.rho != 0)[:, None])
-            used = used if mask is None else used & mask[:, None]
+            if mask is not None:
+                used = used & mask[:, None]
+            if any(_is_elsewhere(option.rho) or option.rho == 0 for option in options):
+                # Where rho is 0, the gradient is the base's own.
+                used = used & ((fact.rho != 0)[:, None] | constants.keeps)
             result.append(Descent(form, torch.where(used, packed, constants.descent)))
         return result
 
@@ -144,6 +147,11 @@ class _Constants:
             x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
         x = x ^ (x >> 31 & (1 << 33) - 1)
         return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+    def filled(self, name: str, number: float) -> Tensor:
+        """The same number for each parameter: float64 ``(n,)``."""
+        groups = max(self._in_group, default=0) + 1
+        return self.spread(name, [number] * groups, [1.0] * groups)
 
     def spread(self, name: str, values: Values, signs: Sequence[float]) -> Tensor:
         """A number of each group as one of each parameter: float64 ``(n,)``."""
@@ -190,16 +198,20 @@ def _facts(
     )
 
 
-def _pack(neutral: Tensor, terms: AscentTerms | DescentTerms) -> Tensor:
-    """The terms as columns of one tensor: ``neutral`` itself, which has the defaults, where there is nothing else."""
-    defaults = type(terms)()
-    given = [(j, term) for j, term in enumerate(terms) if isinstance(term, Tensor) or term != defaults[j]]
-    if not given:
-        return neutral
-    packed = neutral.clone()
-    for column, term in given:
-        packed[:, column] = term
-    return packed
+def _pack(constants: _Constants, terms: AscentTerms | DescentTerms) -> Tensor:
+    """The terms as columns of one tensor: the constant one of the defaults where there is nothing else."""
+    neutral = constants.ascent if isinstance(terms, AscentTerms) else constants.descent
+    columns = list(neutral.unbind(dim=1))
+    is_neutral = True
+    for (name, default), (j, term) in zip(type(terms)._field_defaults.items(), enumerate(terms), strict=True):
+        if isinstance(term, Tensor):
+            columns[j] = term.expand(len(neutral))
+        elif term != default:
+            columns[j] = constants.filled(f"{type(terms).__name__}.{name}", term)
+        else:
+            continue
+        is_neutral = False
+    return neutral if is_neutral else torch.stack(columns, dim=1)
 
 
 def _totals(tables: Sequence[TensorTable], each: Sequence[Tensor]) -> dict[torch.device, Tensor]:
@@ -213,6 +225,11 @@ def _totals(tables: Sequence[TensorTable], each: Sequence[Tensor]) -> dict[torch
     home = next((device for device in sums if device.type != "cpu"), next(iter(sums)))
     total = torch.stack([part.to(home, non_blocking=True) for part in sums.values()]).sum(dim=0)
     return {device: total.to(device, non_blocking=device.type != "cpu") for device in sums}
+
+
+def _all_finite(sums: Tensor) -> Tensor:
+    # torch.isfinite is four kernels; this norm is one, and NaN where there is one.
+    return torch.linalg.vector_norm(sums, math.inf) < math.inf
 
 
 def _is_elsewhere(value: float | Tensor) -> bool:

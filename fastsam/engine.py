@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,9 +13,12 @@ from fastsam.backends import Backend, grad_norms, operations
 from fastsam.bases import FusedUpdate
 from fastsam.coefficients import Coefficients
 from fastsam.directions import choose_directions, draw_noise
-from fastsam.groups import ascent_options
+from fastsam.groups import ascent_options, learning_rate
 from fastsam.methods import Method
 from fastsam.precision import ascent_seed
+from fastsam.runtime.accumulation import AccumulationWatch
+from fastsam.runtime.weight_caches import clear_weight_caches
+from fastsam.runtime.writers import ForeignWrites
 from fastsam.spec import Ascent, AscentOptions, Descent, Row, StateNames, Update
 from fastsam.tables import TensorTable, TensorTables, Wanted
 from fastsam.tables.memory import as_real
@@ -74,6 +77,7 @@ class Engine:
         ascents: how many ascent steps this step has had.
         is_running: whether a closure runs.
         is_constructed: whether the optimizer's constructor is through.
+        accumulation: warns of gradients that a closure adds to.
     """
 
     def __init__(self, backend: str, method: Method) -> None:
@@ -83,7 +87,30 @@ class Engine:
         self.is_single = self.is_running = False
         self.ascents = 0
         self.is_constructed = False
+        self.accumulation = AccumulationWatch()
+        self._writes = ForeignWrites()
+        self._watched_builds = 0
         self._coefficients = Coefficients(method)
+
+    def watch(self, params: Iterable[Tensor]) -> None:
+        """These are the parameters, to which nobody else may write while they are perturbed."""
+        self._watched_builds = self.tables.builds
+        self._writes.watch(params)
+
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """Calls a closure with gradients enabled, and what it returns.
+
+        Raises:
+            RuntimeError: one is running already.
+        """
+        if self.is_running:
+            raise RuntimeError("step(closure) was called within a closure of the same optimizer")
+        self.is_running = True
+        try:
+            with torch.enable_grad():
+                return closure()
+        finally:
+            self.is_running = False
 
     # ---- perturb ----
 
@@ -95,6 +122,8 @@ class Engine:
             RuntimeError: no parameter has a gradient, or one cannot be used; nothing has been changed then.
         """
         further = self.perturbed
+        if not further:
+            self._writes.begin()
         with self.tables.holding_grads():
             if further:
                 self._read_grads_again()
@@ -110,7 +139,7 @@ class Engine:
             if self.method.needs_first_grads:
                 for table in tables:
                     table.keep_first_grads()
-        torch.clear_autocast_cache()
+        clear_weight_caches()
 
     def _choose_perturbed(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> None:
         """Decides which parameters move, and gives them all that the ascent reads or writes."""
@@ -125,7 +154,7 @@ class Engine:
                 if form is not None and form.x not in (Row.GRAD, Row.DIRECTION):
                     among = [i for i, tensor in enumerate(table.rows[form.x]) if tensor is not None]
                 elif seed is not None:
-                    among = list(range(len(table.params)))
+                    among = [i for i, param in enumerate(table.params) if param.requires_grad]
                 table.choose_perturbed(plan.perturb, among)
         if self.method.has_direction:
             choose_directions(tables, self.method, further)
@@ -155,6 +184,19 @@ class Engine:
             self.restore()
             raise
         self.ascents += 1
+        self._writes.note_ascent()
+
+    def check_writes(self) -> None:
+        """Raises RuntimeError if somebody else has written to a perturbed parameter."""
+        if not self.perturbed or (param := self._writes.find()) is None:
+            return
+        if any(table.changed() for table in self.tables):
+            return  # other memory, which is refused by another message
+        name = next(t.name(i) for t in self.tables for i, mine in enumerate(t.params) if mine is param)
+        raise RuntimeError(
+            f"{name} was written to while it was perturbed, by another optimizer, say: the restore would undo that; "
+            "call restore() to give the ascent up; the other one may step before first_step() or after second_step()"
+        )
 
     # ---- restore ----
 
@@ -238,6 +280,7 @@ class Engine:
                 base_step()
                 for param, move in moves:
                     param.sub_(move)
+            self._writes.end()
 
     def _plan_descents(self, tables: Sequence[TensorTable], plan: Plan) -> list[Descent] | None:
         form = self.method.descent_form(self.ascents > 0)
@@ -251,7 +294,7 @@ class Engine:
         backends = [self._backend(table) for table in tables]
         # An unfused base is given unscaled gradients: the combination is unscaled with them.
         scales = [to_table_device(plan.grad_scale, t) if plan.update is not None else None for t in tables]
-        lrs = lambda: [group["lr"] for group in plan.groups]  # noqa: E731
+        lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
         return self._coefficients.descents(
             backends, tables, plan.ascent_options, plan.step, lrs, self.ascents > 0, scales
         )
@@ -326,7 +369,8 @@ class Engine:
     def _hiding_method_state(self, state: OptimizerState) -> Iterator[None]:
         """A block in which ``state`` holds the base's own entries alone: an empty one tells it of a first step."""
         name = self.method.state_name
-        hidden = {} if name is None else {p: e.pop(name) for p, e in state.items() if name in e}
+        kept = {} if name is None else {p: e for p, e in state.items() if isinstance(e, dict) and name in e}
+        hidden = {param: entries.pop(str(name)) for param, entries in kept.items()}
         try:
             yield
         finally:
@@ -340,6 +384,13 @@ class Engine:
 
     def _read_grads_again(self) -> None:
         for table in self.tables:
+            table.check_first_grads()
+        if self.tables.has_strange_grads():
+            raise RuntimeError(
+                "a parameter that was frozen in the first pass, and cannot be trained as it is, has a gradient in the "
+                "second; call restore() to give the ascent up"
+            )
+        for table in self.tables:
             if not table.read_grads():
                 raise RuntimeError(
                     f"{table.name(table.changed()[0])} was moved, cast or given other memory between the two "
@@ -350,7 +401,11 @@ class Engine:
         self.perturbed, self.ascents = False, 0
         for table in self.tables:
             table.end_step()
-        torch.clear_autocast_cache()
+        if self.tables.builds != self._watched_builds:
+            self.watch([param for table in self.tables for param in table.params])
+        else:
+            self._writes.end()
+        clear_weight_caches()
 
 
 def _would_move(table: TensorTable, plan: Plan) -> list[int]:
@@ -378,5 +433,5 @@ def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
     if scalar is None:
         return None
     # A number where the scaler saw no gradient at all.
-    tensor = torch.as_tensor(scalar, dtype=torch.float32)
-    return tensor.to(table.device, non_blocking=table.device.type != "cpu").reshape(())
+    tensor = scalar if isinstance(scalar, Tensor) else torch.tensor(scalar, dtype=torch.float32, device="cpu")
+    return tensor.to(table.device, torch.float32, non_blocking=table.device.type != "cpu").reshape(())

@@ -13,17 +13,15 @@ from torch.optim import Optimizer
 from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
-from fastsam.bases import check_base, unhooked_step
-from fastsam.checkpoint import STEP_COUNT
-from fastsam.engine import Engine, Plan
-from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, with_defaults
+from fastsam.bases import check_base, note_step, run_step
+from fastsam.engine import Engine
+from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, give_options, split_options, with_defaults
 from fastsam.micro_batches import GradientSums
 from fastsam.policy import Policy
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
-from fastsam.runtime.replay_rng import GeneratorStates
-from fastsam.schedules import RhoSchedule, Schedule, check_schedule, is_schedule
+from fastsam.schedules import RhoSchedule, Schedule, check_schedule
 from fastsam.wrapper import BaseWrapper
 
 Closure = Callable[[], Any]
@@ -137,14 +135,14 @@ class FastSAM(BaseWrapper):
         self._engine = Engine(backend, method)
         for group in groups:
             self._check_backends(group)
-        self.base_optimizer = base(groups, **base_kwargs)
+        # The base may check what its groups hold: it is shown its own options alone.
+        self.base_optimizer = base([split_options(group)[0] for group in groups], **base_kwargs)
+        give_options(self.base_optimizer.param_groups, groups)
         for group in self.base_optimizer.param_groups:
             self._check_group(group)
-        # Optimizer.__init__ empties state and param_groups, which are the base's, and adds the groups once more.
-        state, param_groups = self.base_optimizer.state, self.base_optimizer.param_groups
-        super().__init__(param_groups, {**self.base_optimizer.defaults, **own})
-        self.base_optimizer.state, self.base_optimizer.param_groups = state, param_groups
+        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own})
         self._engine.is_constructed = True
+        self._adopt_base()
 
     # ---- steps ----
 
@@ -160,7 +158,8 @@ class FastSAM(BaseWrapper):
 
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()``, returns the loss; called once per
-                pass, with gradients enabled. Between the passes gradients are set to None whatever it does.
+                pass, with gradients enabled. Between the passes gradients are set to None (views
+                of a buffer: to zeros) whatever it does.
                 While the weights are perturbed it is the second pass (a wrapper's closure that does nothing is allowed:
                 the gradients are there then).
             ascent_closure: takes ``closure``'s place in all passes but the last of a step with an ascent (a part of the
@@ -194,18 +193,20 @@ class FastSAM(BaseWrapper):
         first = ascent_closure or closure
         ascends = self._ascends_now()
         states = self._generator_states()
-        loss = self._run(first if ascends else closure)
+        loss = self._run_first(first if ascends else closure)
         if not self._has_gradients():
+            if ascends and ascent_closure is not None:
+                raise RuntimeError("no parameter has a gradient; ascent_closure must call backward()")
             return loss
         if states is not None and ascends:
             closure, first = states.replayed(closure), states.replayed(first)
         with self._undone_by_exceptions():
             if self._still_ascends(ascends):
                 self._ascend_all_the_way(first)
-                self._run(closure)
+                self._run_second(closure)
             elif ascends and ascent_closure is not None:
                 self._clear_grads()
-                self._run(closure)
+                self._run_second(closure)
             self._descend()
         return loss
 
@@ -215,7 +216,7 @@ class FastSAM(BaseWrapper):
             if self._ascends_now():
                 self._ascend()
             self._clear_grads()
-            loss = self._run(closure)
+            loss = self._engine.run(closure)
             if self._has_gradients():
                 self._descend()
             else:
@@ -239,11 +240,11 @@ class FastSAM(BaseWrapper):
                 if losses:
                     self._clear_grads()
                 states = self._generator_states()
-                losses.append(self._run(closure))
+                losses.append(self._engine.run(closure) if losses else self._run_first(closure))
                 if self._ascends_now() and self._has_gradients():
                     again = closure if states is None else states.replayed(closure)
                     self._ascend_all_the_way(again, number)
-                    self._run(again)
+                    self._run_second(again)
                     self.restore()
                 sums.add(self._parameters())
             if sums.hand_over(self._parameters(), len(closures)):
@@ -259,8 +260,8 @@ class FastSAM(BaseWrapper):
         pass.
 
         Args:
-            zero_grad: set the gradients to None afterwards. If the method needs them for the update, ``.grad`` is None
-                in any case.
+            zero_grad: set the gradients to None afterwards (to zeros, where they are views of a buffer). If the method
+                needs them for the update, this is done in any case.
 
         Returns:
             Whether the gradients must be computed once more. If not, they are there (or the only pass is still to
@@ -270,6 +271,7 @@ class FastSAM(BaseWrapper):
             RuntimeError: the weights are perturbed already, or no parameter has a gradient.
         """
         engine = self._engine
+        engine.check_writes()
         if engine.is_single or not (engine.perturbed and engine.ascents < self.method.ascents):
             self._refuse_perturbed("first_step()")
         is_first = not engine.perturbed
@@ -316,12 +318,13 @@ class FastSAM(BaseWrapper):
         self._ascend(micro_batch)
         for _ in range(1, self.method.ascents):
             self._clear_grads()
-            self._run(ascent_closure)
+            self._engine.run(ascent_closure)
             self._ascend(micro_batch)
         self._clear_grads()
 
     def _ascend(self, micro_batch: int = 0) -> None:
         """Norm, perturb."""
+        self._complete_groups()
         for group in self.param_groups:
             self._check_group(group)
         if self._statistics is not None and self.method.needs_first_pass and not self._engine.perturbed:
@@ -338,13 +341,16 @@ class FastSAM(BaseWrapper):
 
     def _descend(self) -> None:
         """Restore, update."""
+        self._complete_groups()
         plan = self._plan()
         if not self._engine.perturbed:
             self._engine.begin_without_ascent(plan)
         with DeferredInterrupts():
-            self._engine.descend(plan, lambda: unhooked_step(self.base_optimizer))
+            self._engine.descend(plan, lambda: run_step(self.base_optimizer))
+            note_step(self.base_optimizer)
             self._count_step()
             self._restore_statistics()
+        self._engine.accumulation.end_step(self._parameters())
 
     def _finish(self) -> None:
         """The update of two-phase use."""
@@ -352,12 +358,15 @@ class FastSAM(BaseWrapper):
         try:
             if not (engine.perturbed or engine.is_single):
                 if self._is_initialized_by_this():
-                    engine.initialize_state(self._plan(), lambda: unhooked_step(self.base_optimizer))
+                    engine.initialize_state(self._plan(), lambda: run_step(self.base_optimizer))
                     return
                 raise RuntimeError(
-                    "step() needs a closure; in a loop without one, call first_step() after the first backward and "
-                    "second_step() (or step()) after the second"
+                    "step() needs a closure; in a loop without one, or in a wrapper that calls the closure itself "
+                    "(opacus, GradScaler), call first_step() after the first backward and second_step() (or step()) "
+                    "after the second. A tool that steps by itself, such as a learning-rate finder, takes "
+                    "optimizer.base_optimizer"
                 )
+            engine.check_writes()
             if engine.perturbed and engine.ascents < self.method.ascents:
                 raise RuntimeError(
                     f"{self.method} ascends {self.method.ascents} times: call first_step() after each of so many "
@@ -368,27 +377,11 @@ class FastSAM(BaseWrapper):
             self._forget_scaler()
             raise
 
-    def _is_initialized_by_this(self) -> bool:
-        """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""
-        lrs = [group.get("lr") for group in self.param_groups]
-        on_host = all(lr.device.type == "cpu" if isinstance(lr, Tensor) else lr is not None for lr in lrs)
-        is_zero = on_host and all(float(lr or 0) == 0 for lr in lrs)
-        return is_zero and not any(self.state.values()) and self._has_gradients()
-
     def _finish_with(self, closure: Closure) -> Any:
         """``closure`` as the second pass of two-phase use, and the update."""
-        loss = self._run(closure)
+        loss = self._engine.run(closure)
         self._finish()
         return loss
-
-    def _generator_states(self) -> GeneratorStates | None:
-        return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
-
-    def _plan(self, micro_batch: int = 0) -> Plan:
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        step = self._step_count()
-        rho_scale = self._policy.rho_scale(step)
-        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch, rho_scale)
 
     @contextmanager
     def _undone_by_exceptions(self) -> Iterator[None]:
@@ -401,59 +394,21 @@ class FastSAM(BaseWrapper):
 
     def _check_closure_step(self) -> None:
         self._refuse_perturbed("step(closure)")
-        if getattr(self, "found_inf", None) is not None:
+        if self.__dict__.get("found_inf") is not None:
             self._forget_scaler()
             raise RuntimeError(
                 "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale, "
                 "backward again, then scaler.step(optimizer) without a closure"
             )
 
-    def _forget_scaler(self) -> None:
-        # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
-        for name in ("grad_scale", "found_inf"):
-            self.__dict__.pop(name, None)
+    def _run_first(self, closure: Closure) -> Any:
+        with self._engine.accumulation.watching(self._parameters()):
+            return self._engine.run(closure)
 
-    # ---- small things ----
-
-    def _has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self._parameters())
-
-    def _clear_grads(self) -> None:
-        for param in self._parameters():
-            param.grad = None
-
-    def _ascends_now(self) -> bool:
-        """Whether this step has an ascent, as far as is known before its first pass."""
-        return self._policy.ascends(self._step_count(), self.param_groups, self.method)
-
-    def _still_ascends(self, ascends: bool) -> bool:
-        """The same after the first pass, by its gradients."""
-        if (statistics := self._policy.statistics) is None:
-            return ascends
-        with DeferredInterrupts():
-            statistics.observe(self._engine.measure(self._plan()), self._step_count())
-        return ascends and statistics.ascends_after_first_pass()
-
-    def _count_step(self) -> None:
-        self._engine.is_single = False
-        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
-        self._policy.commit()
-        if self._policy.counts_steps or self.method.counts_steps or schedules:
-            count = self._step_count() + 1
-            for group in self.param_groups:
-                group[STEP_COUNT] = count
-
-    def _restore_statistics(self) -> None:
-        if self._statistics is not None:
-            self._statistics.restore()
-
-    def _run(self, closure: Closure) -> Any:
-        engine = self._engine
-        if engine.is_running:
-            raise RuntimeError("step(closure) was called within a closure of the same optimizer")
-        engine.is_running = True
-        try:
-            with torch.enable_grad():
-                return closure()
-        finally:
-            engine.is_running = False
+    def _run_second(self, closure: Closure) -> None:
+        self._engine.run(closure)
+        if not self._has_gradients():
+            raise RuntimeError(
+                "no parameter has a gradient after the second pass: the closure of step() must call backward() each "
+                "time it is called. If the gradients were computed outside of it, call first_step() and second_step()"
+            )

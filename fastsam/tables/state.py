@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsam.spec import MASTER_NAME, STATE_SLOTS, STEP_NAME, Row, StateNames
-from fastsam.tables.memory import as_real, is_dense, same_order
+from fastsam.tables.memory import as_real, copy_into, has_memory, is_dense, same_order
 from fastsam.tables.signature import Description, describe, nested_identities
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class StateSlots:
         self._asked = _names_of(table, names, wanted.method_state)
         self._identities = nested_identities(state, self._asked)
         # An identity is valid only while its object is alive.
-        self._alive = [(param, entries, *entries.values()) for param, entries in state.items()]
+        self._alive = [(p, e, *(e.values() if isinstance(e, dict) else ())) for p, e in state.items()]
         self._description = describe(self._bound)
 
     def _is_current(self, state: OptimizerState, wanted: Wanted) -> bool:
@@ -163,7 +163,10 @@ class StateSlots:
         if row == Row.STEP:
             return _find_step(table, entries, value, names[table.groups[i]]) if needed or value is not None else None
         if value is not None and value.shape != table.params[i].shape:
-            raise RuntimeError(f"{table.name(i)}: its state {name!r} has shape {tuple(value.shape)}")
+            raise RuntimeError(
+                f"{table.name(i)}: its state {name!r} has shape {tuple(value.shape)}; resize it with the parameter, or "
+                f"start anew without: optimizer.state[parameter].pop({name!r})"
+            )
         if value is not None and _fits(table, i, value):
             return value
         if value is None and (i, row) in self._pending:
@@ -177,7 +180,7 @@ class StateSlots:
         initial = names[table.groups[i]].initial if row in _MOMENTS else 0.0
         made = torch.full_like(table.values[i], initial, dtype=table.state_dtype)
         if value is not None:
-            made.copy_(as_real(value))
+            copy_into(made, as_real(value), f"{table.name(i)}: its state {name!r}")
         elif row == Row.MASTER:
             made.copy_(table.values[i])
         return torch.view_as_complex(made) if table.params[i].is_complex() else made
@@ -216,7 +219,13 @@ def _names_of(table: TensorTable, names: Sequence[StateNames], method_state: str
 
 def _fits(table: TensorTable, i: int, value: Any) -> bool:
     real, like = as_real(value), table.values[i]
-    return real.dtype == table.state_dtype and real.device == like.device and same_order(real, like) and is_dense(real)
+    return (
+        real.dtype == table.state_dtype
+        and real.device == like.device
+        and same_order(real, like)
+        and has_memory(real)
+        and is_dense(real)
+    )
 
 
 def _find_step(table: TensorTable, entries: Mapping[str, Any], value: Any, names: StateNames) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsam.precision import Precision
+from fastsam.runtime.streams import current_stream
 from fastsam.spec import NONE, ROWS, STATE_SLOTS, AscentForm, DescentForm, Row
 from fastsam.tables.gradients import Gradients
 from fastsam.tables.memory import allocate_like, as_real, is_dense
@@ -93,10 +94,12 @@ class TensorTable:
         self.blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
         self.gradients = Gradients()
         self.slots = StateSlots()
+        self._first_versions: list[int] = []
         self._backup_key: tuple[Any, ...] | None = None
         # Rows whose tensors live until the end of the step.
         self._of_this_step: set[Row] = set()
         self._attachments: dict[Any, Any] = {}
+        self.made_on = current_stream(device)
         self._chunks: dict[int, Tensor] = {}
 
     # ---- rows ----
@@ -161,8 +164,17 @@ class TensorTable:
                 numbers[8 * i : 8 * i + 8] = int(tensors[i] is not None).to_bytes(8, sys.byteorder)
         place = slice(row * len(numbers), (row + 1) * len(numbers))
         if self._bytes[place] != numbers:
+            self._check_addresses(row, tensors, numbers)
             self._bytes[place] = numbers
             self.versions[row] += 1
+
+    def _check_addresses(self, row: Row, tensors: Sequence[Tensor | None], numbers: bytearray) -> None:
+        """Raises RuntimeError if a tensor has no address: kernels would take it for absent."""
+        if bytes(8) not in numbers:
+            return
+        for i, address in enumerate(memoryview(numbers).cast("q")):
+            if address == 0 and tensors[i] is not None:
+                raise RuntimeError(f"{self.name(i)}: the tensor of its {row.name} has no memory")
 
     def name(self, i: int) -> str:
         """The name of a parameter in messages."""
@@ -218,6 +230,7 @@ class TensorTable:
                 firsts[i] = self.gradients.adopt(self, i)
         self.first_grad_dtype = self.grad_dtype
         self.set_row(Row.FIRST_GRAD, firsts)
+        self._first_versions = [grad._version for grad in firsts if grad is not None]
         self._of_this_step.add(Row.FIRST_GRAD)
 
     def take_grads_for_first_ones(self) -> None:
@@ -225,6 +238,18 @@ class TensorTable:
         self.first_grad_dtype = self.grad_dtype
         self.set_row(Row.FIRST_GRAD, list(self.grads))
         self._of_this_step.add(Row.FIRST_GRAD)
+
+    def check_first_grads(self) -> None:
+        """Raises RuntimeError if somebody has written to the first-pass gradients since."""
+        if not self._first_versions:
+            return
+        kept = [(i, grad) for i, grad in enumerate(self.first_grads) if grad is not None]
+        for (i, grad), version in zip(kept, self._first_versions, strict=True):
+            if grad._version != version:
+                raise RuntimeError(
+                    f"{self.name(i)}: its first-pass gradient was written to between the passes; call restore(), and "
+                    "give .grad a tensor that nobody else writes to"
+                )
 
     def fill_missing_grads(self) -> None:
         """Gives zeros to perturbed parameters without a gradient: a further ascent still counts their perturbation."""
@@ -244,6 +269,7 @@ class TensorTable:
     def end_step(self) -> None:
         """Drops what lives for one step: first-pass gradients and directions."""
         self.is_perturbed = False
+        self._first_versions = []
         self.first_grad_dtype = self.dtype
         for row in self._of_this_step:
             nothing: Tensors = [None] * len(self.params)

@@ -160,16 +160,6 @@ BAD_PARAMS = {
         ValueError,
         r"parameter 2 \(shape \(5,\)\).*meta",
     ),
-    "integer": (
-        lambda p: [*p, nn.Parameter(torch.zeros(5, dtype=torch.int64), requires_grad=False)],
-        ValueError,
-        r"parameter 2 \(shape \(5,\)\): dtype torch.int64",
-    ),
-    "bool": (
-        lambda p: [nn.Parameter(torch.zeros(5, dtype=torch.bool), requires_grad=False)],
-        ValueError,
-        r"parameter 0 \(shape \(5,\)\): dtype torch.bool",
-    ),
     "float8": (
         lambda p: [nn.Parameter(torch.zeros(5, dtype=torch.float8_e4m3fn))],
         ValueError,
@@ -188,7 +178,7 @@ BAD_PARAMS = {
 BAD_IN_A_GROUP = {
     name: BAD_PARAMS[name]
     for name in (
-        *("number-inside", "none-inside", "twice", "twice-named", "some-names-missing", "meta", "integer", "bool"),
+        *("number-inside", "none-inside", "twice", "twice-named", "some-names-missing", "meta"),
         *("float8", "expanded", "overlapping", "sparse", "no-leaf"),
     )
 }

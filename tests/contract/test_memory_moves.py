@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from checks import assert_same_bits, assert_within
+from checks import assert_same_bits
 from problem import Problem
 from registry import every_fused_base
 from torch import nn
@@ -97,20 +97,19 @@ def test_memory_exchanged_between_passes_is_refused(backend, device, base, excha
 
 
 @every_fused_base
-def test_numbers_written_between_passes_are_discarded(backend, device, base):
-    """In place they are a perturbation like any other: the update starts from the weights before it."""
-    problem, plain = Averaged(device), Averaged(device)
-    optimizer, alone = problem.optimizer(backend, base, rho=0.5), plain.base(base)
+def test_numbers_written_between_the_passes_are_refused(backend, device, base):
+    """The restore would undo what another optimizer has written; ``restore()`` brings the weights back."""
+    problem = Averaged(device)
+    optimizer = problem.optimizer(backend, base, rho=0.5)
     start = problem.weights()
     problem.first_step(optimizer)
     exchange_numbers(problem)
     problem.backward()
-    for param, other in zip(problem.params, plain.params, strict=True):
-        other.grad = param.grad.clone()
-    optimizer.second_step()
-    alone.step()
-    for weight, expected, first in zip(problem.weights(), plain.weights(), start, strict=True):
-        assert_within(weight, expected, first)
+    with pytest.raises(RuntimeError, match=r"parameter 0 .*was written to while it was perturbed.*call restore\(\)"):
+        optimizer.second_step()
+    optimizer.restore()
+    assert_same_bits(problem.weights(), start)
+    problem.step(optimizer)
 
 
 @every_fused_base
