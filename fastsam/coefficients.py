@@ -6,16 +6,17 @@ the kernels that fill tensors.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastsam.backends import Backend
+from fastsam.distributed import GlobalSums, Sharding
 from fastsam.methods.method import AscentTerms, DescentTerms, Dots, Facts, Method
-from fastsam.spec import Ascent, AscentOptions, Descent, DescentCoefficients
+from fastsam.spec import Ascent, AscentOptions, Descent, DescentCoefficients, Map, Row
 from fastsam.tables import TensorTable
 
 Values = Sequence[float | Tensor]
@@ -23,14 +24,25 @@ Values = Sequence[float | Tensor]
 
 
 class Coefficients:
-    """One method's coefficients, and whether the present step's first pass was finite."""
+    """One method's coefficients, and whether the present step's first pass was finite.
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    Args:
+        method: the method.
+        sums: adds up over the ranks that hold other parts of the parameters.
+    """
+
+    def __init__(self, method: Method, sums: GlobalSums) -> None:
+        self.method, self._sums = method, sums
+        self._squares: Tensor | None = None
         # On each device: whether the ascent's dots were finite. If not, the first-pass gradients are not used.
         self._finite: dict[torch.device, Tensor] = {}
         # Of each table: the last ascent's dots.
         self._dots: list[Dots] = []
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's first (mapped) gradient; None if its dots are not that norm's square."""
+        return None if self._squares is None else self._squares.sqrt()
 
     def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
         """The ascent was plain SAM's, by these norms."""
@@ -49,8 +61,11 @@ class Coefficients:
         assert form is not None
         facts = [_facts(table, options, step) for table in tables]
         maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
-        each = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
-        totals = _totals(tables, [self.method.weigh(d, f) for d, f in zip(each, facts, strict=True)])
+        each: Sequence[Tensor] = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
+        each, totals = self._add_up(tables, each, lambda dots: self._weigh(dots, facts))
+        is_norm = form.x == Row.GRAD and form.map != Map.POWER
+        if not further:
+            self._squares = next(iter(totals.values()))[0] if is_norm else None
         finite = {device: _all_finite(total) for device, total in totals.items()}
         self._finite = {d: f & self._finite[d] if further else f for d, f in finite.items()}
         self._dots = [Dots(totals[table.device], dots) for table, dots in zip(tables, each, strict=True)]
@@ -83,11 +98,13 @@ class Coefficients:
         # A parameter that was not perturbed has no part in a combination of both gradients.
         masks = [_constants(table).mask(table.perturbed) if ascended else None for table in tables]
         if self.method.measures(ascended):
-            each = [b.dots(t, form, _constants(t).descent) for b, t in zip(backends, tables, strict=True)]
-            each = [d if m is None else torch.where(m[:, None], d, 0.0) for d, m in zip(each, masks, strict=True)]
+            found = [b.dots(t, form, _constants(t).descent) for b, t in zip(backends, tables, strict=True)]
+            each: Sequence[Tensor] = [
+                d if m is None else torch.where(m[:, None], d, 0.0) for d, m in zip(found, masks, strict=True)
+            ]
         else:
             each = [_constants(table).no_dots for table in tables]
-        totals = _totals(tables, each)
+        each, totals = self._add_up(tables, each, lambda dots: dots, needed=self.method.measures(ascended))
         result = []
         for table, dots, fact, mask, scale in zip(tables, each, facts, masks, grad_scales, strict=True):
             constants = _constants(table)
@@ -98,13 +115,35 @@ class Coefficients:
             packed = _pack(constants, terms)
             if form.decoupled and scale is not None:
                 packed[:, DescentCoefficients.DECOUPLED_X : DescentCoefficients.DECOUPLED_Y + 1] /= scale.double()
-            if mask is not None:
-                used = used & mask[:, None]
             if any(_is_elsewhere(option.rho) or option.rho == 0 for option in options):
                 # Where rho is 0, the gradient is the base's own.
                 used = used & ((fact.rho != 0)[:, None] | constants.keeps)
+            used = used if mask is None else used & mask[:, None]
             result.append(Descent(form, torch.where(used, packed, constants.descent)))
         return result
+
+    def _weigh(self, each: Sequence[Tensor], facts: Sequence[Facts]) -> list[Tensor]:
+        return [self.method.weigh(dots, fact) for dots, fact in zip(each, facts, strict=True)]
+
+    def _add_up(
+        self,
+        tables: Sequence[TensorTable],
+        each: Sequence[Tensor],
+        weigh: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        needed: bool = True,
+    ) -> tuple[Sequence[Tensor], dict[torch.device, Tensor]]:
+        """The dots of whole parameters, if the method reads them, and their sums on each of the tables' devices."""
+        home = home_of([table.device for table in tables])
+        shardings: list[Sharding] = [table.sharding for table in tables]
+        if needed and self.method.reads_each_dot:
+            each = self._sums.of_each_parameter(shardings, each)
+            shardings = [()] * len(tables)
+        parts: dict[Sharding, Tensor] = {}
+        for sharding, dots in zip(shardings, weigh(each), strict=True):
+            mine = dots.sum(dim=0).to(home, non_blocking=True)
+            parts[sharding] = parts[sharding] + mine if sharding in parts else mine
+        total = self._sums.total(parts, home, (3,)) if needed else functools.reduce(torch.add, parts.values())
+        return each, {t.device: total.to(t.device, non_blocking=t.device.type != "cpu") for t in tables}
 
 
 class _Constants:
@@ -190,7 +229,7 @@ def _facts(
     constants = _constants(table)
     return Facts(
         step,
-        partial(constants.spread, "rho", [option.rho for option in options], signs),
+        functools.partial(constants.spread, "rho", [option.rho for option in options], signs),
         lambda: constants.spread("lr", lrs(), signs),
         lambda: constants.matrix,
         constants.uniform,
@@ -214,17 +253,9 @@ def _pack(constants: _Constants, terms: AscentTerms | DescentTerms) -> Tensor:
     return neutral if is_neutral else torch.stack(columns, dim=1)
 
 
-def _totals(tables: Sequence[TensorTable], each: Sequence[Tensor]) -> dict[torch.device, Tensor]:
-    """The sums over all parameters, on each of the tables' devices."""
-    sums: dict[torch.device, Tensor] = {}
-    for table, dots in zip(tables, each, strict=True):
-        mine = dots.sum(dim=0)
-        sums[table.device] = sums[table.device] + mine if table.device in sums else mine
-    if len(sums) == 1:
-        return sums
-    home = next((device for device in sums if device.type != "cpu"), next(iter(sums)))
-    total = torch.stack([part.to(home, non_blocking=True) for part in sums.values()]).sum(dim=0)
-    return {device: total.to(device, non_blocking=device.type != "cpu") for device in sums}
+def home_of(devices: Sequence[torch.device]) -> torch.device:
+    """Where numbers of several devices are added up: on an accelerator where there is one, so that nothing waits."""
+    return next((device for device in devices if device.type != "cpu"), next(iter(devices), torch.device("cpu")))
 
 
 def _all_finite(sums: Tensor) -> Tensor:

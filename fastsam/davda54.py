@@ -73,6 +73,5 @@ class SAM(FastSAM):
         self._check_closure_step()
         with self._undone_by_exceptions():
             self._ascend_all_the_way(closure)
-            with torch.enable_grad():
-                closure()
+            self._engine.run(closure)
             self._descend()

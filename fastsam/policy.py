@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -34,9 +34,8 @@ class Policy:
         """Whether the number of the step matters."""
         return self.interval > 1 or self.schedule is not None
 
-    def ascends(self, step: int, groups: Sequence[dict[str, Any]], method: Method) -> bool:
+    def ascends(self, step: int, groups: Sequence[Mapping[str, Any]], method: Method) -> bool:
         """Whether ``step`` has an ascent, as far as is known before its first pass."""
-        self._take_loaded(groups)
         if step % self.interval != 0 or not method.ascends(step):
             return False
         if self.statistics is not None:
@@ -66,18 +65,21 @@ class Policy:
         if self.statistics is not None:
             self.statistics.discard()
 
-    def save(self, present: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> None:
-        """Adds to the groups of a checkpoint what the coming steps depend on; ``present``: the optimizer's groups."""
+    def save(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Adds to the groups of a checkpoint what the coming steps depend on."""
         if self.statistics is not None:
-            self._take_loaded(present)
-            for group in saved:
+            for group in groups:
                 group[STATISTICS] = self.statistics.numbers()
 
-    def _take_loaded(self, groups: Sequence[dict[str, Any]]) -> None:
-        """A loaded checkpoint has left in the groups what :meth:`save` had put there."""
-        found = [group.pop(STATISTICS) for group in groups if STATISTICS in group]
-        if found and self.statistics is not None:
-            self.statistics.load(found[0])
+    def take_saved(self, groups: Sequence[dict[str, Any]]) -> list[float] | None:
+        """Takes out of loaded groups what :meth:`save` has added."""
+        found = [group.pop(STATISTICS, None) for group in groups]
+        return found[0] if found else None
+
+    def load(self, saved: Sequence[float] | None) -> None:
+        """Goes on from what :meth:`take_saved` returned; None: as it is."""
+        if self.statistics is not None and saved is not None:
+            self.statistics.load(saved)
 
 
 class _Observation(NamedTuple):

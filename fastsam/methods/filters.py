@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsam.arguments import check
+from fastsam.distributed import placed_like, whole_of
 from fastsam.methods.direction import Direction
 from fastsam.methods.method import TINY, AscentTerms, Dots, Facts, Method
 from fastsam.spec import AscentForm
@@ -60,7 +61,8 @@ class ZSharp(Direction):
         check("q", self.q, "in [0, 1)", 0 <= self.q < 1)
 
     def direction(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-        return [self._outliers(grad) for grad in grads]
+        # A quantile is one of the whole tensor, of which a rank may hold a part.
+        return [placed_like(p, self._outliers(whole_of(g))) for p, g in zip(params, grads, strict=True)]
 
     def _outliers(self, grad: Tensor) -> Tensor:
         if grad.numel() < 2:

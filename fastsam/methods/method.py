@@ -90,7 +90,7 @@ class Dots(NamedTuple):
     total: Tensor
     """``(3,)``: over all parameters of the optimizer that take part."""
     each: Tensor
-    """``(n, 3)``: of each parameter of one table."""
+    """``(n, 3)``: of each parameter of one table; see ``reads_each_dot``."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,21 @@ class Method:
     """Whether the ascent needs the gradient at w; if not, it comes before the only pass of the step."""
     needs_first_grads: ClassVar[bool] = False
     """Whether the descent needs the first pass's gradients."""
+    depends_on_length: ClassVar[bool] = False
+    """Whether the ascent depends on the length of the gradients, and not on their direction alone."""
     state_name: ClassVar[str | None] = None
     """The name in ``state`` of what is kept from step to step; descents that keep it also do so without an ascent."""
+    reads_each_dot: ClassVar[bool] = False
+    """Whether the formulas read ``Dots.each``; if not, sharded parameters' are those of the local shards."""
+    uses_shapes: ClassVar[bool] = False
+    """Whether the formulas treat matrices differently from vectors (``Facts.matrix``)."""
     counts_steps: ClassVar[bool] = False
     """Whether the number of the step matters."""
+
+    @property
+    def allows_local_ascent(self) -> bool:
+        """Whether ranks may ascend by different gradients: only ``e`` depends on the first pass."""
+        return self.needs_first_pass and not self.needs_first_grads and self.state_name is None
 
     @property
     def ascents(self) -> int:
