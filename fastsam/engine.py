@@ -356,8 +356,7 @@ class Engine:
             for table in tables:
                 table.take_grads_for_first_ones()
         backends = [self._backend(table) for table in tables]
-        # An unfused base is given unscaled gradients: the combination is unscaled with them.
-        scales = [to_table_device(plan.grad_scale, t) if plan.update is not None else None for t in tables]
+        scales = [to_table_device(plan.grad_scale, table) for table in tables]
         lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
         return self._coefficients.descents(
             backends, tables, plan.ascent_options, plan.step, lrs, self.ascents > 0, scales

@@ -225,7 +225,7 @@ class FastSAM(BaseWrapper):
                 raise RuntimeError("step(): ascent_closure needs a closure for the second pass beside it")
             self._finish()
             return None
-        if self._engine.perturbed and not self._engine.is_running:
+        if (self._engine.perturbed or self._engine.is_single) and not self._engine.is_running:
             return self._finish_with(closure)
         self._check_closure_step()
         if not self.method.needs_first_pass:
