@@ -1,8 +1,8 @@
 """Takes text of files outside docs/ into pages, with links that work there.
 
-A line ``<!-- include ../CHANGELOG.md -->`` becomes the file's text; ``<!-- include ../README.md: GPU table -->`` the text
-between its comments ``<!-- GPU table ... -->`` and ``<!-- end of the GPU table -->``. A line ``?name`` becomes ``name`` if
-there is such a page, and nothing otherwise.
+A line ``<!-- include ../CHANGELOG.md -->`` becomes the file's text, ``<!-- include ../README.md: GPU table -->`` the
+text between its comments ``<!-- GPU table ... -->`` and ``<!-- end of the GPU table -->``. A line ``?name`` becomes
+``name`` if there is such a page, and nothing otherwise.
 """
 
 import re
