@@ -16,13 +16,14 @@ from dataclasses import replace
 from statistics import mean
 
 import torch
+from torch.nn import functional as F
 
 from fastsam.demo.data import NoisyDigits, load_noisy_digits
-from fastsam.demo.landscape import losses_along
 from fastsam.demo.methods import LEARNING_RATES, Method, chosen
 from fastsam.demo.options import Options
 from fastsam.demo.report import results_table, sweep_table
 from fastsam.demo.train import Run, train_model
+from fastsam.sharpness.landscape import filter_normalized, loss_line
 
 # What the demo imports, and the distributions that have it.
 EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
@@ -87,10 +88,20 @@ def train_all(methods: Sequence[Method], splits: Sequence[NoisyDigits], options:
 def _profiles(
     results: Mapping[Method, Sequence[Run]], splits: Sequence[NoisyDigits]
 ) -> dict[Method, list[list[float]]]:
-    """For each profiled method a line per split and direction; the directions are the same for all methods."""
+    """For each profiled method a line per split and direction; the directions are the same for all methods.
+
+    The loss is over all training images, wrong labels included, and batch norm uses their statistics at each point.
+    """
     return {
         method: [
-            losses_along(run.model, data, RADII, DIRECTIONS * seed + number)
+            loss_line(
+                run.model,
+                F.cross_entropy,
+                [(data.train_images, data.train_labels)],
+                filter_normalized(run.model, DIRECTIONS * seed + number),
+                RADII,
+                train=True,
+            ).losses
             for seed, (run, data) in enumerate(zip(runs, splits, strict=True))
             for number in range(DIRECTIONS)
         ]

@@ -91,6 +91,7 @@ class ASAM(Method):
     """
 
     eta: float = 0.01
+    uses_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("eta", self.eta, ">= 0 and finite", 0 <= self.eta < math.inf)
@@ -145,6 +146,7 @@ class AMP(Method):
     inner_steps: int = 1
     inner_lr: float = 1.0
     eps: float = 0.5
+    depends_on_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("inner_steps", self.inner_steps)
@@ -179,6 +181,8 @@ class AWP(Method):
     """
 
     gamma: float = 0.01
+    reads_each_dot: ClassVar[bool] = True
+    uses_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("gamma", self.gamma, ">= 0 and finite", 0 <= self.gamma < math.inf)
