@@ -18,7 +18,7 @@ MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 # So many programs by default, and thoroughly; in Triton's interpreter each takes longer.
-COUNTS = {"reference": (30, 480), "foreach": (30, 480), "native": (80, 1020), "triton": (2, 20)}
+COUNTS = {"reference": (15, 480), "foreach": (15, 480), "native": (40, 1020), "triton": (2, 20)}
 ROUND = settings(QUIET, max_examples=50)
 
 

@@ -4,14 +4,13 @@ import importlib.metadata
 import importlib.resources
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from checkout import ROOT
+from child import run_python
 from internals import native
 from setuptools import Distribution
 
@@ -209,7 +208,8 @@ weight.square().sum().backward()
 optimizer.second_step()
 assert (weight < 1).all(), weight
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    done = run_python(script)
+    assert done.returncode == 0, done.stdout
 
 
 def test_cuda_library_has_its_own_runtime(cuda_library):
