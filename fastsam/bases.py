@@ -105,9 +105,38 @@ def _needs_closure(base: type[torch.optim.Optimizer]) -> bool:
     return issubclass(base, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty)
 
 
-def unhooked_step(optimizer: torch.optim.Optimizer) -> None:
-    """``optimizer.step()`` without step hooks, which run once, on FastSAM's own ``step``."""
+def fused_update(optimizer: torch.optim.Optimizer) -> FusedUpdate | None:
+    """How the base runs on the backends; None: by its own ``step()``, which may have hooks or have been replaced."""
+    update = FUSED.get(type(optimizer))
+    if update is None or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return None
+    return None if _replaced_step(optimizer) is not None else update
+
+
+def run_step(optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.step()`` with its own hooks. Global hooks run once, on FastSAM's own ``step``."""
+    if (replaced := _replaced_step(optimizer)) is not None:
+        replaced()
+        return
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__
-    step(optimizer)
+    args: tuple[Any, ...] = (optimizer,)
+    kwargs: dict[str, Any] = {}
+    for before in list(optimizer._optimizer_step_pre_hooks.values()):
+        args, kwargs = before(optimizer, args, kwargs) or (args, kwargs)
+    step(*args, **kwargs)
+    for after in list(optimizer._optimizer_step_post_hooks.values()):
+        after(optimizer, args, kwargs)
+
+
+def note_step(optimizer: torch.optim.Optimizer) -> None:
+    """Tells a learning-rate scheduler that was made for the base of its step, of which it would miss the call."""
+    if "step" in optimizer.__dict__:
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _replaced_step(optimizer: torch.optim.Optimizer) -> Any:
+    """A ``step`` that somebody has set on the instance; a learning-rate scheduler's only notes the call."""
+    step = optimizer.__dict__.get("step")
+    return None if getattr(step, "_wrapped_by_lr_sched", False) else step

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from fastsam.bases import FusedUpdate
-from fastsam.groups import GROUP_OPTIONS, rho_in
-from fastsam.methods import SAM, Method
+from fastsam import methods
+from fastsam.bases import FUSED, FusedUpdate
+from fastsam.groups import fill_options, rho_in, split_options
+from fastsam.methods import Method
 from fastsam.schedules import is_schedule
 from fastsam.spec import MASTER_NAME, STEP_NAME
 
@@ -19,7 +20,7 @@ STEP_COUNT = "fastsam_step"
 """In each parameter group: the number of steps, if a method, an interval or a schedule uses it."""
 
 METHOD = "fastsam_method"
-"""In the groups of a checkpoint: the method's name, if it is not SAM."""
+"""In the groups of a checkpoint: the method, if it keeps something in ``state``."""
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -29,10 +30,10 @@ def complete_saved(saved: dict[str, Any], method: Method, update: FusedUpdate | 
     if update is not None:
         saved["state"] = {key: update.saved(entries) for key, entries in saved["state"].items()}
         _bring_steps_to_host(saved)
-    for group in saved["param_groups"]:
-        if not isinstance(method, SAM):
+    for group in saved.get("param_groups", ()):
+        if method.state_name is not None:
             group[METHOD] = type(method).__name__
-        if is_schedule(group["rho"]):
+        if is_schedule(group.get("rho")):
             group["rho"] = rho_in(group, step)  # a schedule is code, which a checkpoint cannot hold
 
 
@@ -56,61 +57,101 @@ def _is_on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-def complete_loaded(loaded: dict[str, Any], given: Mapping[str, Any], present: Groups, method: Method) -> None:
-    """Completes and corrects the copy that ``Optimizer.load_state_dict()`` has made of a state dict.
+class LoadHooks:
+    """What FastSAM does around the base's ``load_state_dict``, whoever calls it.
 
     Args:
-        loaded: torch's copy, with tensors cast to the parameters' dtype; changed in place.
-        given: the state dict itself.
-        present: the optimizer's parameter groups, which supply what the loaded ones lack.
-        method: the optimizer's method.
-
-    Raises:
-        ValueError: the state belongs to another method.
+        base: the base optimizer; its hooks do not refer to it.
+        method: the method.
+        check_group: raises if a group's options are not possible.
     """
-    for group, mine in zip(loaded["param_groups"], present, strict=True):
-        name = group.pop(METHOD, None)
-        if name is not None and name != type(method).__name__:
-            raise ValueError(
-                f"the state belongs to the method {name}, this optimizer's method is {method}, which cannot use it; "
-                f"to load it without the method's state, remove {METHOD!r} from its param_groups"
-            )
-        for name in GROUP_OPTIONS:
-            group.setdefault(name, mine[name])
-        if STEP_COUNT in mine:
-            group.setdefault(STEP_COUNT, mine[STEP_COUNT])
-        if is_schedule(mine["rho"]):
-            group["rho"] = mine["rho"]
-    saved = chain.from_iterable(group["params"] for group in given["param_groups"])
-    params = ((param, group) for group in loaded["param_groups"] for param in group["params"])
-    for key, (param, group) in zip(saved, params, strict=True):
-        for name, value in given["state"].get(key, {}).items():
-            if not isinstance(value, Tensor):
-                continue
-            entries = loaded["state"][param]
-            # torch casts loaded tensors to the parameter's dtype, in which a count may not exceed 256.
-            if name.startswith("fastsam_") or (group["master_weights"] and name != "step"):
-                entries[name] = value.to(param.device, copy=True)
-            elif entries[name] is value:
-                entries[name] = value.clone()  # two optimizers may load one dict
+
+    def __init__(self, base: Optimizer, method: Method, check_group: Callable[[Mapping[str, Any]], None]) -> None:
+        self._method, self._check_group = method, check_group
+        self._given: dict[str, Any] = {}
+        self._options: list[dict[str, Any]] = []
+        base.register_load_state_dict_pre_hook(self._before)
+        base.register_load_state_dict_post_hook(self._after)
+
+    def _before(self, base: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        """Checks a state dict before anything is changed, and leaves out what is another SAM's.
+
+        Raises:
+            ValueError: the state is another method's, or an option is not possible.
+            RuntimeError: a state tensor has another shape than its parameter.
+        """
+        groups = [dict(group) for group in given["param_groups"]]
+        self._options = [split_options(group)[1] for group in base.param_groups]
+        for group in groups:
+            self._check_method(group.pop(METHOD, None))
+        for group, mine in zip(groups, self._options, strict=False):
+            self._check_group({**base.defaults, **mine, **group})
+        state = {key: _without_foreign(entries) for key, entries in given["state"].items()}
+        state = {key: entries for key, entries in state.items() if entries != {} or not given["state"][key]}
+        self._given = {**given, "state": state, "param_groups": groups}
+        if (update := FUSED.get(type(base))) is not None:
+            _check_shapes(_pairs(groups, base), state, base.defaults, update)
+        return dict(self._given)
+
+    def _after(self, base: Optimizer) -> None:
+        """Completes what torch has made of the state dict."""
+        given = self._given
+        self._given = {}
+        fill_options(base.param_groups, self._options)
+        for group, mine in zip(base.param_groups, self._options, strict=False):
+            if is_schedule(mine.get("rho")):
+                group["rho"] = mine["rho"]
+        is_torchs = type(base).load_state_dict is Optimizer.load_state_dict
+        for key, param, _, options in _pairs(given["param_groups"], base):
+            saved = given["state"].get(key)
+            for name, value in saved.items() if isinstance(saved, Mapping) else ():
+                if not isinstance(value, Tensor):
+                    continue
+                entries = base.state[param]
+                # torch casts what it loads to the parameter's dtype, in which a count may end at 256.
+                if name.startswith("fastsam_") or (options.get("master_weights") and name != "step"):
+                    entries[name] = value.to(param.device, copy=True)
+                elif is_torchs and entries[name] is value:
+                    entries[name] = value.clone()  # two optimizers may load one dict
+
+    def _check_method(self, name: str | None) -> None:
+        # Checkpoints of older versions name every method.
+        saved: Any = None if name is None else getattr(methods, name, None)
+        if name is None or getattr(saved, "state_name", "") is None or name == type(self._method).__name__:
+            return
+        raise ValueError(
+            f"the state belongs to the method {name}, this optimizer's method is {self._method}, which cannot use it; "
+            f"to load it without the method's state, remove {METHOD!r} from its param_groups"
+        )
 
 
-def check_shapes(loaded: Mapping[str, Any], names_of: Callable[[Mapping[str, Any]], Sequence[str]]) -> None:
-    """Raises RuntimeError if a state tensor has another shape than its parameter.
+_FOREIGN = frozenset({"old_p", "e_w"})
+"""What other implementations of SAM keep in ``state`` during a step."""
 
-    Args:
-        loaded: the state and the groups, keyed by parameters.
-        names_of: returns the names of a group's state tensors that have the shapes of their parameters.
-    """
-    index = 0
-    for group in loaded["param_groups"]:
-        names = [*names_of(group), MASTER_NAME]
-        for param in group["params"]:
-            for name in names:
-                value = loaded["state"].get(param, {}).get(name)
-                if value is not None and value.shape != param.shape:
-                    raise RuntimeError(
-                        f"parameter {index} (shape {tuple(param.shape)}): its loaded state {name!r} has shape "
-                        f"{tuple(value.shape)}"
-                    )
-            index += 1
+
+def _without_foreign(entries: Any) -> Any:
+    if not isinstance(entries, Mapping):
+        return entries  # an entry that is about no parameter
+    return {name: value for name, value in entries.items() if name not in _FOREIGN}
+
+
+def _pairs(saved: Groups, base: Optimizer) -> Iterator[tuple[Any, Tensor, Mapping[str, Any], Mapping[str, Any]]]:
+    """Each saved key with its parameter, and their groups."""
+    for theirs, mine in zip(saved, base.param_groups, strict=False):
+        for key, param in zip(theirs["params"], mine["params"], strict=False):
+            yield key, param, theirs, mine
+
+
+def _check_shapes(
+    pairs: Iterable[Any], state: Mapping[Any, Any], defaults: Mapping[str, Any], update: FusedUpdate
+) -> None:
+    """Raises RuntimeError if a state tensor has another shape than its parameter."""
+    for index, (key, param, theirs, mine) in enumerate(pairs):
+        names = (*update.state_names({**defaults, **mine, **theirs}).moments, MASTER_NAME)
+        for name in names:
+            value = state.get(key, {}).get(name)
+            if value is not None and value.shape != param.shape:
+                raise RuntimeError(
+                    f"parameter {index} (shape {tuple(param.shape)}): its loaded state {name!r} has shape "
+                    f"{tuple(value.shape)}"
+                )

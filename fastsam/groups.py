@@ -21,6 +21,36 @@ GROUP_OPTIONS = ("rho", "adaptive", "perturb", *PRECISION_OPTIONS)
 """FastSAM's options in each group, besides the base's."""
 
 
+_OPTIONS = frozenset(GROUP_OPTIONS)
+
+
+def lacks_options(group: Mapping[str, Any]) -> bool:
+    """Whether the base was given, or has loaded, the group without FastSAM."""
+    return any(name not in group for name in GROUP_OPTIONS)
+
+
+def split_options(group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a group is the base's, and what is FastSAM's."""
+    own = {name for name in group if name in _OPTIONS or str(name).startswith("fastsam_")}
+    return {n: v for n, v in group.items() if n not in own}, {n: v for n, v in group.items() if n in own}
+
+
+def give_options(groups: Sequence[dict[str, Any]], given: Sequence[Mapping[str, Any]]) -> None:
+    """Sets FastSAM's options in the base's ``groups``, which it has made of the groups ``given``."""
+    of = {id(tensor): group for group in given for tensor in tensors_of(group)}
+    for index, group in enumerate(groups):
+        first = next(iter(group["params"]), None)
+        mine = of.get(id(first), given[min(index, len(given) - 1)])
+        fill_options([group], [split_options(mine)[1]])
+
+
+def fill_options(groups: Sequence[dict[str, Any]], options: Sequence[Mapping[str, Any]]) -> None:
+    """Gives each group the options that it lacks."""
+    for group, mine in zip(groups, options, strict=False):
+        for name, value in mine.items():
+            group.setdefault(name, value)
+
+
 def as_groups(params: Any) -> list[dict[str, Any]]:
     """The parameter groups in the argument ``params`` of a constructor."""
     if isinstance(params, (Tensor, Mapping)) or not isinstance(params, Iterable):
@@ -78,7 +108,10 @@ def tensors_of(group: Mapping[str, Any]) -> list[Tensor]:
 
 
 def check_parameters(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises TypeError or ValueError if a parameter cannot be trained, occurs twice, or shares memory with another."""
+    """Raises TypeError or ValueError if a parameter cannot be trained, or if two are one or share memory.
+
+    A frozen one may be anything: it is checked when it has a gradient.
+    """
     params = [p for group in groups for p in tensors_of(group)]
     seen: dict[int, int] = {}
     for index, param in enumerate(params):
@@ -87,7 +120,8 @@ def check_parameters(groups: Sequence[Mapping[str, Any]]) -> None:
         if id(param) in seen:
             raise ValueError(f"parameter {index} (shape {tuple(param.shape)}) is parameter {seen[id(param)]} again")
         seen[id(param)] = index
-        check_parameter(param, index)
+        if param.requires_grad:
+            check_parameter(param, index)
     check_disjoint(params)
 
 
@@ -95,14 +129,27 @@ def rho_in(group: Mapping[str, Any], step: int) -> Any:
     """The radius of ``group`` in step ``step`` (from 0)."""
     rho = group["rho"]
     if isinstance(rho, RhoByLR):
-        return rho.of(group["lr"])
+        return rho.of(learning_rate(group))
     return rho(step) if callable(rho) else rho
 
 
-def ascent_options(group: Mapping[str, Any], step: int) -> AscentOptions:
-    """The options of ``group`` that backends need for the ascent in step ``step``."""
+def learning_rate(group: Mapping[str, Any]) -> Any:
+    """The group's lr.
+
+    Raises:
+        ValueError: the base has none, or computes it by itself (None).
+    """
+    if group.get("lr") is None:
+        raise ValueError("lr must be a number or a tensor for this method or schedule of rho, got None; set lr")
+    return group["lr"]
+
+
+def ascent_options(group: Mapping[str, Any], step: int, rho_scale: float = 1.0) -> AscentOptions:
+    """The options of ``group`` that backends need for the ascent in step ``step``; ``rho_scale``: rho's factor."""
     rho = rho_in(group, step)
     _check_rho(rho, read=not isinstance(rho, Tensor) or rho.device.type == "cpu")
+    if rho_scale != 1.0:
+        rho = rho * rho_scale
     return AscentOptions(rho, bool(group["adaptive"]), bool(group.get("maximize", False)), rounding_seed(group))
 
 

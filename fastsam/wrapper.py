@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -11,11 +13,27 @@ from torch.optim import Optimizer
 
 from fastsam import methods
 from fastsam.backends import resolve
-from fastsam.bases import FUSED, FusedUpdate
-from fastsam.checkpoint import STEP_COUNT, check_shapes, complete_loaded, complete_saved
-from fastsam.engine import Engine
-from fastsam.groups import GROUP_OPTIONS, check_parameters, tensors_of, with_defaults
+from fastsam.bases import FUSED, FusedUpdate, fused_update
+from fastsam.checkpoint import STEP_COUNT, LoadHooks, complete_saved
+from fastsam.engine import Engine, Plan
+from fastsam.groups import (
+    GROUP_OPTIONS,
+    check_parameters,
+    fill_options,
+    give_options,
+    lacks_options,
+    split_options,
+    tensors_of,
+    with_defaults,
+)
+from fastsam.policy import Policy
 from fastsam.precision import check_precision
+from fastsam.runtime.batch_norm import RunningStatistics
+from fastsam.runtime.replay_rng import GeneratorStates
+from fastsam.runtime.scaler import ScalerAttribute
+from fastsam.schedules import is_schedule
+
+_living: weakref.WeakSet[BaseWrapper] = weakref.WeakSet()
 
 
 class BaseWrapper(Optimizer):
@@ -24,7 +42,12 @@ class BaseWrapper(Optimizer):
     base_optimizer: Optimizer
     backend: str
     _engine: Engine
-    _interval: int
+    _policy: Policy
+    _replay_rng: bool
+    _statistics: RunningStatistics | None
+
+    grad_scale = ScalerAttribute()
+    found_inf = ScalerAttribute()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -33,7 +56,8 @@ class BaseWrapper(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = groups
+        if self._engine.is_constructed:  # Optimizer.__init__ sets empty ones
+            self.base_optimizer.param_groups = groups
 
     @property
     def state(self) -> Any:
@@ -42,7 +66,14 @@ class BaseWrapper(Optimizer):
 
     @state.setter
     def state(self, state: Any) -> None:
-        self.base_optimizer.state = state
+        if self._engine.is_constructed:
+            self.base_optimizer.state = state
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the base has, such as the ``train()`` and ``eval()`` of schedule-free optimizers."""
+        if name.startswith("_") or "base_optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_optimizer, name)
 
     @property
     def perturbed(self) -> bool:
@@ -53,6 +84,16 @@ class BaseWrapper(Optimizer):
     def method(self) -> methods.Method:
         """The method, which cannot be changed: its state would be of no use to another."""
         return self._engine.method
+
+    @property
+    def ascends_next(self) -> bool:
+        """Whether the coming step has an ascent, as far as is known before its first pass."""
+        return self._ascends_now()
+
+    @property
+    def replay_rng(self) -> bool:
+        """Whether both passes have the same random numbers."""
+        return self._replay_rng
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; what it does not set is taken from the constructor's options.
@@ -68,7 +109,9 @@ class BaseWrapper(Optimizer):
         check_parameters([*self.param_groups, group])
         self._check_backends(group)
         self._check_group({**self.base_optimizer.defaults, **group})
-        self.base_optimizer.add_param_group(group)
+        self.base_optimizer.add_param_group(split_options(group)[0])
+        give_options([self.param_groups[-1]], [group])
+        self._engine.watch(self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's: ``base`` alone can load it, and FastSAM loads the base's.
@@ -77,8 +120,15 @@ class BaseWrapper(Optimizer):
             RuntimeError: the weights are perturbed.
         """
         self._refuse_perturbed("state_dict()")
-        saved = super().state_dict()
-        complete_saved(saved, self.method, self._update, self._step_count())
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        self._complete_groups()
+        saved = self.base_optimizer.state_dict()
+        complete_saved(saved, self.method, FUSED.get(type(self.base_optimizer)), self._step_count())
+        self._policy.save(saved.get("param_groups", ()))
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, saved)
+            saved = saved if changed is None else changed
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -89,43 +139,56 @@ class BaseWrapper(Optimizer):
             ValueError: the parameter groups are others, or it is another method's.
         """
         self._refuse_perturbed("load_state_dict()")
-        given: list[Mapping[str, Any]] = []
-        # The last of the hooks: it sees what the others have made of the dict.
-        last = self.register_load_state_dict_pre_hook(lambda _, state: given.append(state))
-        self._load = lambda loaded: self._load_state(loaded, given[-1] if given else state_dict)
+        given = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, given)
+            given = given if changed is None else changed
+        saved_groups = [dict(group) for group in given.get("param_groups", ())]
+        statistics = self._policy.take_saved(saved_groups)
+        if statistics is not None:
+            given = {**given, "param_groups": saved_groups}
+        self._complete_groups()
+        state, groups = self.state, self.param_groups
+        options = [split_options(group)[1] for group in groups]
         try:
-            super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-            del self._load
+            self.base_optimizer.load_state_dict(given)
+        except BaseException:
+            if self.param_groups is not groups:
+                self.state, self.param_groups = state, groups
+            raise
+        self._policy.load(statistics)
+        fill_options(self.param_groups, options)  # a load_state_dict of the base's own may run no hooks
+        for loaded in self._optimizer_load_state_dict_post_hooks.values():
+            loaded(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        names = ("base_optimizer", "defaults", "backend", "method", "_interval", "_replay_rng", "_statistics")
+        if self._engine.sums.has_shard_groups:
+            raise TypeError("an optimizer with shard_groups cannot be copied: a process group is this process's own")
+        names = (
+            "base_optimizer",
+            "defaults",
+            "backend",
+            "method",
+            "_policy",
+            "_replay_rng",
+            "_statistics",
+            "_parallel",
+        )
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" in state:  # a copy or a pickle
-            method = state.pop("method")
-            super().__setstate__(state)
-            self._engine = Engine(self.backend, method)
-            self._engine.is_constructed = True
-            return
-        self._load(state)  # from Optimizer.load_state_dict: nothing has been changed yet
+        method = state.pop("method")
+        self._engine = Engine(state["backend"], method)
+        super().__setstate__(state)
+        self._engine.is_constructed = True
+        self._adopt_base()
 
-    def _load_state(self, loaded: dict[str, Any], given: Mapping[str, Any]) -> None:
-        """Takes over what torch has cast (``loaded``) of a state dict (``given``); all of it or nothing."""
-        complete_loaded(loaded, given, self.param_groups, self.method)
-        for group in loaded["param_groups"]:
-            self._check_group(group)
-        if (update := self._update) is not None:
-            check_shapes(loaded, lambda group: update.state_names({**self.defaults, **group}).moments)
-        before = self.state, self.param_groups
-        try:
-            self.base_optimizer.__setstate__(loaded)
-        except BaseException:
-            self.state, self.param_groups = before
-            raise
+    def __copy__(self) -> BaseWrapper:
+        """A view of the same optimizer: it shares the base, so it must share the step's state."""
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        return view
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -133,29 +196,118 @@ class BaseWrapper(Optimizer):
 
     # ---- small things ----
 
+    def _adopt_base(self) -> None:
+        _living.add(self)
+        base, method = self.base_optimizer, self.method
+        self._engine.watch(self._parameters())
+        LoadHooks(base, method, functools.partial(_check_group, type(base), method, type(base) in FUSED))
+
+    def _complete_groups(self) -> None:
+        """Gives FastSAM's options to groups that the base was given, or has loaded, by itself."""
+        for group in self.param_groups:
+            if lacks_options(group):
+                fill_options([group], [{name: self.defaults[name] for name in GROUP_OPTIONS}])
+
     def _parameters(self) -> Iterable[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
     @property
     def _update(self) -> FusedUpdate | None:
         """How the base runs on the backends; None: by its own ``step()``."""
-        return FUSED.get(type(self.base_optimizer))
+        return fused_update(self.base_optimizer)
 
     def _check_backends(self, group: Mapping[str, Any]) -> None:
-        for device_type in {p.device.type for p in tensors_of(group)}:
+        for device_type in {p.device.type for p in tensors_of(group) if p.requires_grad}:
             resolve(self.backend, device_type)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        base, fused = type(self.base_optimizer), self._update is not None
-        check_precision(group, base, fused=fused)
-        self.method.check_group(base, group, fused=fused)
+        _check_group(type(self.base_optimizer), self.method, self._update is not None, group)
 
     def _step_count(self) -> int:
         # A group that was added later, or put first, has no count yet.
         return max((int(group.get(STEP_COUNT, 0)) for group in self.param_groups), default=0)
+
+    def _generator_states(self) -> GeneratorStates | None:
+        return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
+
+    def _plan(self, micro_batch: int = 0) -> Plan:
+        step, scaler = self._step_count(), self._engine.scaler
+        scale, found_inf = scaler.get("grad_scale"), scaler.get("found_inf")
+        rho_scale = self._policy.rho_scale(step)
+        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch, rho_scale)
+
+    def _forget_scaler(self) -> None:
+        # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
+        self._engine.scaler.clear()
+
+    def _ascends_now(self) -> bool:
+        """Whether this step has an ascent, as far as is known before its first pass."""
+        return self._policy.ascends(self._step_count(), self.param_groups, self.method)
+
+    def _count_step(self) -> None:
+        self._engine.is_single = False
+        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
+        self._policy.commit()
+        if self._policy.counts_steps or self.method.counts_steps or schedules:
+            count = self._step_count() + 1
+            for group in self.param_groups:
+                group[STEP_COUNT] = count
+
+    def _restore_statistics(self) -> None:
+        if self._statistics is not None:
+            self._statistics.restore()
+
+    def _is_initialized_by_this(self) -> bool:
+        """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""
+        lrs = [group.get("lr") for group in self.param_groups]
+        on_host = all(lr.device.type == "cpu" if isinstance(lr, Tensor) else lr is not None for lr in lrs)
+        return (
+            not any(self.state.values())
+            and on_host
+            and all(float(lr or 0) == 0 for lr in lrs)
+            and self._has_gradients()
+        )
+
+    def _has_gradients(self) -> bool:
+        return self._engine.may_have_grads(p.grad is not None for p in self._parameters())
+
+    def _clear_grads(self) -> None:
+        """Sets gradients to None, or to zeros where they are views of a buffer, which are to remain the gradients."""
+        in_buffers = {id(param) for param in self._engine.tables.in_buffers}
+        for param in self._parameters():
+            grad = param.grad
+            if grad is None or id(param) not in in_buffers:
+                param.grad = None
+                continue
+            if grad.requires_grad:
+                param.grad = grad = grad.detach()
+            grad.zero_()
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._engine.perturbed:
             raise RuntimeError(
                 f"{what} is not possible while the weights are perturbed; call second_step() or restore() first"
             )
+
+
+def refuse_groups_of_others(params: Any) -> None:
+    """Raises TypeError if ``params`` are the live groups of a FastSAM with options that groups do not hold.
+
+    ``type(optimizer)(optimizer.param_groups)``, as some distributed wrappers do it, would silently lose them.
+    """
+    for other in list(_living):
+        if params is not other.param_groups:
+            continue
+        policy = other._policy
+        plain = other.method == methods.SAM() and policy.interval == 1 and policy.schedule is None
+        if not plain or other._replay_rng or other._statistics is not None:
+            raise TypeError(
+                f"these are the param_groups of another FastSAM, with method={other.method}, "
+                f"interval={policy.interval}, schedule={policy.schedule}, replay_rng={other._replay_rng}, which groups "
+                "do not hold; pass the same arguments, or parameters"
+            )
+
+
+def _check_group(base: type[Optimizer], method: methods.Method, fused: bool, group: Mapping[str, Any]) -> None:
+    check_precision(group, base, fused=fused)
+    method.check_group(base, group, fused=fused)

@@ -36,7 +36,7 @@ __device__ __forceinline__ DescentPlace<scalar_t, stored_t> find_descent(const A
                                                                          const DeviceChunk& chunk) {
   constexpr bool kMasters = !std::is_same_v<scalar_t, stored_t>;
   DescentPlace<scalar_t, stored_t> place{find_source<scalar_t, kMasters>(args, descent.y, chunk),
-                                         element_pointer<scalar_t>(args.table, kFirstGrad, chunk),
+                                         element_pointer<scalar_t>(find_address(args, kFirstGrad, chunk), chunk),
                                          element_pointer<stored_t>(args.table, kMethodState, chunk), true};
   if (descent.y != kNone && !place.y.is_present()) place.takes_part = false;
   if (descent.keeps && (place.first == nullptr || place.method_state == nullptr)) place.takes_part = false;

@@ -17,7 +17,7 @@ namespace fastsam::cuda {
 // takes as much in the library as its arguments: those for methods, of which there are many, take less.
 constexpr int64_t kFewTensors = 480;
 constexpr int64_t kManyTensors = 4064;
-constexpr int64_t kMethodTensors = 1024;
+constexpr int64_t kMethodTensors = 512;
 
 // One launch: a run of tensors, in the table's order, and all of their chunks.
 struct Launch {
@@ -31,19 +31,31 @@ struct Launch {
 
 // A table in device memory.
 struct DeviceTable {
-  const int64_t* addresses;  // [kRows, tensor_count]; the row of gradients is not read
+  const int64_t* addresses;  // [kRows, tensor_count]; the rows of a step are not read
   const int64_t* chunks;     // [count, 4]: tensor, first element, length, parameter group
   int64_t tensor_count;
   const int64_t* positions;  // of the tensors in the parameter groups; null: everything is rounded to nearest
 };
 
-// What a kernel gets: the table, its share of it, what only this operation needs, and addresses of gradients.
+// Addresses of a launch's tensors in the rows that are new in every step; 0: absent. Methods have more of them.
+template <int64_t kCapacity>
+struct StepRows {
+  int64_t grads[kCapacity];
+};
+
+template <>
+struct StepRows<kMethodTensors> {
+  int64_t grads[kMethodTensors];
+  int64_t first_grads[kMethodTensors];
+  int64_t directions[kMethodTensors];
+};
+
+// What a kernel gets: the table, its share of it, what only this operation needs, and the rows of this step.
 template <typename Extra, int64_t kCapacity>
-struct Arguments {
+struct Arguments : StepRows<kCapacity> {
   DeviceTable table;
   Launch launch;
   Extra extra;
-  int64_t grads[kCapacity];  // of the launch's tensors; 0: none
 };
 
 inline int64_t chunks_of(int64_t size, int64_t chunk_size) { return (size + chunk_size - 1) / chunk_size; }
@@ -69,8 +81,15 @@ void pack_arguments(const TensorTable& table, const DeviceTable& device, const L
   arguments.table = device;
   arguments.launch = launch;
   arguments.extra = extra;
-  const int64_t* grads = table.addresses + kGrad * table.tensor_count + launch.first_tensor;
-  std::memcpy(arguments.grads, grads, launch.tensor_count * sizeof(int64_t));
+  const auto copy_row = [&](Row row, int64_t* target) {
+    const int64_t* addresses = table.addresses + row * table.tensor_count + launch.first_tensor;
+    std::memcpy(target, addresses, launch.tensor_count * sizeof(int64_t));
+  };
+  copy_row(kGrad, arguments.grads);
+  if constexpr (kCapacity == kMethodTensors) {
+    copy_row(kFirstGrad, arguments.first_grads);
+    copy_row(kDirection, arguments.directions);
+  }
 }
 
 // A block's share of the work, as two 16-byte loads.
@@ -113,20 +132,30 @@ FASTSAM_HOST_DEVICE bool is_wide(bool masters, int64_t row) {
   return masters && row != kParam && row != kGrad && row != kFirstGrad && row != kDirection;
 }
 
-// Of any row, the gradients' included; of none, absent.
+// The address of the chunk's tensor in any row, those of this step included; 0 in none.
+template <typename Extra, int64_t kCapacity>
+FASTSAM_HOST_DEVICE int64_t find_address(const Arguments<Extra, kCapacity>& args, int64_t row,
+                                         const DeviceChunk& chunk) {
+  if (row < 0) return 0;
+  const int64_t in_launch = chunk.tensor - args.launch.first_tensor;
+  if (row == kGrad) return args.grads[in_launch];
+  if constexpr (kCapacity == kMethodTensors) {
+    if (row == kFirstGrad) return args.first_grads[in_launch];
+    if (row == kDirection) return args.directions[in_launch];
+  }
+  return args.table.addresses[row * args.table.tensor_count + chunk.tensor];
+}
+
 template <typename scalar_t, bool kMasters, typename Arguments>
 FASTSAM_HOST_DEVICE Source<scalar_t> find_source(const Arguments& args, int64_t row, const DeviceChunk& chunk) {
-  if (row < 0) return {nullptr, nullptr};
-  const DeviceTable& table = args.table;
-  const int64_t address = row == kGrad ? args.grads[chunk.tensor - args.launch.first_tensor]
-                                       : table.addresses[row * table.tensor_count + chunk.tensor];
+  const int64_t address = find_address(args, row, chunk);
   if (is_wide(kMasters, row)) return {nullptr, element_pointer<float>(address, chunk)};
   return {element_pointer<scalar_t>(address, chunk), nullptr};
 }
 
 template <typename scalar_t, typename Arguments>
 FASTSAM_HOST_DEVICE scalar_t* grad_pointer(const Arguments& args, const DeviceChunk& chunk) {
-  return element_pointer<scalar_t>(args.grads[chunk.tensor - args.launch.first_tensor], chunk);
+  return element_pointer<scalar_t>(find_address(args, kGrad, chunk), chunk);
 }
 
 constexpr int64_t kVectorBytes = 16;

@@ -1,10 +1,10 @@
 // The operators on CUDA tensors: argument checks, device, stream.
 //
-// What the host reads is a table as in ../ops.cpp, less its chunks: above all the gradients' addresses. What kernels
-// read is in device memory (fastsam/backends/device_table.py): `device_addresses` [kRows, n] as int64, whose row of
-// gradients is not read; `chunks` [count, 4] as int64: tensor, first element, length, group; `options` as two words for
-// each of [groups, fields]; `coefficients`; `positions`; `finished` [2, n] as int32: zeros between operations, and the
-// number of each tensor's chunks.
+// What the host reads is a table as in ../ops.cpp, less its chunks: above all the addresses of this step's gradients.
+// What kernels read is in device memory (fastsam/backends/device_table.py): `device_addresses` [kRows, n] as int64,
+// whose rows of gradients, first gradients and directions are not read; `chunks` [count, 4] as int64: tensor, first
+// element, length, group; `options` as two words for each of [groups, fields]; `coefficients`; `positions`; `finished`
+// [2, n] as int32: zeros between operations, and the number of each tensor's chunks.
 #include <cstdint>
 #include <optional>
 

@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fastsam.backends.device_table import GPU_CHUNK_SIZE, DeviceTable, Options, fit_chunk_size
-from fastsam.spec import ROWS, Row
+from fastsam.backends.device_table import GPU_CHUNK_SIZE, STEP_ROWS, DeviceTable, Options, fit_chunk_size
+from fastsam.spec import ROWS
 from fastsam.tables import TensorTable
 
 # 256 KiB of float32: small enough to share out evenly, large enough for the prefetchers (at 64 KiB and less, walking
@@ -35,14 +35,14 @@ class HostTable:
     """
 
     def __init__(self, table: TensorTable) -> None:
-        positions = torch.tensor(table.positions, dtype=torch.int64) if table.stochastic else None
+        positions = torch.tensor(table.positions, dtype=torch.int64, device="cpu") if table.stochastic else None
         chunks = table.chunks(CHUNK_SIZE)
         cut = chunks, CHUNK_SIZE
         self._arguments = table.addresses, table.tensors, *cut, table.dtype, None, positions, table.has_masters
         self._packed: dict[type, tuple[list[tuple[float, ...]], Tensor]] = {}
-        self.norm = torch.empty((), dtype=torch.float64)
-        self.norm_partials = torch.empty(len(chunks), dtype=torch.float64)
-        self.dot_partials = torch.empty((len(chunks), 3), dtype=torch.float64)
+        self.norm = torch.empty((), dtype=torch.float64, device="cpu")
+        self.norm_partials = torch.empty(len(chunks), dtype=torch.float64, device="cpu")
+        self.dot_partials = torch.empty((len(chunks), 3), dtype=torch.float64, device="cpu")
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Arguments, Tensor]:
         """The table and its options, float64 ``(groups, fields)``, made anew only when a number has changed."""
@@ -61,7 +61,7 @@ class HostTable:
 
 
 class CudaTable:
-    """For operators that run on CUDA. The gradients' addresses are not copied: they travel with each launch.
+    """For operators that run on CUDA. Addresses of tensors that live for one step are not copied: they are arguments.
 
     Attributes:
         norm: the result of ``grad_norm``, float64, 0-dim.
@@ -70,7 +70,7 @@ class CudaTable:
 
     def __init__(self, table: TensorTable) -> None:
         self._chunk_size = cuda_chunk_size(sum(value.numel() for value in table.values))
-        self._copy = DeviceTable(table, self._chunk_size, rows=[row for row in range(ROWS) if row != Row.GRAD])
+        self._copy = DeviceTable(table, self._chunk_size, rows=[row for row in range(ROWS) if row not in STEP_ROWS])
         chunks = len(self._copy.chunks)
         self.norm = torch.empty((), dtype=torch.float64, device=table.device)
         self.norm_partials = torch.empty(chunks, dtype=torch.float64, device=table.device)

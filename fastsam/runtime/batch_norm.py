@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -33,17 +35,31 @@ class RunningStatistics:
             copy = spare.get(buffer)
             fits = copy is not None and copy.device == buffer.device and copy.dtype == buffer.dtype
             self._spare[buffer] = copy if copy is not None and fits else torch.empty_like(buffer)
-            self._spare[buffer].copy_(buffer)
+        _copy_all((copy, buffer) for buffer, copy in self._spare.items())
         self._saved = [(module, name, buffer, self._spare[buffer]) for module, name, buffer in buffers]
 
     def restore(self) -> None:
         """Restores the saved statistics; does nothing without a :meth:`save` since the last call."""
         saved, self._saved = self._saved, []
+        copies = []
         for module, name, buffer, copy in saved:
             present = getattr(module, name)
             if present is not None and (present.device != buffer.device or present.dtype != buffer.dtype):
                 present.copy_(copy)  # the model was moved or cast
                 continue
-            buffer.copy_(copy)
+            copies.append((buffer, copy))
             if present is not buffer:  # a layer that replaces its buffers instead of writing to them
                 setattr(module, name, buffer)
+        _copy_all(copies)
+
+
+@torch.no_grad()
+def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copies the second of each pair to the first: on a GPU with one launch per device and dtype."""
+    alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        targets, sources = alike.setdefault((target.device, target.dtype), ([], []))
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in alike.values():
+        torch._foreach_copy_(targets, sources)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 # The functions of the signal module call these, and spend most of their time converting to enums.
 try:
@@ -16,6 +17,20 @@ except ImportError:
 
 # Those for which Python code may be called: SIGINT, SIGTERM, SIGALRM, SIGUSR1, ... but no real-time signals.
 _NUMBERS = sorted(int(number) for number in signal.valid_signals() if number < getattr(signal, "SIGRTMIN", 32))
+
+
+# What every signal's handler was when last asked, and those in Python: they hardly ever change.
+_known: tuple[list[Any], dict[int, Any]] = [], {}
+
+
+def _find_handlers() -> dict[int, Any]:
+    """The handlers in Python, by signal."""
+    global _known
+    handlers, found = list(map(getsignal, _NUMBERS)), _known[1]
+    if handlers != _known[0]:
+        found = {number: handler for number, handler in zip(_NUMBERS, handlers, strict=True) if callable(handler)}
+        _known = handlers, found
+    return found
 
 
 class DeferredInterrupts:
@@ -33,8 +48,7 @@ class DeferredInterrupts:
         if threading.get_ident() != threading.main_thread().ident:
             return
         self._recorded: dict[int, FrameType | None] = {}
-        found = zip(_NUMBERS, map(getsignal, _NUMBERS), strict=True)
-        self._handlers = {number: handler for number, handler in found if callable(handler)}
+        self._handlers = _find_handlers()
         try:
             for number in self._handlers:
                 self._replaced.append(number)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fastsam.distributed import Sharding, local_of
 from fastsam.precision import Precision, precision_of
-from fastsam.tables.memory import check_disjoint, check_parameter
+from fastsam.runtime.streams import StreamGuard
+from fastsam.tables.memory import check_disjoint, check_parameter, find_shared, may_move
 from fastsam.tables.signature import identities
 from fastsam.tables.state import Wanted
 from fastsam.tables.table import Member, TensorTable, taking_part
@@ -19,27 +22,48 @@ __all__ = ["Member", "TensorTable", "TensorTables", "Wanted", "taking_part"]
 
 
 class TensorTables:
-    """The tables of an optimizer, one per device, dtype and precision, rebuilt whenever these or parameters change."""
+    """The tables of an optimizer, one per device, dtype, precision and sharding, rebuilt whenever these change.
 
-    def __init__(self) -> None:
+    Args:
+        sharding_of: the process groups over which sums over a parameter are added up.
+    """
+
+    def __init__(self, sharding_of: Callable[[Tensor], Sharding] = lambda _: ()) -> None:
+        self._sharding_of = sharding_of
         self._members: list[tuple[Any, ...]] = []
         self._tables: list[TensorTable] = []
+        self._frozen: list[Tensor] = []
+        self._streams = StreamGuard()
+        self.builds = 0
+        """How often tables were built."""
 
     def __iter__(self) -> Iterator[TensorTable]:
         return iter(self._tables)
 
     def read_grads(self, groups: Sequence[Mapping[str, Any]]) -> list[TensorTable]:
         """The tables for the parameters as they are now, with their present gradients."""
+        self._streams.free()
         members = [(identities(g["params"]), g.get("rounding"), g.get("master_weights")) for g in groups]
-        if members != self._members or not all(table.read_grads() for table in self._tables):
+        usual = members == self._members and not self.has_strange_grads()
+        if not (usual and all(table.read_grads() for table in self._tables)):
             self.drop()
-            self._tables = _build(groups)
+            self._tables, self._frozen = _build(groups, self._sharding_of)
+            self.builds += 1
             # A lazy parameter that has been initialized is still the same object, but not in a table yet.
             lazy = any(is_lazy(param) for group in groups for param in group["params"])
             self._members = [] if lazy else members
             for table in self._tables:
                 table.read_grads()
         return self._tables
+
+    @property
+    def in_buffers(self) -> list[Tensor]:
+        """The parameters whose gradients are views of a buffer of somebody else's."""
+        return [table.params[i] for table in self._tables for i in table.gradients.in_buffers]
+
+    def has_strange_grads(self) -> bool:
+        """Whether a parameter has a gradient that was frozen and could not be trained when the tables were built."""
+        return any(param.grad is not None for param in self._frozen)
 
     @contextmanager
     def holding_grads(self) -> Iterator[None]:
@@ -51,20 +75,48 @@ class TensorTables:
                 table.drop_grads()
 
     def drop(self) -> None:
-        """Drops all tables; the next step builds new ones."""
-        self._members, self._tables = [], []
+        """Forgets everything; the next step builds anew."""
+        for table in self._tables:
+            self._streams.keep(table.device, table.made_on, table)
+        self._members, self._tables, self._frozen = [], [], []
 
 
-def _build(groups: Sequence[Mapping[str, Any]]) -> list[TensorTable]:
-    buckets: dict[tuple[torch.device, torch.dtype, Precision], list[Member]] = {}
+def _build(
+    groups: Sequence[Mapping[str, Any]], sharding_of: Callable[[Tensor], Sharding]
+) -> tuple[list[TensorTable], list[Tensor]]:
+    """The tables, and the frozen parameters that cannot be in one."""
+    buckets: dict[tuple[torch.device, torch.dtype, Precision, Sharding], list[Member]] = {}
     params = [(param, index) for index, group in enumerate(groups) for param in group["params"]]
-    for position, (param, _) in enumerate(params):
-        check_parameter(param, position)
-    check_disjoint([param for param, _ in params])
+    frozen = _find_untrainable([param for param, _ in params])
     for position, (param, group_index) in enumerate(params):
-        if is_lazy(param):
+        if is_lazy(param) or position in frozen:
             continue
         dtype = param.dtype.to_real() if param.is_complex() else param.dtype
-        key = param.device, dtype, precision_of(groups[group_index], dtype)
+        device = local_of(param).device  # a mesh names no number of an accelerator
+        key = device, dtype, precision_of(groups[group_index], dtype), sharding_of(param)
         buckets.setdefault(key, []).append(Member(position, param, group_index))
-    return [TensorTable(device, dtype, members, precision) for (device, dtype, precision), members in buckets.items()]
+    tables = [TensorTable(key[0], key[1], members, *key[2:]) for key, members in buckets.items()]
+    return tables, [params[position][0] for position in sorted(frozen)]
+
+
+def _find_untrainable(params: Sequence[Tensor]) -> set[int]:
+    """The positions of frozen parameters of any kind that FastSAM cannot train, or that share another one's memory.
+
+    Raises:
+        TypeError, ValueError: one that is not frozen, or has a gradient, cannot be trained.
+    """
+    found = set()
+    for position, param in enumerate(params):
+        try:
+            check_parameter(param, position)
+        except (TypeError, ValueError):
+            if may_move(param):
+                raise
+            found.add(position)
+    check_disjoint(params)
+    left = [i for i, param in enumerate(params) if i not in found and not is_lazy(param)]
+    while (pair := find_shared([local_of(params[i]) for i in left])) is not None:
+        position = next(left[i] for i in pair if not may_move(params[left[i]]))
+        found.add(position)
+        left.remove(position)
+    return found

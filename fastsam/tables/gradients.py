@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastsam.distributed import is_distributed
 from fastsam.spec import Row
-from fastsam.tables.memory import as_real, same_order
+from fastsam.tables.memory import as_real, copy_into, has_memory, is_exclusive, same_order
 
 if TYPE_CHECKING:
     from fastsam.tables.table import TensorTable
@@ -20,6 +21,11 @@ class Gradients:
 
     def __init__(self) -> None:
         self._scratch: dict[int, Tensor] = {}
+        self.in_buffers: list[int] = []
+        """The parameters whose gradients lie in a buffer of somebody else's: they stay there.
+
+        Those of DTensors do not: the buffer that FSDP reduces gradients in is a new one in each backward.
+        """
 
     def read(self, table: TensorTable) -> bool:
         """Reads the parameters' present gradients into the row GRAD, ``present`` and ``grad_dtype``.
@@ -41,21 +47,31 @@ class Gradients:
             found.append(addresses)
         expected = [addresses for addresses in found if addresses is not None]
         if len(expected) == len(found):
+            version = table.versions[Row.GRAD]
             table.set_row(Row.GRAD, grads, b"".join(expected))
+            if table.versions[Row.GRAD] != version:
+                self.in_buffers = self._find_in_buffers(table, grads)
         else:
             self._examine(table, grads)
         return True
 
     def adopt(self, table: TensorTable, i: int) -> Tensor:
-        """The present gradient, in memory that nothing else will write to."""
+        """The present gradient as memory that nobody else writes to."""
+        # What others refer to (a buffer, DDP's bucket) is written again by the next backward; scratch by the next read.
+        if i in self._scratch and self._scratch[i] is table.grads[i]:
+            return self._scratch.pop(i)
+        is_ours = is_distributed(table.params[i]) or is_exclusive(table.grads, i)
         grad = table.grads[i]
         assert grad is not None
-        # The next read would overwrite scratch memory, the next backward a view (of DDP's bucket, for example).
-        if self._scratch.get(i) is grad:
-            del self._scratch[i]
-        elif grad._base is not None and not table.params[i].is_complex():
-            grad = torch.empty_like(table.values[i], dtype=grad.dtype).copy_(grad)
-        return grad
+        if is_ours:
+            return grad
+        return torch.empty_like(table.values[i], dtype=grad.dtype).copy_(grad)
+
+    def _find_in_buffers(self, table: TensorTable, grads: list[Tensor | None]) -> list[int]:
+        params = table.params
+        return [
+            i for i, g in enumerate(grads) if g is not None and g._base is not None and not is_distributed(params[i])
+        ]
 
     def _examine(self, table: TensorTable, grads: list[Tensor | None]) -> None:
         present = [(i, g) for i, g in enumerate(grads) if g is not None]
@@ -63,6 +79,7 @@ class Gradients:
             _check(table, i, grad)
         ordinary = all(grad.dtype == table.params[i].dtype for i, grad in present)
         table.grad_dtype = table.dtype if ordinary else torch.promote_types(table.dtype, torch.float32)
+        self.in_buffers = self._find_in_buffers(table, grads)
         laid_out = [None if g is None else self._lay_out(table, i, g) for i, g in enumerate(grads)]
         table.present = [i for i, _ in present]
         table.set_row(Row.GRAD, laid_out)
@@ -73,11 +90,12 @@ class Gradients:
     def _lay_out(self, table: TensorTable, i: int, grad: Tensor) -> Tensor:
         """The gradient itself if it has the table's dtype and the parameter's layout, else a copy that does."""
         real = grad if not (grad.is_complex() or grad.is_neg()) else as_real(grad)
-        if real.dtype == table.grad_dtype and same_order(real, table.values[i]):
-            return real
+        if real.dtype == table.grad_dtype and same_order(real, table.values[i]) and has_memory(real):
+            # A subclass may compute otherwise, or refuse to.
+            return real if type(real) is Tensor else real.as_subclass(Tensor)
         if i not in self._scratch or self._scratch[i].dtype != table.grad_dtype:
             self._scratch[i] = torch.empty_like(table.values[i], dtype=table.grad_dtype)
-        return self._scratch[i].copy_(real)
+        return copy_into(self._scratch[i], real, f"{table.name(i)}: its gradient")
 
 
 def _check(table: TensorTable, i: int, grad: Tensor) -> None:
@@ -88,7 +106,7 @@ def _check(table: TensorTable, i: int, grad: Tensor) -> None:
         )
     if grad.device != value.device:
         raise RuntimeError(f"{table.name(i)}: its gradient is on {grad.device}, the parameter on {value.device}")
-    if grad.shape != table.params[i].shape:
+    if grad.shape != table.locals[i].shape:
         raise RuntimeError(f"{table.name(i)}: its gradient has shape {tuple(grad.shape)}")
     if grad.is_complex() != table.params[i].is_complex():
         raise RuntimeError(f"{table.name(i)}: its gradient has dtype {grad.dtype}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastsam.distributed import local_of
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -19,6 +24,52 @@ def as_real(tensor: Tensor) -> Tensor:
     if not tensor.is_complex():
         return tensor.resolve_neg()
     return torch.view_as_real(tensor.resolve_conj().resolve_neg())
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether its elements lie at its address: a wrapper subclass, say, has none, nor has a ``ZeroTensor``."""
+    return tensor.data_ptr() != 0 or tensor.numel() == 0
+
+
+def copy_into(memory: Tensor, tensor: Tensor, name: str) -> Tensor:
+    """Copies the elements of ``tensor``, also of one without an address, into ``memory``.
+
+    Raises:
+        RuntimeError: there are none to be read; ``name`` says what it is.
+    """
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    if is_plain and not has_memory(tensor) and not tensor._is_zerotensor():
+        raise RuntimeError(f"{name} has no memory (its storage was freed or resized); give it memory or set it to None")
+    memory.copy_(tensor)
+    return memory
+
+
+def _references(tensors: Sequence[Any], i: int) -> tuple[int, int, int]:
+    """Who refers to ``tensors[i]``: in Python, in C++, and to its storage."""
+    storage = torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)
+    return sys.getrefcount(tensors[i]), tensors[i]._use_count(), storage
+
+
+def _sample_references() -> tuple[int, int, int] | None:
+    """What :func:`_references` says of a gradient that only its parameter and one list have."""
+    if not hasattr(Tensor, "_use_count"):
+        return None
+    param = torch.nn.Parameter(torch.zeros((), device="cpu"))
+    param.grad = torch.zeros((), device="cpu")
+    return _references([param.grad], 0)
+
+
+_EXCLUSIVE = _sample_references()
+
+
+def is_exclusive(grads: Sequence[Any], i: int) -> bool:
+    """Whether only its parameter and the list ``grads`` have a gradient, so that nobody can write to it later.
+
+    Memory that torch has not allocated (NumPy's, say), or that processes share, cannot be resized.
+    """
+    if _EXCLUSIVE is None or grads[i]._base is not None or _references(grads, i) != _EXCLUSIVE:
+        return False
+    return bool(grads[i].untyped_storage().resizable())
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -111,13 +162,21 @@ def allocate_like(tensors: Sequence[Tensor], *, zero: bool, dtype: torch.dtype |
     return [memory.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
 
 
+def may_move(param: Tensor) -> bool:
+    """Whether an optimizer has anything to do with the parameter."""
+    return param.requires_grad or param.grad is not None
+
+
 def check_parameter(param: Tensor, index: int) -> None:
     """Raises if FastSAM cannot train ``param``, the ``index``-th of the flattened groups."""
     if is_lazy(param):
         return  # no memory yet, and no gradient
     name = f"parameter {index} (shape {tuple(param.shape)})"
-    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
-        raise TypeError(f"{name}: {type(param).__name__} parameters are not supported; pass plain tensors")
+    param = local_of(param)
+    if is_traceable_wrapper_subclass(param):
+        raise TypeError(
+            f"{name}: {type(param).__name__} parameters are not supported; pass plain tensors or DTensors of them"
+        )
     if param.layout is not torch.strided:
         raise ValueError(f"{name}: sparse parameters are not supported; use a dense one")
     if param.device.type == "meta":
@@ -125,6 +184,8 @@ def check_parameter(param: Tensor, index: int) -> None:
     real = param.dtype.to_real() if param.is_complex() else param.dtype
     if real not in SUPPORTED_DTYPES:
         raise ValueError(f"{name}: dtype {param.dtype} is not supported; use float32, float64, bfloat16 or float16")
+    if not has_memory(param):
+        raise ValueError(f"{name}: it has no memory (its storage was freed); give it memory first")
     try:
         is_dense(param)
     except ValueError as reason:
@@ -132,9 +193,12 @@ def check_parameter(param: Tensor, index: int) -> None:
 
 
 def check_disjoint(params: Sequence[Tensor]) -> None:
-    """Raises ValueError if two of the flattened groups' parameters share memory: neither could be restored."""
-    indices = [i for i, param in enumerate(params) if not is_lazy(param)]
-    if (pair := find_shared([params[i] for i in indices])) is not None:
+    """Raises ValueError if two of the flattened groups' parameters share memory: neither could be restored.
+
+    Frozen ones without a gradient are not written to.
+    """
+    indices = [i for i, param in enumerate(params) if may_move(param) and not is_lazy(param)]
+    if (pair := find_shared([local_of(params[i]) for i in indices])) is not None:
         one, other = sorted(indices[i] for i in pair)
         raise ValueError(
             f"parameter {other} (shape {tuple(params[other].shape)}) shares memory with parameter {one} (shape "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastsam.distributed import is_distributed, local_grad, local_of
 
 
 def _find(name: str) -> Any:
@@ -58,8 +60,9 @@ def _metadata(t: Tensor) -> tuple[Any, ...]:
     return t.dtype, t.device, t.shape, strides, t.is_conj(), t.is_neg()
 
 
-def identities(objects: list[Any]) -> bytes:
-    """The identities of the objects in a list, as int64; they are valid only while the objects are alive."""
+def identities(objects: Iterable[Any]) -> bytes:
+    """The identities of the objects in an iterable, as int64; they are valid only while the objects are alive."""
+    objects = objects if isinstance(objects, list) else list(objects)
     return _identities(objects) if _identities is not None else array("q", map(id, objects)).tobytes()
 
 
@@ -69,9 +72,12 @@ def nested_identities(entries: Mapping[Any, dict[str, Any]], names: tuple[str, .
         return _nested_identities(entries, names)
     numbers = array("q")
     for key, inner in entries.items():
-        numbers.extend([id(key), id(inner), *(id(inner[name]) if name in inner else 0 for name in names)])
+        has = inner if isinstance(inner, dict) else {}
+        numbers.extend([id(key), id(inner), *(id(has[name]) if name in has else 0 for name in names)])
     return numbers.tobytes()
 
+
+_NO_ADDRESS = bytes(8)
 
 # Parameters that are examined together: few enough to stay in the cache from one question to the next.
 BLOCK = 256
@@ -83,19 +89,34 @@ class ParameterBlock:
     def __init__(self, start: int, params: list[Tensor]) -> None:
         self.start, self.stop = start, start + len(params)
         self.params = params
-        self._description = describe(params)
+        # What differs for DTensors takes as long as all the rest.
+        self._is_local = not any(map(is_distributed, params))
+        self._description = describe(self._locals())
         self._expected: Any = None
+        self._without_address = 0
+        self._known = b""
 
     def is_unchanged(self) -> bool:
         """Whether every parameter has the address and the metadata that it had at the start."""
-        return describe(self.params) == self._description
+        return describe(self._locals()) == self._description
+
+    def _locals(self) -> list[Tensor]:
+        return self.params if self._is_local else list(map(local_of, self.params))
 
     def read_grads(self) -> tuple[list[Tensor | None], bytes | None]:
         """The present gradients; and their addresses, if their metadata are the expected ones."""
-        grads = list(map(_grad, self.params))
+        grads = list(map(_grad if self._is_local else local_grad, self.params))
         addresses, metadata = describe(grads)
-        return grads, addresses if metadata == self._expected else None
+        # A gradient without an address must be copied; no two addresses in a row have eight zero bytes between them.
+        is_expected = metadata == self._expected
+        if is_expected and addresses != self._known:
+            is_expected = addresses.count(_NO_ADDRESS) == self._without_address
+            self._known = addresses if is_expected else b""
+        return grads, addresses if is_expected else None
 
     def expect_grads(self, grads: list[Tensor | None], *, usable: bool) -> None:
         """Expects the metadata of ``grads`` from now on, if these could be used without a copy."""
-        self._expected = describe(grads).metadata if usable else None
+        addresses, metadata = describe(grads)
+        self._expected = metadata if usable else None
+        self._without_address = addresses.count(_NO_ADDRESS)
+        self._known = b""

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from checks import assert_same_bits, assert_within
+from checks import assert_same_bits
 from problem import Problem
 from registry import every_fused_base
 from torch import nn
@@ -59,7 +59,7 @@ every_exchange = pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda f: f.
 def test_weights_exchanged_between_steps(backend, device, base, exchange):
     """For an evaluation and back, then for good: training goes on from the weights that the model has."""
     problem, plain = Averaged(device), Averaged(device)
-    optimizer, alone = problem.optimizer(backend, base, rho=0.0), plain.base(base)
+    optimizer, alone = problem.optimizer(backend, base, rho=torch.tensor(0.0)), plain.base(base)
     for exchanges in (0, 2, 1, 1, 2):
         for _ in range(exchanges):
             exchange(problem)
@@ -97,20 +97,19 @@ def test_memory_exchanged_between_passes_is_refused(backend, device, base, excha
 
 
 @every_fused_base
-def test_numbers_written_between_passes_are_discarded(backend, device, base):
-    """In place they are a perturbation like any other: the update starts from the weights before it."""
-    problem, plain = Averaged(device), Averaged(device)
-    optimizer, alone = problem.optimizer(backend, base, rho=0.5), plain.base(base)
+def test_numbers_written_between_the_passes_are_refused(backend, device, base):
+    """The restore would undo what another optimizer has written; ``restore()`` brings the weights back."""
+    problem = Averaged(device)
+    optimizer = problem.optimizer(backend, base, rho=0.5)
     start = problem.weights()
     problem.first_step(optimizer)
     exchange_numbers(problem)
     problem.backward()
-    for param, other in zip(problem.params, plain.params, strict=True):
-        other.grad = param.grad.clone()
-    optimizer.second_step()
-    alone.step()
-    for weight, expected, first in zip(problem.weights(), plain.weights(), start, strict=True):
-        assert_within(weight, expected, first)
+    with pytest.raises(RuntimeError, match=r"parameter 0 .*was written to while it was perturbed.*call restore\(\)"):
+        optimizer.second_step()
+    optimizer.restore()
+    assert_same_bits(problem.weights(), start)
+    problem.step(optimizer)
 
 
 @every_fused_base
@@ -156,7 +155,7 @@ def test_assigned_before_optimizer_is_made(backend, device, base):
 def test_module_that_swaps_its_tensors_when_it_is_cast(backend, device, base):
     """``torch.__future__.set_swap_module_params_on_conversion``: the same Parameter objects, other tensors in them."""
     problem, plain = Problem(device), Problem(device)
-    optimizer, alone = problem.optimizer(backend, base, rho=0.0), plain.base(base)
+    optimizer, alone = problem.optimizer(backend, base, rho=torch.tensor(0.0)), plain.base(base)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         for dtype in (torch.float32, torch.float64, torch.float64):

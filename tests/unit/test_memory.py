@@ -190,7 +190,7 @@ def test_two_dense_tensors_are_never_compared_by_element(monkeypatch):
 
 
 def test_the_message_names_both():
-    matrix = torch.zeros(4, 4)
+    matrix = torch.zeros(4, 4, requires_grad=True)
     check_disjoint([matrix[:, 0], matrix[:, 1], matrix[:, 2:]])
     with pytest.raises(
         ValueError, match=r"parameter 2 \(shape \(4, 2\)\) shares memory with parameter 0 \(shape \(4,\)\)"

@@ -1,0 +1,81 @@
+"""Who else writes to parameters while they are perturbed: the restore would undo it, or a foreign one our ascent."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from operator import attrgetter
+
+from torch import Tensor
+
+# Version counters of at least so many parameters are compared: reading thousands would take longer than a launch.
+SAMPLE = 16
+
+_version = attrgetter("_version")
+
+_perturbing: dict[int, weakref.ref[ForeignWrites]] = {}
+
+
+class ForeignWrites:
+    """Compares the version counters of a few parameters, evenly spaced, between the two phases of a step.
+
+    A parameter that is also written to between the steps is the model's own to write (an embedding with ``max_norm``).
+    """
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._sample: list[Tensor] = []
+        self._left: list[int] = []
+        self._found: list[int] = []
+        self._perturbed: list[int] = []
+        self._me = weakref.ref(self)
+
+    def watch(self, params: Iterable[Tensor]) -> None:
+        """These are the parameters from now on."""
+        self._params = list(params)
+        moving = [param for param in self._params if param.requires_grad]
+        self._sample = moving[:: max(1, len(moving) // SAMPLE)]
+        self.end()
+
+    def begin(self) -> None:
+        """An ascent is about to begin.
+
+        Raises:
+            RuntimeError: another FastSAM has perturbed one of the parameters.
+        """
+        if _perturbing:
+            self._refuse_others()
+        self._found = list(map(_version, self._sample))
+
+    def note_ascent(self) -> None:
+        """The parameters are perturbed now."""
+        self._perturbed = list(map(_version, self._sample))
+        _perturbing[id(self)] = self._me
+
+    def find(self) -> Tensor | None:
+        """A parameter that somebody else has written to since."""
+        now = list(map(_version, self._sample))
+        if now == self._perturbed:
+            return None
+        for param, *versions in zip(self._sample, now, self._perturbed, self._found, self._left, strict=True):
+            version, perturbed, found, left = versions
+            if version != perturbed and found == left:
+                return param
+        return None
+
+    def end(self) -> None:
+        """The step is over."""
+        self._left = list(map(_version, self._sample))
+        _perturbing.pop(id(self), None)
+
+    def _refuse_others(self) -> None:
+        mine = set(self._params)
+        for number, reference in list(_perturbing.items()):
+            other = reference()
+            if other is None:
+                del _perturbing[number]
+            elif other is not self and (shared := [i for i, p in enumerate(other._params) if p in mine]):
+                raise RuntimeError(
+                    f"parameter {shared[0]} of another FastSAM is also this one's, and is perturbed by it; call that "
+                    "one's second_step() or restore() first"
+                )

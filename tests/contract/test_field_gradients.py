@@ -1,0 +1,421 @@
+"""What users' gradients and parameters are like: buffers, views, other writers, odd frozen parameters."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.utils.parametrize as parametrize
+from torch import nn
+
+from fastsam import FastSAM, methods
+
+pytestmark = pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
+
+
+def assert_equal(ours, expected):
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one.detach(), other.detach())
+
+
+def gradient_without_address(kind):
+    if kind == "zero tensor":
+        return torch._efficientzerotensor((4,)), torch.zeros(4)
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    return AsyncCollectiveTensor(values.clone()), values
+
+
+@pytest.mark.parametrize("kind", ["zero tensor", "wrapper subclass"])
+def test_a_gradient_without_an_address_counts(backend, kind):
+    def train(special):
+        params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2))]
+        optimizer = FastSAM(params, lr=0.1, rho=0.5, momentum=0.9, backend=backend)
+        for _ in range(4):
+            params[0].grad = gradient_without_address(kind)[0 if special else 1]
+            params[1].grad = torch.ones(2)
+            optimizer.second_step() if optimizer.perturbed else optimizer.first_step()
+        return params
+
+    assert_equal(train(True), train(False))
+
+
+@pytest.mark.parametrize("what", ["gradient", "state"])
+def test_freed_storage_is_refused_by_name(backend, what):
+    w = nn.Parameter(torch.ones(4))
+    optimizer = FastSAM([w], lr=0.1, momentum=0.9, backend=backend)
+    w.grad = torch.ones(4)
+    optimizer.first_step(zero_grad=False)
+    optimizer.second_step()
+    before = w.detach().clone()
+    freed = w.grad if what == "gradient" else optimizer.state[w]["momentum_buffer"]
+    freed.untyped_storage().resize_(0)
+
+    def step():
+        optimizer.first_step(zero_grad=False)
+        optimizer.second_step()
+
+    with pytest.raises(RuntimeError, match=r"parameter 0 \(shape \(4,\)\).*has no memory"):
+        step()
+    optimizer.restore()
+    assert torch.equal(w, before)
+
+
+def test_storage_freed_while_perturbed_is_refused_by_name(backend):
+    w = nn.Parameter(torch.ones(4))
+    optimizer = FastSAM([w], lr=0.1, backend=backend)
+    w.grad = torch.ones(4)
+    optimizer.first_step(zero_grad=False)
+    size = w.untyped_storage().nbytes()
+    w.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"parameter 0 \(shape \(4,\)\).*freed while it was perturbed"):
+        optimizer.restore()
+    w.untyped_storage().resize_(size)
+    optimizer.restore()
+    assert torch.equal(w, torch.ones(4))
+
+
+class Subclass(torch.Tensor):
+    """A subclass with memory of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("mul", "add", "sub", "add_", "mul_", "_foreach_mul", "_foreach_add_"):
+            raise TypeError(f"{function.__name__} of a Subclass")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("method", [methods.SAM(), methods.GSAM(), methods.FriendlySAM()], ids=str)
+def test_a_gradient_of_a_subclass_is_its_memory(backend, method):
+    def train(special):
+        w = nn.Parameter(torch.ones(4))
+        optimizer = FastSAM([w], lr=0.1, rho=0.5, momentum=0.9, method=method, backend=backend)
+
+        def closure():
+            grad = w.detach().pow(2)
+            w.grad = grad.as_subclass(Subclass) if special else grad
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return [w]
+
+    assert_equal(train(True), train(False))
+
+
+SHARING = [methods.SAM(), methods.GSAM(), methods.WSAM(), methods.LookSAM(k=2), methods.FriendlySAM()]
+
+
+@pytest.mark.parametrize("method", SHARING, ids=str)
+def test_gradients_of_another_model_may_be_shared(backend, method):
+    """As in ikostrikov/pytorch-a3c: ``.grad`` is another model's tensor, which it accumulates into in place."""
+
+    def train(shared):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        local = copy.deepcopy(model)
+        optimizer = FastSAM(model.parameters(), lr=0.1, rho=0.5, method=method, backend=backend)
+
+        def closure():
+            local.load_state_dict(model.state_dict())
+            local.zero_grad(set_to_none=not shared)
+            local(torch.ones(4, 3)).square().sum().backward()
+            for mine, its in zip(model.parameters(), local.parameters(), strict=True):
+                mine.grad = its.grad
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return model.parameters()
+
+    assert_equal(train(True), train(False))
+
+
+def test_micro_batches_may_share_one_buffer(backend):
+    w, buffer, values = nn.Parameter(torch.zeros(1)), torch.zeros(1), iter([1.0, 2.0, 3.0, 4.0])
+    optimizer = FastSAM([w], lr=1.0, rho=0.1, backend=backend)
+
+    def closure():
+        buffer.fill_(next(values))
+        w.grad = buffer
+
+    optimizer.step(closures=[closure, closure])
+    torch.testing.assert_close(w.detach(), torch.tensor([-3.0]))
+
+
+MEMORY = {
+    "numpy": lambda array: torch.from_numpy(array),
+    "frombuffer": lambda array: torch.frombuffer(array, dtype=torch.float32),
+    "dlpack": lambda array: torch.from_dlpack(array),
+}
+
+
+@pytest.mark.parametrize("method", SHARING, ids=str)
+@pytest.mark.parametrize("wrap", MEMORY.values(), ids=MEMORY)
+def test_memory_that_torch_does_not_own_is_copied(backend, method, wrap):
+    """Nothing refers to the gradient, and no version counter tells of writes to it."""
+
+    def train(shared):
+        w = nn.Parameter(torch.arange(1.0, 5.0))
+        optimizer = FastSAM([w], lr=0.01, rho=0.5, method=method, backend=backend)
+        array = torch.zeros(4).numpy()
+
+        def closure():
+            array[:] = w.detach().pow(3).numpy()
+            w.grad = wrap(array) if shared else torch.tensor(array)
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return [w]
+
+    assert_equal(train(True), train(False))
+
+
+@pytest.mark.parametrize("method", [methods.SAM(), methods.GSAM()], ids=str)
+def test_a_flat_buffer_stays_the_gradients(backend, method):
+    def train(is_flat):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = FastSAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, method=method, backend=backend)
+        flat, at = torch.zeros(8), 0
+        for param in model.parameters() if is_flat else ():
+            param.grad = flat[at : at + param.numel()].view_as(param)
+            at += param.numel()
+
+        def closure():
+            flat.zero_() if is_flat else optimizer.zero_grad()
+            model(torch.ones(4, 3)).square().sum().backward()
+            for buffer in [flat] if is_flat else [p.grad for p in model.parameters()]:
+                buffer.mul_(0.5)
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return model.parameters()
+
+    assert_equal(train(True), train(False))
+
+
+def test_first_pass_gradients_that_are_written_to_are_an_error(backend):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([w], lr=0.1, method=methods.GSAM(), backend=backend)
+    w.grad = torch.ones(3)
+    optimizer.first_step()
+    optimizer._engine.tables._tables[0].first_grads[0].add_(1)
+    w.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="first-pass gradient was written to"):
+        optimizer.second_step()
+    optimizer.restore()
+    assert torch.equal(w, torch.ones(3))
+
+
+def test_accumulation_before_a_closure_warns_once(backend):
+    model = nn.Linear(3, 2)
+    optimizer = FastSAM(model.parameters(), lr=0.1, backend=backend)
+
+    def backward():
+        model(torch.ones(4, 3)).square().sum().backward()
+
+    backward()
+    with pytest.warns(UserWarning, match="closures"):
+        optimizer.step(backward)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.zero_grad()
+        backward()
+        optimizer.step(backward)
+
+
+def test_a_closure_that_never_clears_is_warned_of(backend):
+    model = nn.Linear(3, 2)
+    optimizer = FastSAM(model.parameters(), lr=0.01, backend=backend)
+
+    def train():
+        for _ in range(5):
+            optimizer.step(lambda: model(torch.ones(4, 3)).square().sum().backward())
+
+    with pytest.warns(UserWarning, match="Clear the gradients in the closure") as found:
+        train()
+    assert len(found) == 1
+
+
+def test_gradients_that_are_cleared_by_data_do_not_warn(backend):
+    model = nn.Linear(3, 2)
+    optimizer = FastSAM(model.parameters(), lr=0.01, backend=backend)
+
+    def closure():
+        for param in model.parameters():
+            if param.grad is not None:
+                param.grad.data.zero_()
+        model(torch.ones(4, 3)).square().sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            optimizer.step(closure)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("outside", [True, False])
+def test_gradients_that_are_cleared_do_not_warn(backend, set_to_none, outside):
+    model = nn.Linear(3, 2)
+    optimizer = FastSAM(model.parameters(), lr=0.1, backend=backend)
+
+    def closure():
+        if not outside:
+            optimizer.zero_grad(set_to_none)
+        model(torch.ones(4, 3)).square().sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            if outside:
+                optimizer.zero_grad(set_to_none)
+            optimizer.step(closure)
+
+
+@pytest.mark.parametrize("which", ["ascent_closure", "closure"])
+def test_a_closure_that_leaves_no_gradient_is_refused(backend, which):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([w], lr=0.1, backend=backend)
+
+    def backward():
+        w.square().sum().backward()
+
+    arguments = {"closure": backward, "ascent_closure": backward, which: w.grad}
+    arguments[which] = lambda: None
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        optimizer.step(arguments["closure"], ascent_closure=arguments["ascent_closure"])
+    assert torch.equal(w, torch.ones(3))
+    assert not optimizer.perturbed
+
+
+@pytest.mark.parametrize("other", ["FastSAM", "SGD"])
+def test_two_optimizers_between_the_phases_are_refused(backend, other):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([w], lr=0.1, backend=backend)
+    w.grad = torch.ones(3)
+    optimizer.first_step(zero_grad=False)
+    if other == "FastSAM":
+        second = FastSAM([w], lr=0.1, backend=backend)
+        with pytest.raises(RuntimeError, match="perturbed by it"):
+            second.first_step()
+    else:
+        torch.optim.SGD([w], lr=0.1).step()
+        with pytest.raises(RuntimeError, match=r"parameter 0 \(shape \(3,\)\) was written to"):
+            optimizer.second_step()
+    optimizer.restore()
+    assert torch.equal(w, torch.ones(3))
+
+
+@pytest.mark.parametrize("method", [methods.SAM(), methods.SAM(inner_steps=2), methods.MomentumSAM()], ids=str)
+def test_a_closure_that_writes_to_perturbed_weights_is_refused(backend, method):
+    """One parameter of many: another optimizer's step in a closure would be undone by the restore."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(20)]
+    optimizer = FastSAM(params, lr=0.1, momentum=0.9, method=method, backend=backend)
+    other = torch.optim.SGD([params[13]], lr=0.1)
+
+    def closure(writes=False):
+        for param in params:
+            param.grad = param.detach().clone()
+        if writes and optimizer.perturbed:
+            other.step()
+
+    optimizer.step(closure)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match=r"parameter 13 \(shape \(3,\)\) was written to"):
+        optimizer.step(lambda: closure(True))
+    assert not optimizer.perturbed
+    assert_equal(params, before)
+
+
+def test_an_embedding_may_renormalize_itself(backend):
+    model = nn.Embedding(4, 3, max_norm=1.0)
+    optimizer = FastSAM(model.parameters(), lr=0.1, backend=backend)
+    for _ in range(2):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.arange(4)).sum().backward()
+            optimizer.second_step() if optimizer.perturbed else optimizer.first_step()
+
+
+class PlusOne(nn.Module):
+    def forward(self, w):
+        return w + 1
+
+
+def test_cached_parametrizations_see_the_perturbed_weights(backend):
+    def train(is_cached):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2, bias=False)
+        parametrize.register_parametrization(model, "weight", PlusOne())
+        optimizer = FastSAM(model.parameters(), lr=0.1, rho=1.0, backend=backend)
+
+        def closure():
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).square().sum().backward()
+
+        if is_cached:
+            with parametrize.cached():
+                optimizer.step(closure)
+        else:
+            optimizer.step(closure)
+        return model.parameters()
+
+    assert_equal(train(True), train(False))
+
+
+FROZEN = {
+    "int8": lambda w: torch.zeros(3, dtype=torch.int8),
+    "float8": lambda w: torch.zeros(3).to(torch.float8_e4m3fn),
+    "meta": lambda w: torch.zeros(3, device="meta"),
+    "expanded": lambda w: torch.zeros(1).expand(3),
+    "alias": lambda w: w.data,
+}
+
+
+@pytest.mark.parametrize("make", FROZEN.values(), ids=FROZEN)
+def test_frozen_parameters_may_be_of_any_kind(backend, make):
+    w = nn.Parameter(torch.ones(3))
+    frozen = nn.Parameter(make(w), requires_grad=False)
+    optimizer = FastSAM([w, frozen], lr=0.1, rho=0.0, backend=backend)
+
+    def closure():
+        optimizer.zero_grad()
+        w.square().sum().backward()
+
+    optimizer.step(closure)
+    torch.testing.assert_close(w.detach(), torch.full((3,), 0.8))
+
+
+def test_a_frozen_parameter_is_checked_when_it_has_a_gradient(backend):
+    w, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(1).expand(3), requires_grad=False)
+    optimizer = FastSAM([w, frozen], lr=0.1, backend=backend)
+    w.grad, frozen.grad = torch.ones(3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"parameter 1 \(shape \(3,\)\): its elements overlap"):
+        optimizer.first_step()
+
+
+ANY_DEVICE = [methods.SAM(), methods.GSAM(), methods.RandomSAM(), methods.FriendlySAM()]
+
+
+@pytest.mark.parametrize("method", ANY_DEVICE, ids=str)
+def test_the_default_device_has_no_effect(backend, method):
+    w = nn.Parameter(torch.ones(3))
+    one, x = torch.ones(()), torch.ones(3)
+    torch.set_default_device("meta")
+    try:
+        optimizer = FastSAM([w], torch.optim.AdamW, lr=0.1, method=method, replay_rng=True, backend=backend)
+        for _ in range(2):
+            optimizer.step(lambda: (optimizer.zero_grad(), (w * x).square().sum().backward(one)))
+    finally:
+        torch.set_default_device(None)
+    assert bool(torch.isfinite(w).all())
+    assert not torch.equal(w, torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", [tuple, nn.ParameterList])
+def test_params_may_be_any_iterable(backend, kind):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([{"params": kind([w])}], lr=0.1, rho=0.0, backend=backend)
+    optimizer.param_groups[0]["params"] = kind([w])
+    optimizer.step(lambda: w.sum().backward())
+    torch.testing.assert_close(w.detach(), torch.full((3,), 0.9))
