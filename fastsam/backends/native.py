@@ -46,7 +46,7 @@ def unsupported_reason(request: Request) -> str:
     if _missing:
         return (
             f"fastsam was installed without its compiled extension ({_missing}) and is several times slower; reinstall "
-            "with a C++ compiler: pip install --no-build-isolation --no-deps fastsam-optim"
+            "with a C++ compiler, in a checkout: pip install --no-build-isolation --no-deps ."
         )
     if device_type == "cuda" and (obstacle := _load_cuda()):
         return obstacle
@@ -69,8 +69,8 @@ def _load_cuda() -> str:
         return f"PyTorch {torch.__version__} was built without CUDA"
     if not cuda_library().exists():
         return (
-            "fastsam was installed without its CUDA kernels; reinstall with nvcc: "
-            "FASTSAM_BUILD=cuda pip install --no-build-isolation --no-deps fastsam-optim"
+            "fastsam was installed without its CUDA kernels; reinstall with nvcc, in a checkout: "
+            "FASTSAM_BUILD=cuda pip install --no-build-isolation --no-deps ."
         )
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"

@@ -14,16 +14,19 @@ from torch import Tensor
 class AccumulationWatch:
     """Warns once if a step's closure adds to gradients that somebody computed before the step.
 
-    One parameter stands for all. Between two steps nothing is computed in normal use: its gradient is the one that the
-    last step left, at most zeroed in place. Otherwise a hook sees whether the closure clears it first.
+    One parameter stands for all. In normal use the closure replaces its gradient, or it has been zeroed in place since
+    the last step. Otherwise a hook sees in the next step whether the closure clears it first.
     """
 
     def __init__(self) -> None:
         self._is_over = False
         self._param: Tensor | None = None
         self._left: tuple[weakref.ref[Tensor] | None, int] = None, 0
+        self._unchanged: Tensor | None = None
+        """In a closure: the gradient that the last step has left, if it is as it was."""
+        self._is_suspect = False
         self._hook: Any = None
-        self._is_found = False
+        self._found: Tensor | None = None
 
     @contextmanager
     def watching(self, params: Iterable[Tensor]) -> Iterator[None]:
@@ -41,24 +44,36 @@ class AccumulationWatch:
         if param is None:
             param = next((p for p in params if p.grad is not None and p.requires_grad), None)
         grad = None if param is None else param.grad
-        left, version = self._left
-        is_left = left is not None and grad is left()
-        if param is None or grad is None or (is_left and grad._version <= version + 1):
+        if param is None or grad is None or not param.requires_grad:
             return
+        left, version = self._left
         before = grad._version
+        if left is not None and grad is left() and before <= version + 1:
+            if before != version:
+                return  # zeroed in place
+            if not self._is_suspect:
+                self._unchanged = grad
+                return
 
         def note(_: Tensor) -> None:
-            self._is_found = self._is_found or (param.grad is grad and grad._version == before)
+            if param.grad is grad and grad._version == before and self._found is None:
+                self._found = grad.clone()
 
-        self._hook = param.register_hook(note) if param.requires_grad else None
+        self._hook = param.register_hook(note)
 
     def _end_closure(self) -> None:
+        unchanged, self._unchanged = self._unchanged, None
         if self._hook is None:
+            # If the closure has written to it: zeros and a sum, or a sum alone?
+            is_same = unchanged is not None and self._param is not None and self._param.grad is unchanged
+            self._is_suspect = is_same and unchanged is not None and unchanged._version != self._left[1]
             return
         self._hook.remove()
-        self._hook = None
-        if self._is_found:
-            self._is_over = True
+        self._hook, self._is_suspect = None, False
+        found, self._found = self._found, None
+        # Read once only: whoever zeroes gradients by .data leaves no trace in the version counter.
+        self._is_over = found is not None
+        if found is not None and bool(found.any()):
             warnings.warn(
                 "step(closure) has added to gradients of earlier backward passes: its second pass sees the last "
                 "micro-batch alone. Clear the gradients in the closure; to accumulate, use step(closures=[...]) with "

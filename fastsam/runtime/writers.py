@@ -8,8 +8,8 @@ from operator import attrgetter
 
 from torch import Tensor
 
-# Version counters of so many parameters are compared: reading every one would take longer than a launch.
-SAMPLE = 4
+# Version counters of at least so many parameters are compared: reading thousands would take longer than a launch.
+SAMPLE = 16
 
 _version = attrgetter("_version")
 

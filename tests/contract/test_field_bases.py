@@ -238,6 +238,86 @@ def test_a_wrapper_adds_groups_and_loads(backend, wrapper):
         assert torch.equal(raw.state[param]["momentum_buffer"], saved["state"][index]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("wrapper", [CopyingWrapper, ForwardingWrapper])
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_scaler_steps_a_wrapper(backend, wrapper, overflow):
+    """GradScaler sets ``grad_scale`` and ``found_inf`` on the wrapper; the optimizer that it wraps must see them."""
+
+    def train(wrap):
+        model = make_model()
+        optimizer = wrap(FastSAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(model(X).square().sum()).backward()
+        optimizer.first_step()
+        scaler.scale(model(X).square().sum()).backward()
+        if overflow:
+            model[0].weight.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        assert not hasattr(optimizer, "found_inf")
+        return model.parameters()
+
+    assert_equal(train(wrapper), train(lambda optimizer: optimizer))
+    if overflow:
+        assert_equal(train(wrapper), make_model().parameters())
+
+
+def test_a_copy_is_a_view(backend):
+    model = make_model()
+    optimizer = FastSAM(model.parameters(), lr=0.1, backend=backend)
+    view = copy.copy(optimizer)
+    model(X).square().sum().backward()
+    view.first_step()
+    assert optimizer.perturbed
+    optimizer.restore()
+    assert_equal(model.parameters(), make_model().parameters())
+
+
+LOST = [{"method": methods.GSAM()}, {"interval": 2}, {"replay_rng": True}]
+
+
+@pytest.mark.parametrize("options", LOST, ids=str)
+def test_groups_do_not_hold_every_option(backend, options):
+    """Horovod's ``type(optimizer)(optimizer.param_groups)`` must not silently make another optimizer."""
+    optimizer = FastSAM(make_model().parameters(), lr=0.1, backend=backend, **options)
+    with pytest.raises(TypeError, match="param_groups of another FastSAM"):
+        type(optimizer)(optimizer.param_groups)
+    again = type(optimizer)(optimizer.param_groups, backend=backend, **options)
+    assert again.method == optimizer.method
+
+
+class OwnState(torch.optim.SGD):
+    """Keeps its state in a plain dict that cannot be replaced."""
+
+    def __init__(self, params, lr):
+        self._own = {}
+        super().__init__(params, lr)
+
+    @property
+    def state(self):
+        return self._own
+
+    @state.setter
+    def state(self, state):
+        pass
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            param.sub_(param.grad, alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("method", [methods.SAM(), methods.LookSAM(k=2), methods.FriendlySAM()], ids=str)
+def test_a_state_that_is_a_plain_dict(backend, method):
+    model, twin = make_model(), make_model()
+    optimizer = FastSAM(model.parameters(), OwnState, lr=0.1, method=method, backend=backend)
+    plain = FastSAM(twin.parameters(), lr=0.1, method=method, backend=backend)
+    for _ in range(4):
+        optimizer.step(closure_of(optimizer, model))
+        plain.step(closure_of(plain, twin))
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class Stop(BaseException):
     pass
 

@@ -62,6 +62,47 @@ def test_freed_storage_is_refused_by_name(backend, what):
     assert torch.equal(w, before)
 
 
+def test_storage_freed_while_perturbed_is_refused_by_name(backend):
+    w = nn.Parameter(torch.ones(4))
+    optimizer = FastSAM([w], lr=0.1, backend=backend)
+    w.grad = torch.ones(4)
+    optimizer.first_step(zero_grad=False)
+    size = w.untyped_storage().nbytes()
+    w.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"parameter 0 \(shape \(4,\)\).*freed while it was perturbed"):
+        optimizer.restore()
+    w.untyped_storage().resize_(size)
+    optimizer.restore()
+    assert torch.equal(w, torch.ones(4))
+
+
+class Subclass(torch.Tensor):
+    """A subclass with memory of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("mul", "add", "sub", "add_", "mul_", "_foreach_mul", "_foreach_add_"):
+            raise TypeError(f"{function.__name__} of a Subclass")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("method", [methods.SAM(), methods.GSAM(), methods.FriendlySAM()], ids=str)
+def test_a_gradient_of_a_subclass_is_its_memory(backend, method):
+    def train(special):
+        w = nn.Parameter(torch.ones(4))
+        optimizer = FastSAM([w], lr=0.1, rho=0.5, momentum=0.9, method=method, backend=backend)
+
+        def closure():
+            grad = w.detach().pow(2)
+            w.grad = grad.as_subclass(Subclass) if special else grad
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return [w]
+
+    assert_equal(train(True), train(False))
+
+
 SHARING = [methods.SAM(), methods.GSAM(), methods.WSAM(), methods.LookSAM(k=2), methods.FriendlySAM()]
 
 
@@ -99,6 +140,34 @@ def test_micro_batches_may_share_one_buffer(backend):
 
     optimizer.step(closures=[closure, closure])
     torch.testing.assert_close(w.detach(), torch.tensor([-3.0]))
+
+
+MEMORY = {
+    "numpy": lambda array: torch.from_numpy(array),
+    "frombuffer": lambda array: torch.frombuffer(array, dtype=torch.float32),
+    "dlpack": lambda array: torch.from_dlpack(array),
+}
+
+
+@pytest.mark.parametrize("method", SHARING, ids=str)
+@pytest.mark.parametrize("wrap", MEMORY.values(), ids=MEMORY)
+def test_memory_that_torch_does_not_own_is_copied(backend, method, wrap):
+    """Nothing refers to the gradient, and no version counter tells of writes to it."""
+
+    def train(shared):
+        w = nn.Parameter(torch.arange(1.0, 5.0))
+        optimizer = FastSAM([w], lr=0.01, rho=0.5, method=method, backend=backend)
+        array = torch.zeros(4).numpy()
+
+        def closure():
+            array[:] = w.detach().pow(3).numpy()
+            w.grad = wrap(array) if shared else torch.tensor(array)
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return [w]
+
+    assert_equal(train(True), train(False))
 
 
 @pytest.mark.parametrize("method", [methods.SAM(), methods.GSAM()], ids=str)
@@ -155,6 +224,35 @@ def test_accumulation_before_a_closure_warns_once(backend):
         optimizer.step(backward)
 
 
+def test_a_closure_that_never_clears_is_warned_of(backend):
+    model = nn.Linear(3, 2)
+    optimizer = FastSAM(model.parameters(), lr=0.01, backend=backend)
+
+    def train():
+        for _ in range(5):
+            optimizer.step(lambda: model(torch.ones(4, 3)).square().sum().backward())
+
+    with pytest.warns(UserWarning, match="Clear the gradients in the closure") as found:
+        train()
+    assert len(found) == 1
+
+
+def test_gradients_that_are_cleared_by_data_do_not_warn(backend):
+    model = nn.Linear(3, 2)
+    optimizer = FastSAM(model.parameters(), lr=0.01, backend=backend)
+
+    def closure():
+        for param in model.parameters():
+            if param.grad is not None:
+                param.grad.data.zero_()
+        model(torch.ones(4, 3)).square().sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            optimizer.step(closure)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("outside", [True, False])
 def test_gradients_that_are_cleared_do_not_warn(backend, set_to_none, outside):
@@ -206,6 +304,27 @@ def test_two_optimizers_between_the_phases_are_refused(backend, other):
             optimizer.second_step()
     optimizer.restore()
     assert torch.equal(w, torch.ones(3))
+
+
+@pytest.mark.parametrize("method", [methods.SAM(), methods.SAM(inner_steps=2), methods.MomentumSAM()], ids=str)
+def test_a_closure_that_writes_to_perturbed_weights_is_refused(backend, method):
+    """One parameter of many: another optimizer's step in a closure would be undone by the restore."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(20)]
+    optimizer = FastSAM(params, lr=0.1, momentum=0.9, method=method, backend=backend)
+    other = torch.optim.SGD([params[13]], lr=0.1)
+
+    def closure(writes=False):
+        for param in params:
+            param.grad = param.detach().clone()
+        if writes and optimizer.perturbed:
+            other.step()
+
+    optimizer.step(closure)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match=r"parameter 13 \(shape \(3,\)\) was written to"):
+        optimizer.step(lambda: closure(True))
+    assert not optimizer.perturbed
+    assert_equal(params, before)
 
 
 def test_an_embedding_may_renormalize_itself(backend):

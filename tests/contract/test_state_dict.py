@@ -272,7 +272,6 @@ WHILE_PERTURBED = {
     "load_state_dict": lambda o: o.load_state_dict({"state": {}, "param_groups": []}),
     "add_param_group": lambda o: o.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}),
     "deepcopy": copy.deepcopy,
-    "copy": copy.copy,
     "pickle": pickle.dumps,
     "save": lambda o: torch.save(o, io.BytesIO()),
 }

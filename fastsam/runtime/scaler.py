@@ -1,0 +1,33 @@
+"""What ``torch.amp.GradScaler`` tells an optimizer, kept where every view of the optimizer looks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class ScalerAttribute:
+    """An attribute that GradScaler sets before ``step()`` and deletes after it: ``grad_scale`` or ``found_inf``.
+
+    A wrapper may be an object of its own, of a subclass of the optimizer's class. What is set on it would not reach the
+    optimizer whose ``step()`` it calls, so the value lives in the step's state, which both share.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        values: dict[str, Tensor] = optimizer._engine.scaler
+        if self._name not in values:
+            raise AttributeError(f"{type(optimizer).__name__!r} object has no attribute {self._name!r}")
+        return values[self._name]
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        optimizer._engine.scaler[self._name] = value
+
+    def __delete__(self, optimizer: Any) -> None:
+        if optimizer._engine.scaler.pop(self._name, self) is self:
+            raise AttributeError(self._name)
