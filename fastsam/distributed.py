@@ -137,9 +137,7 @@ def check_shards(params: Iterable[Any], shard_groups: ShardGroups, method: Metho
             "parts; use DTensors (fully_shard, parallelize_module)"
         )
     if method.uses_shapes and flattened is not None:
-        raise ValueError(
-            f"{method} needs the parameters' shapes, and FSDP1's are flat; use fully_shard"
-        )
+        raise ValueError(f"{method} needs the parameters' shapes, and FSDP1's are flat; use fully_shard")
 
 
 def _refuse_zero() -> None:

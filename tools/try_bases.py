@@ -30,11 +30,13 @@ Y = X.roll(1, dims=1)[:, :2]
 
 
 def make_model() -> nn.Module:
+    """A small network, always with the same weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
 def loss_of(model: nn.Module) -> Tensor:
+    """Its loss on the data."""
     return nn.functional.mse_loss(model(X), Y)
 
 
@@ -57,6 +59,8 @@ def step_by_hand(model: nn.Module, base: torch.optim.Optimizer) -> None:
 
 
 def step_by_fastsam(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One step with a closure."""
+
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = loss_of(model)
@@ -86,6 +90,7 @@ def train(make: Callable[[nn.Module], Any], step: Callable[[nn.Module, Any], Non
 
 
 def differs(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether two lists of weights are not the same up to rounding."""
     return not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True) for a, b in zip(one, other, strict=True))
 
 
@@ -125,10 +130,12 @@ def try_base(base: type[torch.optim.Optimizer]) -> tuple[str, str]:
 
 
 def first_line(text: str) -> str:
+    """Of a message, for a cell of the table."""
     return text.strip().splitlines()[0].replace("|", "/")[:110] if text.strip() else ""
 
 
 def main() -> int:
+    """Tries all of them and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("names", nargs="*", help="only these optimizers")
