@@ -10,8 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastsam import methods
+from fastsam.demo.data import TRAIN_SIZE
 from fastsam.demo.options import Options
 from fastsam.optimizer import FastSAM
+from fastsam.schedules import AESAM, Late, Schedule
 
 # The same for every method.
 MOMENTUM = 0.9
@@ -61,13 +63,16 @@ def _fastsam(
     method: methods.Method | None = None,
     scale: float = 1,
     interval: int = 1,
+    schedule: Callable[[int], Schedule] | None = None,
 ) -> Optimizer:
+    steps = options.epochs * -(-TRAIN_SIZE // options.batch_size)
     return FastSAM(
         model.parameters(),
         base=torch.optim.SGD,
         rho=options.rho * scale,
         method=methods.SAM() if method is None else method,
         interval=interval,
+        schedule=None if schedule is None else schedule(steps),
         model=model,
         backend=options.backend,
         lr=lr,
@@ -95,10 +100,17 @@ SGD's best learning rates are this small because with larger ones it memorizes t
 
 
 def _member(
-    name: str, method: methods.Method, *, lr: float = 3e-3, passes: float = 2, scale: float = 1, interval: int = 1
+    name: str,
+    method: methods.Method,
+    *,
+    lr: float = 3e-3,
+    passes: float = 2,
+    scale: float = 1,
+    interval: int = 1,
+    schedule: Callable[[int], Schedule] | None = None,
 ) -> Method:
     def make(model: nn.Module, lr: float, options: Options) -> Optimizer:
-        return _fastsam(model, lr, options, method, scale, interval)
+        return _fastsam(model, lr, options, method, scale, interval, schedule)
 
     return Method(name, make, lr=lr, passes=passes, profiled=False)
 
@@ -106,6 +118,8 @@ def _member(
 FAMILY = {
     "sam-3": _member("SAM, 3 ascents", methods.SAM(inner_steps=3), passes=4),
     "interval": _member("SAM, every 5th step", methods.SAM(), lr=1e-4, passes=1.2, interval=5),
+    "late": _member("SAM, last quarter", methods.SAM(), passes=1.25, schedule=lambda steps: Late(0.25, steps)),
+    "aesam": _member("AE-SAM", methods.SAM(), passes=1.5, schedule=AESAM),
     "asam": _member("ASAM", methods.ASAM(), lr=3e-4, scale=5),
     "gsam": _member("GSAM", methods.GSAM(), lr=1e-2),
     "wsam": _member("WSAM", methods.WSAM(gamma=0.6), lr=1e-4),
@@ -115,6 +129,14 @@ FAMILY = {
     "amp": _member("AMP", methods.AMP(eps=0.2)),
     "awp": _member("AWP", methods.AWP(), lr=1e-3),
     "random": _member("RandomSAM", methods.RandomSAM(), lr=1e-4, passes=1, scale=5),
+    "stable": _member("StableSAM", methods.StableSAM()),
+    "vasso": _member("VaSSO", methods.VaSSO()),
+    "unified": _member("UnifiedSAM", methods.UnifiedSAM()),
+    "sagm": _member("SAGM", methods.SAGM()),
+    "lesam": _member("LESAM", methods.LESAM()),
+    "esam": _member("ESAM", methods.ESAM()),
+    "zsharp": _member("ZSharp", methods.ZSharp()),
+    "gcsam": _member("GCSAM", methods.GCSAM()),
 }
 """The methods that ``--method`` adds, by name.
 

@@ -18,6 +18,8 @@ from fastsam.backends import BACKENDS, BackendUnavailable, resolve
 FAMILY_NAMES = (
     "sam-3",
     "interval",
+    "late",
+    "aesam",
     "asam",
     "gsam",
     "wsam",
@@ -27,6 +29,14 @@ FAMILY_NAMES = (
     "amp",
     "awp",
     "random",
+    "stable",
+    "vasso",
+    "unified",
+    "sagm",
+    "lesam",
+    "esam",
+    "zsharp",
+    "gcsam",
 )
 
 
@@ -92,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
     add(
         "--method",
         "a method of the SAM family to compare with the others, or all of them, which takes about "
-        "ten minutes (default: only %(default)s)",
+        "twenty minutes (default: only %(default)s)",
         choices=("sam", "all", *FAMILY_NAMES),
     )
     add(
