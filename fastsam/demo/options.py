@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
     parser.set_defaults(**vars(Options()))
 
 
-def to_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser, kind: type[Chosen] = Options) -> Chosen:
+def to_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser, kind: type[Chosen]) -> Chosen:
     """The options of class ``kind``; ends with a usage error if the backend or the output cannot be used."""
     values = {name: getattr(namespace, name) for name in kind.__dataclass_fields__}
     options = kind(**values | ({"seeds": 1, "epochs": 2} if namespace.quick else {}))

@@ -33,8 +33,8 @@ def measurements_table(results: Mapping[str, Sequence[Measured]], options: Sharp
     net = "batch norm with its running statistics" if options.batch_norm else "a network without batch norm"
     caption = (
         f"{options.noise:.0%} of the training labels wrong; {options.seeds} seeds, {options.epochs} epochs; rho "
-        f"{options.rho:g}. Measured on the training images, {net};\nmean and standard deviation. ascent, worst, average:"
-        f" how much the loss rises within a radius of {options.radius:g}"
+        f"{options.rho:g}. Measured on the training images in eval mode, {net};\nmean and standard deviation. ascent, "
+        f"worst, average: how much the loss rises within a radius of {options.radius:g}"
     )
     return f"{caption}\n\n{aligned(rows, heading_lines=1)}"
 
