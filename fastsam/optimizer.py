@@ -332,6 +332,7 @@ class FastSAM(BaseWrapper):
             self._refuse_perturbed("first_step()")
         is_first = not engine.perturbed
         if self.method.needs_first_pass and is_first and not self._has_gradients():
+            check_missing_grads(self._parameters())
             raise RuntimeError("no parameter has a gradient; call backward() first")
         if is_first and not self._still_ascends(self._ascends_now()):
             engine.is_single = True
