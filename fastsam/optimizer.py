@@ -452,7 +452,7 @@ class FastSAM(BaseWrapper):
         try:
             if not (engine.perturbed or engine.is_single):
                 if self._is_initialized_by_this():
-                    engine.initialize_state(self._plan(), lambda: run_step(self.base_optimizer))
+                    self._initialize_state()
                     return
                 raise RuntimeError(
                     "step() needs a closure; in a loop without one, or in a wrapper that calls the closure itself "

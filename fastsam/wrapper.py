@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fastsam import methods
 from fastsam.backends import resolve
-from fastsam.bases import FUSED, FusedUpdate, fused_update
+from fastsam.bases import FUSED, FusedUpdate, fused_update, run_step
 from fastsam.checkpoint import STEP_COUNT, LoadHooks, complete_saved
 from fastsam.engine import Engine, Plan
 from fastsam.groups import (
@@ -124,7 +124,8 @@ class BaseWrapper(Optimizer):
             before(self)
         self._complete_groups()
         saved = self.base_optimizer.state_dict()
-        complete_saved(saved, self.method, FUSED.get(type(self.base_optimizer)), self._step_count())
+        update, is_initial = FUSED.get(type(self.base_optimizer)), self._engine.is_initial
+        complete_saved(saved, self.method, update, self._step_count(), is_initial=is_initial)
         self._policy.save(saved.get("param_groups", ()))
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, saved)
@@ -246,12 +247,21 @@ class BaseWrapper(Optimizer):
 
     def _count_step(self) -> None:
         self._engine.is_single = False
-        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
         self._policy.commit()
-        if self._policy.counts_steps or self.method.counts_steps or schedules:
+        if self._counts_steps():
             count = self._step_count() + 1
             for group in self.param_groups:
                 group[STEP_COUNT] = count
+
+    def _counts_steps(self) -> bool:
+        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
+        return self._policy.counts_steps or self.method.counts_steps or schedules
+
+    def _initialize_state(self) -> None:
+        """Makes all that a checkpoint may hold: torch.distributed.checkpoint loads only what is there."""
+        self._engine.initialize_state(self._plan(), lambda: run_step(self.base_optimizer))
+        for group in self.param_groups if self._counts_steps() else ():
+            group.setdefault(STEP_COUNT, 0)
 
     def _restore_statistics(self) -> None:
         if self._statistics is not None:
