@@ -40,6 +40,7 @@ class Engine:
         is_displaced: whether the weights are perturbed by given tensors: no step may follow.
         ascents: how many ascent steps this step has had.
         is_running: whether a closure runs.
+        is_initial: whether ``state`` is what :meth:`initialize_state` has made.
         is_constructed: whether the optimizer's constructor is through.
         accumulation: warns of gradients that a closure adds to.
         sums: adds up over the ranks that hold other parts of the parameters.
@@ -51,7 +52,7 @@ class Engine:
         self.sums = GlobalSums(shard_groups)
         self.tables = TensorTables(self.sums.sharding_of)
         self.perturbed = False
-        self.is_single = self.is_running = self.is_displaced = False
+        self.is_single = self.is_running = self.is_displaced = self.is_initial = False
         self.ascents = 0
         self._norm: Tensor | None = None
         self.is_constructed = False
@@ -259,6 +260,7 @@ class Engine:
                 for table, mine in zip(self.tables, keepers, strict=True)
             ]
             self._bindings.publish(plan, bindings)
+        self.is_initial = True
 
     @torch.no_grad()
     def descend(self, plan: Plan, base_step: Callable[[], None]) -> None:
@@ -268,6 +270,7 @@ class Engine:
             plan: the plan.
             base_step: the base's own step, which runs if there is no fused update.
         """
+        self.is_initial = False
         with self.tables.holding_grads():
             self._read_grads_again()
             tables = list(self.tables)

@@ -94,7 +94,7 @@ class StepPhases(BaseWrapper):
         try:
             if not (engine.perturbed or engine.is_single):
                 if self._is_initialized_by_this():
-                    engine.initialize_state(self._plan(), lambda: run_step(self.base_optimizer))
+                    self._initialize_state()
                     return
                 raise RuntimeError(
                     "step() needs a closure; in a loop without one, or in a wrapper that calls the closure itself "
@@ -112,6 +112,12 @@ class StepPhases(BaseWrapper):
         except BaseException:
             self._forget_scaler()
             raise
+
+    def _initialize_state(self) -> None:
+        """Makes all that a checkpoint may hold: torch.distributed.checkpoint loads only what is there."""
+        self._engine.initialize_state(self._plan(), lambda: run_step(self.base_optimizer))
+        for group in self.param_groups if self._counts_steps() else ():
+            group.setdefault(STEP_COUNT, 0)
 
     def _finish_with(self, closure: Closure) -> Any:
         """``closure`` as the second pass of two-phase use, and the update."""
@@ -176,12 +182,15 @@ class StepPhases(BaseWrapper):
 
     def _count_step(self) -> None:
         self._engine.is_single = False
-        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
         self._policy.commit()
-        if self._policy.counts_steps or self.method.counts_steps or schedules:
+        if self._counts_steps():
             count = self._step_count() + 1
             for group in self.param_groups:
                 group[STEP_COUNT] = count
+
+    def _counts_steps(self) -> bool:
+        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
+        return self._policy.counts_steps or self.method.counts_steps or schedules
 
     def _is_initialized_by_this(self) -> bool:
         """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""

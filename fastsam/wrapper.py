@@ -112,7 +112,8 @@ class BaseWrapper(Optimizer):
             before(self)
         self._complete_groups()
         saved = self.base_optimizer.state_dict()
-        complete_saved(saved, self.method, FUSED.get(type(self.base_optimizer)), self._step_count())
+        update, is_initial = FUSED.get(type(self.base_optimizer)), self._engine.is_initial
+        complete_saved(saved, self.method, update, self._step_count(), is_initial=is_initial)
         self._policy.save(saved.get("param_groups", ()))
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, saved)
