@@ -360,8 +360,8 @@ class Engine:
             table.check_first_grads()
         if self.tables.has_strange_grads():
             raise RuntimeError(
-                "a parameter that was frozen in the first pass, and cannot be trained as it is, has a gradient in the "
-                "second; call restore() to give the ascent up"
+                "a parameter that was frozen in the first pass has a gradient in the second; call restore() to give "
+                "the ascent up, and change requires_grad between steps"
             )
         for table in self.tables:
             if not table.read_grads():
