@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
-from fastsam.bases import check_base, note_step, run_step
+from fastsam.bases import check_base, complete_base, note_step, run_step
 from fastsam.engine import Engine
 from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, give_options, split_options, with_defaults
 from fastsam.micro_batches import GradientSums
@@ -131,6 +131,7 @@ class FastSAM(BaseWrapper):
             self._check_backends(group)
         # The base may check what its groups hold: it is shown its own options alone.
         self.base_optimizer = base([split_options(group)[0] for group in groups], **base_kwargs)
+        complete_base(self.base_optimizer)
         give_options(self.base_optimizer.param_groups, groups)
         for group in self.base_optimizer.param_groups:
             self._check_group(group)
