@@ -24,6 +24,12 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 CUDA := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.cpp csrc/cuda/*.h)
 FORMATTED := $(CSRC) $(CUDA) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 
+# Runs a command; what it printed (a compiler's command lines) is shown if it fails.
+define quietly
+@mkdir -p build
+@{ $(1); } > build/quietly.log 2>&1 || { cat build/quietly.log; exit 1; }
+endef
+
 # Marks that a part of the set-up is done; touched last, so that a failed part runs again.
 DEPENDENCIES := .venv/.dependencies
 PACKAGE := .venv/.package
@@ -32,7 +38,7 @@ EXTENSION := .venv/.extension
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-all bench gpu-report docs-tables kernels cuda fuzz crash sanitize sanitize-cuda lint format wheel \
-  compat clean
+  docs compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -92,7 +98,8 @@ endif
 	  $(if $(QUICK),--quick,$(addprefix --triton build/triton/,$(OTHER_TRITON))) $(ARGS)
 
 cuda: $(EXTENSION)  ## Compile the CUDA kernels with nvcc, without a GPU; a table; FASTSAM_CUDA_ARCHS=90: one GPU's
-	FASTSAM_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "compiling csrc/ with nvcc (about ten minutes on two cores, for all GPUs)"
+	$(call quietly,FASTSAM_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace)
 	$(BIN)/python tools/inspect_cuda.py fastsam/_C_cuda.abi3.so
 
 # Without PyTorch's caching allocator, an access behind an allocation is detected.
@@ -113,11 +120,11 @@ format: $(DEPENDENCIES)  ## Format everything in place
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-# A stale build/lib would add deleted files to the wheel.
-wheel: $(DEPENDENCIES)  ## The wheel, in dist/
-	rm -rf build/lib* build/bdist* dist
-	FASTSAM_BUILD=cpu $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	@ls dist
+wheel: $(DEPENDENCIES)  ## The sdist and the manylinux_2_28 wheel, checked, in dist/; TWICE=1: and built again; QUICK=1: with the set-up's objects
+	tools/wheel.sh $(if $(TWICE),--twice) $(if $(QUICK),--quick)
+
+docs: $(EXTENSION)  ## The pages, into build/docs/html; runs their code; BROWSE=1: looks at them with headless Chromium
+	tools/docs.sh $(if $(BROWSE),--browse)
 
 # Runs in its own folder, so that the installed fastsam is tested, not the checkout's. A release of torch may download
 # gigabytes of CUDA; TORCH=2.11.0+cpu is a CPU build, where pip is configured to find these. The Triton of
@@ -135,23 +142,27 @@ compat:  ## The wheel's tests with another torch: make compat TORCH=2.11.0
 	  $(REQUIRED) ../bin/pytest --numprocesses $(WORKERS) $(ARGS)
 
 clean:  ## Remove what make made
-	rm -rf .venv .compat build dist *.egg-info fastsam/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venvs .compat build dist *.egg-info fastsam/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
-$(DEPENDENCIES): $(wildcard requirements/*.txt)
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python $(PIP_INSTALL) -r requirements/dev.txt
+$(DEPENDENCIES): requirements/dev.txt requirements/test.txt
+	@echo "setting up .venv (about a minute, the first time)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/python $(PIP_INSTALL) -r requirements/dev.txt
 	@touch $@
 
 # Only installs the link to this checkout; the next rule compiles, and only what has changed.
 $(PACKAGE): $(DEPENDENCIES) pyproject.toml setup.py
-	FASTSAM_BUILD=none $(BIN)/python $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	@FASTSAM_BUILD=none $(BIN)/python $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(EXTENSION): $(PACKAGE) $(CSRC)
-	FASTSAM_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+	@echo "compiling csrc/ (about two minutes on two cores, the first time)"
+	$(call quietly,FASTSAM_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace)
 	@touch $@
 
 # A package of its own, which precedes the checkout's on PYTHONPATH.
 $(SANITIZED): $(DEPENDENCIES) setup.py $(CSRC) $(wildcard fastsam/*.py fastsam/*/*.py kernels/*.py)
-	FASTSAM_BUILD=sanitize $(BIN)/python setup.py --quiet build --build-temp build/sanitize/objects --build-lib build/sanitize
+	@echo "compiling csrc/ with sanitizers"
+	$(call quietly,FASTSAM_BUILD=sanitize $(BIN)/python setup.py --quiet build \
+	  --build-temp build/sanitize/objects --build-lib build/sanitize)
 	@touch $@

@@ -11,7 +11,8 @@ The environment variable FASTSAM_BUILD selects what is compiled:
 
 FASTSAM_CUDA_ARCHS, if set, selects the GPU architectures: "90", or "80;90". CUDACXX, if set, is the nvcc to use.
 
-The compiler needs torch's headers, so: pip install --no-build-isolation --no-deps .
+The compiler needs torch's headers. pip's isolated builds find torch by tools/build_backend.py; without isolation:
+pip install --no-build-isolation --no-deps .
 """
 
 import functools
@@ -48,6 +49,8 @@ COMPILE_ARGS = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DPy_LIMITED_API=0x030A0000",
 ]
+# -s: no symbol table, which nothing needs at run time and which is a third of the file.
+LINK_ARGS = ["-Wl,-s"]
 # These follow the others: reports contain line numbers, and undefined behaviour (also signed overflow) is fatal.
 SANITIZERS = "-fsanitize=address,undefined"
 SANITIZE_ARGS = [SANITIZERS, "-fno-sanitize-recover=all", "-fno-wrapv", "-fno-omit-frame-pointer", "-O1", "-g"]
@@ -85,6 +88,12 @@ def find_obstacle() -> str | None:
     return None
 
 
+def without_folders(headers: list[str]) -> list[str]:
+    """Returns the flags that keep this machine's folders out of the binary: it does not depend on where it is built."""
+    folders = {str(Path.cwd()): ".", **dict.fromkeys(headers, "torch")}
+    return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+
+
 def cpu_build(sanitize: bool = False) -> dict:
     """Returns the keywords of ``setup`` that compile ``fastsam._C`` from csrc/*.cpp and csrc/cpu/*.cpp."""
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
@@ -96,10 +105,11 @@ def cpu_build(sanitize: bool = False) -> dict:
         # -isystem: warn about this project's code only.
         extra_compile_args=[
             *COMPILE_ARGS,
+            *([] if sanitize else without_folders(include_paths())),
             *(SANITIZE_ARGS if sanitize else []),
             *(f"-isystem{path}" for path in include_paths()),
         ],
-        extra_link_args=[SANITIZERS] if sanitize else [],
+        extra_link_args=[SANITIZERS] if sanitize else LINK_ARGS,
         # libtorch_cpu has the whole stable ABI; CppExtension would also link libraries that are not needed.
         libraries=["torch_cpu"],
         library_dirs=library_paths(),
@@ -210,7 +220,11 @@ def torch_has_cuda() -> bool:
 
 
 def pure_build(obstacle: str | None) -> dict:
-    """Returns a build that compiles nothing, and prints the obstacle, if there is one, when it runs."""
+    """Returns a build that compiles nothing.
+
+    If an obstacle is the reason, it prints it when it runs, and the version ends in "+pure": pip does not show what a
+    build prints, but the version that it has installed.
+    """
 
     class BuildPurePython(build_py):
         def run(self) -> None:
@@ -219,7 +233,8 @@ def pure_build(obstacle: str | None) -> dict:
                 print(f"fastsam: {cost}, because {obstacle}", file=sys.stderr)
             super().run()
 
-    return {"cmdclass": {"build_py": BuildPurePython}}
+    label = {"options": {"egg_info": {"tag_build": "+pure"}}} if obstacle else {}
+    return {"cmdclass": {"build_py": BuildPurePython}} | label
 
 
 def choose_build(choice: str) -> dict:
@@ -242,6 +257,13 @@ def choose_build(choice: str) -> dict:
     return cuda_build() if wants_cuda and not cuda_obstacle else cpu_build(sanitize=choice == "sanitize")
 
 
+def long_description() -> str:
+    """Returns README.md with absolute links, for pages that are not the repository's."""
+    url = re.search(r'^Source = "(.+)"', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
+    absolute = re.sub(r"!\[([^]]*)\]\((?!\w+:)", rf"![\1]({url}/raw/main/", Path("README.md").read_text())
+    return re.sub(r"\]\((?!\w+:|#)", f"]({url}/blob/main/", absolute)
+
+
 if __name__ == "__main__":
     # Without isolation pip does not check pyproject.toml's requirements, and older versions give a misleading error.
     if int(setuptools.__version__.partition(".")[0]) < 77:
@@ -250,5 +272,7 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["fastsam", "fastsam.*"]), "fastsam.kernels"],
         # The folder is not under fastsam/, and the top-level name `kernels` belongs to another project.
         package_dir={"fastsam.kernels": "kernels"},
+        long_description=long_description(),
+        long_description_content_type="text/markdown",
         **choose_build(os.environ.get("FASTSAM_BUILD", "auto")),
     )

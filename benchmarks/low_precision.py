@@ -1,4 +1,4 @@
-"""What a climb is worth where the weights are bfloat16: the README's table.
+"""What a perturbation is worth where the weights are bfloat16: the table in docs/mixed-precision.md.
 
 python -m benchmarks.low_precision        25 million weights; needs 1 GiB, takes seconds
 """

@@ -1,5 +1,5 @@
 // The Python module fastsam._C. Importing it registers the operators of ops.cpp; its functions look at what every step
-// has to look at for thousands of tensors: where they are, how they look, and whether they are still the same objects.
+// has to look at for thousands of tensors: addresses, metadata, and whether they are still the same objects.
 //
 // Each returns bytes, one int64 per answer, to be compared with those of the step before.
 #include <Python.h>
@@ -30,42 +30,58 @@ PyObject* make_answers(Py_ssize_t count, int64_t** answers) {
   return result;
 }
 
-// Asks a tensor a question without arguments; -1 and an exception if it cannot be answered.
-int is_true(PyObject* tensor, const char* method) {
-  PyObject* answer = PyObject_CallMethod(tensor, method, nullptr);
-  if (answer == nullptr) return -1;
-  const int result = PyObject_IsTrue(answer);
-  Py_DECREF(answer);
-  return result;
-}
+// A question that a tensor answers with True or False. Looked up once for all tensors: that takes as long as calling
+// it.
+class Question {
+ public:
+  Question(PyObject* type, const char* method) : function_(PyObject_GetAttrString(type, method)) {}
+  Question(const Question&) = delete;
+  Question& operator=(const Question&) = delete;
+  ~Question() { Py_XDECREF(function_); }
 
-// Appends to `looks` what `tensor` looks like, and its address to `addresses`; false and an exception if it cannot be
+  // -1 and an exception if it cannot be answered.
+  int ask(PyObject* tensor) const {
+    if (function_ == nullptr) return -1;
+    PyObject* answer = PyObject_CallFunctionObjArgs(function_, tensor, nullptr);
+    if (answer == nullptr) return -1;
+    const int result = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    return result;
+  }
+
+ private:
+  PyObject* function_;
+};
+
+struct Questions {
+  Question is_conj, is_neg;
+};
+
+// Appends to `metadata` that of `tensor`, and its address to `addresses`; false and an exception if it cannot be
 // told this way (a sparse tensor, say).
-bool describe_one(PyObject* tensor, DLPackDLTensorFromPyObjectNoSync view, std::vector<int64_t>& addresses,
-                  std::vector<int64_t>& looks) {
+bool describe_one(PyObject* tensor, DLPackDLTensorFromPyObjectNoSync view, const Questions& questions,
+                  std::vector<int64_t>& addresses, std::vector<int64_t>& metadata) {
   DLTensor seen;
   if (view(tensor, &seen) != 0) return false;
   int64_t elements = 1;
   for (int32_t i = 0; i < seen.ndim; ++i) elements *= seen.shape[i];
   // DLPack knows of no lazy conjugation or negation. A negated real tensor is every other number of a complex one,
   // which its strides tell, unless it is a single element.
-  int conjugated = 0, negated = 0;
-  if (seen.dtype.code == kDLComplex || elements == 1) {
-    conjugated = is_true(tensor, "is_conj");
-    if (conjugated >= 0) negated = is_true(tensor, "is_neg");
-    if (conjugated < 0 || negated < 0) return false;
-  }
+  const bool is_complex = seen.dtype.code == kDLComplex;
+  const int conjugated = is_complex ? questions.is_conj.ask(tensor) : 0;
+  const int negated = conjugated >= 0 && (is_complex || elements == 1) ? questions.is_neg.ask(tensor) : 0;
+  if (conjugated < 0 || negated < 0) return false;
   addresses.push_back(identity(seen.data) + static_cast<int64_t>(seen.byte_offset));
-  looks.push_back(int64_t{seen.device.device_type} << 32 | seen.device.device_id);
-  looks.push_back(int64_t{seen.dtype.code} << 24 | int64_t{seen.dtype.bits} << 16 | conjugated << 1 | negated);
-  looks.push_back(seen.ndim);
-  looks.insert(looks.end(), seen.shape, seen.shape + seen.ndim);
-  looks.insert(looks.end(), seen.strides, seen.strides + seen.ndim);
+  metadata.push_back(int64_t{seen.device.device_type} << 32 | seen.device.device_id);
+  metadata.push_back(int64_t{seen.dtype.code} << 24 | int64_t{seen.dtype.bits} << 16 | conjugated << 1 | negated);
+  metadata.push_back(seen.ndim);
+  metadata.insert(metadata.end(), seen.shape, seen.shape + seen.ndim);
+  metadata.insert(metadata.end(), seen.strides, seen.strides + seen.ndim);
   return true;
 }
 
 // describe(tensors: list, Tensor: type, exchange_api) -> (bytes, bytes) or None: the address of each tensor (0 for
-// None), and what they look like: device, dtype, shape, strides. None: ask them in Python.
+// None), and their metadata: device, dtype, shape, strides. None: ask them in Python.
 PyObject* describe(PyObject*, PyObject* arguments) {
   PyObject *tensors = nullptr, *type = nullptr, *capsule = nullptr;
   if (!PyArg_ParseTuple(arguments, "O!O!O:describe", &PyList_Type, &tensors, &PyType_Type, &type, &capsule)) {
@@ -77,23 +93,24 @@ PyObject* describe(PyObject*, PyObject* arguments) {
     Py_RETURN_NONE;
   }
   try {
-    std::vector<int64_t> addresses, looks;
+    const Questions questions{{type, "is_conj"}, {type, "is_neg"}};
+    std::vector<int64_t> addresses, metadata;
     addresses.reserve(PyList_Size(tensors));
-    looks.reserve(5 * PyList_Size(tensors));
+    metadata.reserve(5 * PyList_Size(tensors));
     for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
       PyObject* tensor = PyList_GetItem(tensors, i);
       if (tensor == Py_None) {
         addresses.push_back(0);
-        looks.push_back(-1);
+        metadata.push_back(-1);
       } else if (!PyType_IsSubtype(Py_TYPE(tensor), reinterpret_cast<PyTypeObject*>(type))) {
         PyErr_SetString(PyExc_TypeError, "describe() takes a list of tensors");
         return nullptr;
-      } else if (!describe_one(tensor, api->dltensor_from_py_object_no_sync, addresses, looks)) {
+      } else if (!describe_one(tensor, api->dltensor_from_py_object_no_sync, questions, addresses, metadata)) {
         PyErr_Clear();
         Py_RETURN_NONE;
       }
     }
-    PyObject *first = to_bytes(addresses), *second = to_bytes(looks), *result = nullptr;
+    PyObject *first = to_bytes(addresses), *second = to_bytes(metadata), *result = nullptr;
     if (first != nullptr && second != nullptr) result = PyTuple_Pack(2, first, second);
     Py_XDECREF(first);
     Py_XDECREF(second);

@@ -2,8 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastsam import methods
+from fastsam import methods, schedules
 from fastsam.backends import BackendUnavailable
+from fastsam.closures import functional_sam_closures
 from fastsam.optimizer import FastSAM
 
 try:
@@ -11,4 +12,4 @@ try:
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["BackendUnavailable", "FastSAM", "__version__", "methods"]
+__all__ = ["BackendUnavailable", "FastSAM", "__version__", "functional_sam_closures", "methods", "schedules"]

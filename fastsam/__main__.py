@@ -1,4 +1,4 @@
-"""``python -m fastsam``: the commands demo, doctor and bench."""
+"""``python -m fastsam``, or ``fastsam``: the commands demo, doctor and bench."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if namespace.command == "demo":
         return demo.run(demo_options.to_options(namespace, demo_parser))
     if namespace.command == "doctor":
-        return doctor.run()
+        return doctor.run(as_json=namespace.json)
     parser.print_help()
     return 0
 
@@ -71,13 +71,21 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     demo_parser = commands.add_parser("demo", help="train with SGD and with FastSAM on wrong labels", description=DEMO)
     demo_options.add_arguments(demo_parser)
-    commands.add_parser("doctor", help="what works on this machine, and why the rest does not", description=DOCTOR)
+    doctor_parser = commands.add_parser(
+        "doctor", help="what works on this machine, and why the rest does not", description=DOCTOR
+    )
+    doctor_parser.add_argument("--json", action="store_true", help="print the report as JSON, for a bug report")
     commands.add_parser("bench", help="measure the optimizers (in a checkout)", description=BENCH)
     return parser, demo_parser
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """Runs the command line; Ctrl-C ends it without a traceback. The console script ``fastsam`` calls this."""
     try:
-        sys.exit(main())
+        return main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -6,15 +6,17 @@ the kernels that fill tensors.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastsam.backends import Backend
+from fastsam.distributed import GlobalSums, Sharding
 from fastsam.methods.method import AscentTerms, DescentTerms, Dots, Facts, Method
-from fastsam.spec import Ascent, AscentOptions, Descent, DescentCoefficients
+from fastsam.spec import Ascent, AscentOptions, Descent, DescentCoefficients, Map, Row
 from fastsam.tables import TensorTable
 
 Values = Sequence[float | Tensor]
@@ -22,38 +24,56 @@ Values = Sequence[float | Tensor]
 
 
 class Coefficients:
-    """One method's coefficients, and whether the present step's first pass was finite."""
+    """One method's coefficients, and whether the present step's first pass was finite.
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    Args:
+        method: the method.
+        sums: adds up over the ranks that hold other parts of the parameters.
+    """
+
+    def __init__(self, method: Method, sums: GlobalSums) -> None:
+        self.method, self._sums = method, sums
+        self._squares: Tensor | None = None
         # On each device: whether the ascent's dots were finite. If not, the first-pass gradients are not used.
         self._finite: dict[torch.device, Tensor] = {}
+        # Of each table: the last ascent's dots.
+        self._dots: list[Dots] = []
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's first (mapped) gradient; None if its dots are not that norm's square."""
+        return None if self._squares is None else self._squares.sqrt()
 
     def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
         """The ascent was plain SAM's, by these norms."""
-        self._finite = {device: torch.isfinite(norm) for device, norm in norms.items()}
+        self._finite = {device: norm < math.inf for device, norm in norms.items()}
 
     def ascents(
         self,
         backends: Sequence[Backend],
         tables: Sequence[TensorTable],
         options: Sequence[AscentOptions],
+        step: int,
         further: bool,
     ) -> list[Ascent]:
         """What each table's ascent is."""
         form = self.method.ascent_form(further)
         assert form is not None
-        facts = [_facts(table, options) for table in tables]
-        maps = [_pack(_constants(t).ascent, self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
-        each = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
-        totals = _totals(tables, [self.method.weigh(d, f) for d, f in zip(each, facts, strict=True)])
-        finite = {device: torch.isfinite(total).all() for device, total in totals.items()}
+        facts = [_facts(table, options, step) for table in tables]
+        maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
+        each: Sequence[Tensor] = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
+        each, totals = self._add_up(tables, each, lambda dots: self._weigh(dots, facts))
+        is_norm = form.x == Row.GRAD and form.map != Map.POWER
+        if not further:
+            self._squares = next(iter(totals.values()))[0] if is_norm else None
+        finite = {device: _all_finite(total) for device, total in totals.items()}
         self._finite = {d: f & self._finite[d] if further else f for d, f in finite.items()}
+        self._dots = [Dots(totals[table.device], dots) for table, dots in zip(tables, each, strict=True)]
         result = []
-        for table, dots, fact in zip(tables, each, facts, strict=True):
-            terms = self.method.ascent_terms(Dots(totals[table.device], dots), fact, further)
+        for table, dots, fact in zip(tables, self._dots, facts, strict=True):
+            terms = self.method.ascent_terms(dots, fact, further)
             constants = _constants(table)
-            packed = _pack(constants.ascent, terms)
+            packed = _pack(constants, terms)
             stays = constants.further if further else constants.ascent
             selected = torch.where(finite[table.device], packed, stays)
             result.append(Ascent(options, form=form, coefficients=selected))
@@ -64,6 +84,7 @@ class Coefficients:
         backends: Sequence[Backend],
         tables: Sequence[TensorTable],
         options: Sequence[AscentOptions],
+        step: int,
         lrs: Callable[[], Values],
         ascended: bool,
         grad_scales: Sequence[Tensor | None],
@@ -72,26 +93,57 @@ class Coefficients:
         form = self.method.descent_form(ascended)
         if form is None:
             return None
-        facts = [_facts(table, options, lrs) for table in tables]
+        ascents = self._dots if ascended and self._dots else [None] * len(tables)
+        facts = [_facts(t, options, step, lrs, dots) for t, dots in zip(tables, ascents, strict=True)]
+        # A parameter that was not perturbed has no part in a combination of both gradients.
+        masks = [_constants(table).mask(table.perturbed) if ascended else None for table in tables]
         if self.method.measures(ascended):
-            each = [b.dots(t, form, _constants(t).descent) for b, t in zip(backends, tables, strict=True)]
+            found = [b.dots(t, form, _constants(t).descent) for b, t in zip(backends, tables, strict=True)]
+            each: Sequence[Tensor] = [
+                d if m is None else torch.where(m[:, None], d, 0.0) for d, m in zip(found, masks, strict=True)
+            ]
         else:
             each = [_constants(table).no_dots for table in tables]
-        totals = _totals(tables, each)
+        each, totals = self._add_up(tables, each, lambda dots: dots, needed=self.method.measures(ascended))
         result = []
-        for table, dots, fact, scale in zip(tables, each, facts, grad_scales, strict=True):
+        for table, dots, fact, mask, scale in zip(tables, each, facts, masks, grad_scales, strict=True):
             constants = _constants(table)
-            finite = torch.isfinite(totals[table.device]).all()
-            if ascended:
-                finite = finite & self._finite.get(table.device, finite)
+            used = _all_finite(totals[table.device])
+            if ascended and table.device in self._finite:
+                used = used & self._finite[table.device]
             terms = self.method.descent_terms(Dots(totals[table.device], dots), fact, ascended)
-            packed = _pack(constants.descent, terms)
+            packed = _pack(constants, terms)
             if form.decoupled and scale is not None:
                 packed[:, DescentCoefficients.DECOUPLED_X : DescentCoefficients.DECOUPLED_Y + 1] /= scale.double()
-            # Where rho is 0, the gradient is the base's own.
-            used = torch.where(constants.keeps, finite, finite & (fact.rho != 0)[:, None])
+            if any(_is_elsewhere(option.rho) or option.rho == 0 for option in options):
+                # Where rho is 0, the gradient is the base's own.
+                used = used & ((fact.rho != 0)[:, None] | constants.keeps)
+            used = used if mask is None else used & mask[:, None]
             result.append(Descent(form, torch.where(used, packed, constants.descent)))
         return result
+
+    def _weigh(self, each: Sequence[Tensor], facts: Sequence[Facts]) -> list[Tensor]:
+        return [self.method.weigh(dots, fact) for dots, fact in zip(each, facts, strict=True)]
+
+    def _add_up(
+        self,
+        tables: Sequence[TensorTable],
+        each: Sequence[Tensor],
+        weigh: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        needed: bool = True,
+    ) -> tuple[Sequence[Tensor], dict[torch.device, Tensor]]:
+        """The dots of whole parameters, if the method reads them, and their sums on each of the tables' devices."""
+        home = home_of([table.device for table in tables])
+        shardings: list[Sharding] = [table.sharding for table in tables]
+        if needed and self.method.reads_each_dot:
+            each = self._sums.of_each_parameter(shardings, each)
+            shardings = [()] * len(tables)
+        parts: dict[Sharding, Tensor] = {}
+        for sharding, dots in zip(shardings, weigh(each), strict=True):
+            mine = dots.sum(dim=0).to(home, non_blocking=True)
+            parts[sharding] = parts[sharding] + mine if sharding in parts else mine
+        total = self._sums.total(parts, home, (3,)) if needed else functools.reduce(torch.add, parts.values())
+        return each, {t.device: total.to(t.device, non_blocking=t.device.type != "cpu") for t in tables}
 
 
 class _Constants:
@@ -113,6 +165,32 @@ class _Constants:
         groups = torch.tensor(table.groups, dtype=torch.int64, device="cpu")
         self._in_group = {group: _send(groups == group, device) for group in sorted(set(table.groups))}
         self._spread: dict[str, tuple[list[float], Tensor]] = {}
+        self._positions = _send(torch.tensor(table.positions, dtype=torch.int64, device="cpu"), device)
+        self._mask: tuple[list[int], Tensor] | None = None
+
+    def mask(self, indices: list[int]) -> Tensor | None:
+        """Which parameters are among ``indices``, as bools ``(n,)``; None: all are."""
+        if len(indices) == len(self.matrix):
+            return None
+        # The list is the same object from step to step.
+        if self._mask is None or self._mask[0] is not indices:
+            flags = torch.zeros(len(self.matrix), dtype=torch.bool, device="cpu")
+            flags[indices] = True
+            self._mask = indices, _send(flags, self.matrix.device)
+        return self._mask[1]
+
+    def uniform(self, seed: int, step: int) -> Tensor:
+        """A number in [0, 1) for each parameter: a hash of seed, step and the parameter's position."""
+        x = self._positions * -0x61C8864680B583EB + ((seed * 0x9E3779B1 + step * 0x85EBCA77) & (2**62 - 1))
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+        x = x ^ (x >> 31 & (1 << 33) - 1)
+        return (x >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+    def filled(self, name: str, number: float) -> Tensor:
+        """The same number for each parameter: float64 ``(n,)``."""
+        groups = max(self._in_group, default=0) + 1
+        return self.spread(name, [number] * groups, [1.0] * groups)
 
     def spread(self, name: str, values: Values, signs: Sequence[float]) -> Tensor:
         """A number of each group as one of each parameter: float64 ``(n,)``."""
@@ -140,39 +218,49 @@ def _constants(table: TensorTable) -> _Constants:
     return table.attached(_Constants)
 
 
-def _facts(table: TensorTable, options: Sequence[AscentOptions], lrs: Callable[[], Values] = list) -> Facts:
+def _facts(
+    table: TensorTable,
+    options: Sequence[AscentOptions],
+    step: int,
+    lrs: Callable[[], Values] = list,
+    ascent: Dots | None = None,
+) -> Facts:
     signs = [-1.0 if option.maximize else 1.0 for option in options]
     constants = _constants(table)
     return Facts(
-        partial(constants.spread, "rho", [option.rho for option in options], signs),
+        step,
+        functools.partial(constants.spread, "rho", [option.rho for option in options], signs),
         lambda: constants.spread("lr", lrs(), signs),
         lambda: constants.matrix,
+        constants.uniform,
+        ascent,
     )
 
 
-def _pack(neutral: Tensor, terms: AscentTerms | DescentTerms) -> Tensor:
-    """The terms as columns of one tensor: ``neutral`` itself, which has the defaults, where there is nothing else."""
-    defaults = type(terms)()
-    given = [(j, term) for j, term in enumerate(terms) if isinstance(term, Tensor) or term != defaults[j]]
-    if not given:
-        return neutral
-    packed = neutral.clone()
-    for column, term in given:
-        packed[:, column] = term
-    return packed
+def _pack(constants: _Constants, terms: AscentTerms | DescentTerms) -> Tensor:
+    """The terms as columns of one tensor: the constant one of the defaults where there is nothing else."""
+    neutral = constants.ascent if isinstance(terms, AscentTerms) else constants.descent
+    columns = list(neutral.unbind(dim=1))
+    is_neutral = True
+    for (name, default), (j, term) in zip(type(terms)._field_defaults.items(), enumerate(terms), strict=True):
+        if isinstance(term, Tensor):
+            columns[j] = term.expand(len(neutral))
+        elif term != default:
+            columns[j] = constants.filled(f"{type(terms).__name__}.{name}", term)
+        else:
+            continue
+        is_neutral = False
+    return neutral if is_neutral else torch.stack(columns, dim=1)
 
 
-def _totals(tables: Sequence[TensorTable], each: Sequence[Tensor]) -> dict[torch.device, Tensor]:
-    """The sums over all parameters, on each of the tables' devices."""
-    sums: dict[torch.device, Tensor] = {}
-    for table, dots in zip(tables, each, strict=True):
-        mine = dots.sum(dim=0)
-        sums[table.device] = sums[table.device] + mine if table.device in sums else mine
-    if len(sums) == 1:
-        return sums
-    home = next((device for device in sums if device.type != "cpu"), next(iter(sums)))
-    total = torch.stack([part.to(home, non_blocking=True) for part in sums.values()]).sum(dim=0)
-    return {device: total.to(device, non_blocking=device.type != "cpu") for device in sums}
+def home_of(devices: Sequence[torch.device]) -> torch.device:
+    """Where numbers of several devices are added up: on an accelerator where there is one, so that nothing waits."""
+    return next((device for device in devices if device.type != "cpu"), next(iter(devices), torch.device("cpu")))
+
+
+def _all_finite(sums: Tensor) -> Tensor:
+    # torch.isfinite is four kernels; this norm is one, and NaN where there is one.
+    return torch.linalg.vector_norm(sums, math.inf) < math.inf
 
 
 def _is_elsewhere(value: float | Tensor) -> bool:

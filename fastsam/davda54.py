@@ -45,10 +45,13 @@ class SAM(FastSAM):
     ) -> None:
         if kwargs.pop("replay_rng", False):
             raise ValueError("replay_rng is FastSAM's option: here the first pass is over before step(closure) begins")
-        for name in ("method", "interval"):
+        for name in ("method", "interval", "schedule"):
             if name in kwargs:
                 raise ValueError(f"{name} is FastSAM's option: here every step is plain SAM's")
         super().__init__(params, base_optimizer, rho=rho, adaptive=adaptive, **kwargs)
+
+    def _ascends_now(self) -> bool:
+        return True  # its loops compute the second pass's gradients whatever first_step() returns
 
     def first_step(self, zero_grad: bool = False) -> bool:
         """Perturbs; see :meth:`FastSAM.first_step`."""

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from fastsam.backends import Backend, grad_norms, operations
 from fastsam.bases import FusedUpdate
-from fastsam.coefficients import Coefficients
-from fastsam.directions import choose_directions, draw_noise
+from fastsam.coefficients import Coefficients, home_of
+from fastsam.directions import choose_directions, draw_noise, set_displacements
+from fastsam.distributed import GlobalSums, ShardGroups, Sharding, check_missing_grads, local_of, whole_of
 from fastsam.groups import ascent_options, learning_rate
 from fastsam.methods import Method
 from fastsam.precision import ascent_seed
 from fastsam.runtime.accumulation import AccumulationWatch
 from fastsam.runtime.weight_caches import clear_weight_caches
 from fastsam.runtime.writers import ForeignWrites
-from fastsam.spec import Ascent, AscentOptions, Descent, Row, StateNames, Update
+from fastsam.spec import Ascent, AscentCoefficients, AscentForm, AscentOptions, Descent, Row, StateNames, Update
 from fastsam.tables import TensorTable, TensorTables, Wanted
 from fastsam.tables.memory import as_real
 from fastsam.tables.state import OptimizerState
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
         update: how the base runs fused; None: by its own ``step()``.
         grad_scale, found_inf: a GradScaler's, or None.
         micro_batch: which of the step's closures this is, each with an ascent of its own.
+        rho_scale: what a schedule multiplies every rho by.
     """
 
     groups: Sequence[Mapping[str, Any]]
@@ -44,11 +46,22 @@ class Plan(NamedTuple):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     micro_batch: int = 0
+    rho_scale: float = 1.0
 
     @property
     def state_names(self) -> list[StateNames]:
         """What the base update keeps, for each group."""
         return [] if self.update is None else [self.update.state_names(group) for group in self.groups]
+
+    @property
+    def ascent_options(self) -> list[AscentOptions]:
+        """How the parameters of each group ascend."""
+        return [ascent_options(group, self.step, self.rho_scale) for group in self.groups]
+
+    @property
+    def perturb(self) -> list[bool]:
+        """Whether each group is perturbed."""
+        return [bool(group["perturb"]) for group in self.groups]
 
 
 class Engine:
@@ -57,30 +70,40 @@ class Engine:
     Args:
         backend: the name of one, or "auto".
         method: the method.
+        shard_groups: see :class:`fastsam.distributed.GlobalSums`.
 
     Attributes:
         tables: the tables.
         perturbed: whether the weights are perturbed.
         is_single: whether ``first_step()`` has found that this step has no ascent: its gradients are for the update.
+        is_displaced: whether the weights are perturbed by given tensors: no step may follow.
         ascents: how many ascent steps this step has had.
         is_running: whether a closure runs.
         is_constructed: whether the optimizer's constructor is through.
         accumulation: warns of gradients that a closure adds to.
+        sums: adds up over the ranks that hold other parts of the parameters.
         scaler: what a GradScaler has set for the coming update.
     """
 
-    def __init__(self, backend: str, method: Method) -> None:
+    def __init__(self, backend: str, method: Method, shard_groups: ShardGroups = None) -> None:
         self.backend, self.method = backend, method
-        self.tables = TensorTables()
+        self.sums = GlobalSums(shard_groups)
+        self.tables = TensorTables(self.sums.sharding_of)
         self.perturbed = False
-        self.is_single = self.is_running = False
+        self.is_single = self.is_running = self.is_displaced = False
         self.ascents = 0
+        self._norm: Tensor | None = None
         self.is_constructed = False
         self.accumulation = AccumulationWatch()
         self.scaler: dict[str, Any] = {}
         self._writes = ForeignWrites()
         self._watched_builds = 0
-        self._coefficients = Coefficients(method)
+        self._coefficients = Coefficients(method, self.sums)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm that the last step's first ascent was scaled by: float64, 0-dim; None if its method has none."""
+        return self._coefficients.grad_norm if self._norm is None else self._norm
 
     def watch(self, params: Iterable[Tensor]) -> None:
         """These are the parameters, to which nobody else may write while they are perturbed."""
@@ -124,7 +147,8 @@ class Engine:
                     table.fill_missing_grads()
             else:
                 tables = self.tables.read_grads(plan.groups)
-            if self.method.needs_first_pass and not any(table.present for table in tables):
+            if self.method.needs_first_pass and not self.may_have_grads(table.present for table in tables):
+                check_missing_grads(param for group in plan.groups for param in group["params"])
                 raise RuntimeError("no parameter has a gradient; call backward() first")
             self._choose_perturbed(tables, plan, further)
             self._perturb(tables, self._plan_ascents(tables, plan, further))
@@ -141,30 +165,53 @@ class Engine:
             form = self.method.ascent_form(further)
             if form is not None and Row.STATE <= form.x < Row.STATE + 3:
                 self._bind(tables, plan)
-            perturb = [bool(group["perturb"]) for group in plan.groups]
             for table in tables:
                 among = table.present
                 if form is not None and form.x not in (Row.GRAD, Row.DIRECTION):
                     among = [i for i, tensor in enumerate(table.rows[form.x]) if tensor is not None]
                 elif seed is not None:
                     among = [i for i, param in enumerate(table.params) if param.requires_grad]
-                table.choose_perturbed(perturb, among)
+                table.choose_perturbed(plan.perturb, among)
         if self.method.has_direction:
             choose_directions(tables, self.method, further)
+        self._bind_for_ascent(tables, plan)
+
+    def _bind_for_ascent(self, tables: Sequence[TensorTable], plan: Plan) -> None:
         for table in tables:
             if table.stochastic or table.has_masters or self.method.state_name is not None:
                 self._bind([table], plan, masters=True)
 
     def _plan_ascents(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> list[Ascent]:
         number = plan.micro_batch * self.method.ascents + self.ascents
-        options = [_for_ascent(ascent_options(group, plan.step), number) for group in plan.groups]
+        options = [_for_ascent(mine, number) for mine in plan.ascent_options]
         backends = [self._backend(table) for table in tables]
         if self.method.ascent_form(further) is not None:
-            return self._coefficients.ascents(backends, tables, options, further)
-        norms = grad_norms(backends, tables, options)
+            self._norm = None
+            return self._coefficients.ascents(backends, tables, options, plan.step, further)
+        norms = self._norms(backends, tables, options)
+        self._norm = next(iter(norms.values()))
         if self.method.needs_first_grads:
             self._coefficients.note_norms(norms)
         return [Ascent(options, norms[table.device]) for table in tables]
+
+    def _norms(
+        self, backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[AscentOptions]
+    ) -> dict[torch.device, Tensor]:
+        """The norm of the whole model's gradient, on each of the tables' devices."""
+        if not (self.sums.has_shard_groups or any(table.sharding for table in tables)):
+            return grad_norms(backends, tables, options)
+        home = home_of([table.device for table in tables])
+        squares: dict[Sharding, Tensor] = {}
+        for sharding in dict.fromkeys(table.sharding for table in tables):
+            mine = [(b, t) for b, t in zip(backends, tables, strict=True) if t.sharding == sharding]
+            norms = grad_norms([b for b, _ in mine], [t for _, t in mine], options)
+            squares[sharding] = next(iter(norms.values())).to(home, non_blocking=True).square()
+        norm = self.sums.total(squares, home).sqrt()
+        return {table.device: norm.to(table.device, non_blocking=table.device.type != "cpu") for table in tables}
+
+    def may_have_grads(self, present: Iterable[Any]) -> bool:
+        """Whether any of ``present`` is true, or another rank may have gradients and count on this one."""
+        return any(present) or self.sums.has_shard_groups
 
     def _perturb(self, tables: Sequence[TensorTable], ascents: Sequence[Ascent]) -> None:
         self.perturbed = True
@@ -190,6 +237,28 @@ class Engine:
             f"{name} was written to while it was perturbed, by another optimizer, say: the restore would undo that; "
             "call restore() to give the ascent up; the other one may step before first_step() or after second_step()"
         )
+
+    @torch.no_grad()
+    def displace(self, plan: Plan, tensors: Sequence[Tensor | None]) -> None:
+        """Adds given tensors to the weights, one per parameter in the groups' order; None: it stays.
+
+        Raises:
+            TypeError, ValueError: a tensor does not fit its parameter; nothing has been changed then.
+        """
+        self._writes.begin()
+        with self.tables.holding_grads():
+            tables = self.tables.read_grads(plan.groups)
+            set_displacements(tables, tensors)
+            self._bind_for_ascent(tables, plan)
+            options = plan.ascent_options
+            self.is_displaced = True
+            self._perturb(tables, [_whole_direction(table, options) for table in tables])
+        clear_weight_caches()
+
+    def refuse_displaced(self) -> None:
+        """Raises RuntimeError within ``perturb_by()``."""
+        if self.is_displaced:
+            raise RuntimeError("a step is not possible within perturb_by(); leave its block first")
 
     # ---- restore ----
 
@@ -221,6 +290,17 @@ class Engine:
                 table.choose_perturbed([False] * len(plan.groups), [])
 
     @torch.no_grad()
+    def measure(self, plan: Plan) -> Tensor:
+        """The norm of the present gradients of the parameters that a step perturbs: float64, 0-dim."""
+        with self.tables.holding_grads():
+            tables = self.tables.read_grads(plan.groups)
+            for table in tables:
+                table.choose_perturbed(plan.perturb, table.present)
+            options = [AscentOptions(0.0, adaptive=False, maximize=False)] * len(plan.groups)
+            norms = self._norms([self._backend(table) for table in tables], tables, options)
+        return next((norm for device, norm in norms.items() if device.type != "cpu"), next(iter(norms.values())))
+
+    @torch.no_grad()
     def initialize_state(self, plan: Plan, base_step: Callable[[], None]) -> None:
         """Makes the state of every parameter that has a gradient, as torch's optimizers do in a step with lr = 0."""
         self.begin_without_ascent(plan)
@@ -228,11 +308,10 @@ class Engine:
             base_step()
         with self.tables.holding_grads():
             self._read_grads_again()
-            perturb = [bool(group["perturb"]) for group in plan.groups]
             tables, wanted = list(self.tables), []
             for table in tables:
-                among = [i for i in table.present if perturb[table.groups[i]]]
-                mine = self._wanted(plan, (), table.present, among if self.method.state_name is not None else ())
+                among = _would_move(table, plan) if self.method.state_name is not None else ()
+                mine = self._wanted(plan, (), table.present, among)
                 wanted.append((mine, table.slots.bind(table, plan.state, mine)))
             self._publish(tables, plan, wanted)
 
@@ -273,11 +352,15 @@ class Engine:
             return None
         if self.method.state_name is not None:
             self._bind(tables, plan, method=form.keeps)
-        options = [ascent_options(group, plan.step) for group in plan.groups]
+        if form.keeps and self.ascents == 0:
+            for table in tables:
+                table.take_grads_for_first_ones()
         backends = [self._backend(table) for table in tables]
         scales = [to_table_device(plan.grad_scale, table) for table in tables]
         lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
-        return self._coefficients.descents(backends, tables, options, lrs, self.ascents > 0, scales)
+        return self._coefficients.descents(
+            backends, tables, plan.ascent_options, plan.step, lrs, self.ascents > 0, scales
+        )
 
     def _update(self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None) -> None:
         update = plan.update
@@ -304,22 +387,27 @@ class Engine:
                 continue
             for i in table.present:
                 grad, laid_out = table.params[i].grad, table.grads[i]
-                if grad is not None and laid_out is not None and as_real(grad).data_ptr() != laid_out.data_ptr():
-                    as_real(grad).copy_(laid_out)
+                memory = None if grad is None else as_real(local_of(grad))
+                if memory is not None and laid_out is not None and memory.data_ptr() != laid_out.data_ptr():
+                    memory.copy_(laid_out)
                 move = table.first_grads[i]
                 if descent.form.decoupled and move is not None:
-                    moves.append((as_real(table.params[i]), move))
+                    moves.append((as_real(table.locals[i]), move))
         return moves
 
     # ---- state ----
 
     def _bind(self, tables: Sequence[TensorTable], plan: Plan, *, masters: bool = False, method: bool = False) -> None:
         for table in tables:
-            kept = table.perturbed if method else ()
+            kept = self._keepers(table, plan) if method else ()
             table.slots.bind(table, plan.state, self._wanted(plan, table.perturbed if masters else (), (), kept))
 
     def _wanted(self, plan: Plan, masters: Sequence[int], moments: Sequence[int], method: Sequence[int]) -> Wanted:
         return Wanted(plan.state_names, self.method.state_name, masters, moments, method)
+
+    def _keepers(self, table: TensorTable, plan: Plan) -> Sequence[int]:
+        """The parameters that have method state: the perturbed ones, or those that an ascent would perturb."""
+        return table.perturbed if self.ascents > 0 else _would_move(table, plan)
 
     def _bind_all(
         self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None
@@ -328,7 +416,8 @@ class Engine:
         keeps = descents is not None and descents[0].form.keeps
         result = []
         for table in tables:
-            wanted = self._wanted(plan, table.perturbed, table.present, table.perturbed if keeps else ())
+            kept = self._keepers(table, plan) if keeps else ()
+            wanted = self._wanted(plan, table.perturbed, table.present, kept)
             result.append((wanted, table.slots.bind(table, plan.state, wanted)))
         return result
 
@@ -373,7 +462,7 @@ class Engine:
                 )
 
     def _end_step(self) -> None:
-        self.perturbed, self.ascents = False, 0
+        self.perturbed, self.is_displaced, self.ascents = False, False, 0
         for table in self.tables:
             table.end_step()
         if self.tables.builds != self._watched_builds:
@@ -383,9 +472,22 @@ class Engine:
         clear_weight_caches()
 
 
+def _would_move(table: TensorTable, plan: Plan) -> list[int]:
+    perturb = plan.perturb
+    return [i for i in table.present if perturb[table.groups[i]]]
+
+
 def _for_ascent(options: AscentOptions, number: int) -> AscentOptions:
     """The options with random numbers of their own for each ascent of a step."""
     return options._replace(rounding_seed=ascent_seed(options.rounding_seed, number)) if number else options
+
+
+def _whole_direction(table: TensorTable, options: Sequence[AscentOptions]) -> Ascent:
+    """``w <- w + d`` for every parameter that has a direction d."""
+    shape = len(table.params), len(AscentCoefficients)
+    coefficients = torch.zeros(shape, dtype=torch.float64, device=table.device)
+    coefficients[:, AscentCoefficients.A].fill_(1.0)
+    return Ascent(options, form=AscentForm(x=Row.DIRECTION), coefficients=coefficients)
 
 
 def _unscale(plan: Plan) -> None:
@@ -394,8 +496,9 @@ def _unscale(plan: Plan) -> None:
     inverse = plan.grad_scale.double().reciprocal().float()
     for group in plan.groups:
         for param in group["params"]:
-            if param.grad is not None:
-                param.grad.mul_(inverse.to(param.grad.device))
+            grad = local_of(param.grad)
+            if grad is not None:
+                grad.mul_(inverse.to(grad.device))
 
 
 def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
@@ -403,5 +506,6 @@ def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
     if scalar is None:
         return None
     # A number where the scaler saw no gradient at all.
+    scalar = whole_of(scalar)
     tensor = scalar if isinstance(scalar, Tensor) else torch.tensor(scalar, dtype=torch.float32, device="cpu")
     return tensor.to(table.device, torch.float32, non_blocking=table.device.type != "cpu").reshape(())

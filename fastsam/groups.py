@@ -144,10 +144,12 @@ def learning_rate(group: Mapping[str, Any]) -> Any:
     return group["lr"]
 
 
-def ascent_options(group: Mapping[str, Any], step: int) -> AscentOptions:
-    """The options of ``group`` that backends need for the ascent in step ``step``."""
+def ascent_options(group: Mapping[str, Any], step: int, rho_scale: float = 1.0) -> AscentOptions:
+    """The options of ``group`` that backends need for the ascent in step ``step``; ``rho_scale``: rho's factor."""
     rho = rho_in(group, step)
     _check_rho(rho, read=not isinstance(rho, Tensor) or rho.device.type == "cpu")
+    if rho_scale != 1.0:
+        rho = rho * rho_scale
     return AscentOptions(rho, bool(group["adaptive"]), bool(group.get("maximize", False)), rounding_seed(group))
 
 

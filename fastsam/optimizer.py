@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,25 @@ from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
 from fastsam.bases import check_base, complete_base, note_step, run_step
+from fastsam.distributed import ShardGroups, check_missing_grads, check_shards
 from fastsam.engine import Engine
-from fastsam.groups import GROUP_OPTIONS, as_groups, check_parameters, give_options, split_options, with_defaults
+from fastsam.groups import (
+    GROUP_OPTIONS,
+    as_groups,
+    check_parameters,
+    give_options,
+    split_options,
+    tensors_of,
+    with_defaults,
+)
+from fastsam.last_ascent import LastAscent, average, record
 from fastsam.micro_batches import GradientSums
+from fastsam.policy import Policy
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
-from fastsam.schedules import RhoSchedule
+from fastsam.runtime.parallel_models import ParallelModel
+from fastsam.schedules import RhoSchedule, Schedule, check_schedule
 from fastsam.wrapper import BaseWrapper, refuse_groups_of_others
 
 Closure = Callable[[], Any]
@@ -59,12 +71,17 @@ class FastSAM(BaseWrapper):
         base: a :class:`torch.optim.Optimizer` class. SGD, Adam and AdamW run fused with the restore, every other class
             by its own ``step()``.
         rho: radius of the neighbourhood, in the units of the weights' L2 norm; a number or a 0-dim tensor, >= 0; or a
-            schedule: a function of the number of the step (from 0), or :class:`fastsam.methods.RhoByLR`.
+            schedule: a function of the number of the step (from 0), or :class:`fastsam.methods.RhoByLR`. If it is the
+            number 0 in every perturbed group, the step is the base's, of one pass.
         adaptive: ASAM's ascent with T = \|w\|: ``e = rho * w^2 * g / || |w| g ||`` (Kwon et al., ICML 2021,
             https://arxiv.org/abs/2102.11600, without its eta, as in davda54/sam).
         method: one of :mod:`fastsam.methods`; :class:`fastsam.methods.SAM` by default.
         interval: perturb in every ``interval``-th step only; the others are the base's, of one pass.
-        model: if given, the running statistics of its batch-norm layers move in the first pass only.
+        schedule: perturb only in the steps for which this function of the step's number (from 0) returns True:
+            :class:`fastsam.schedules.Late`, :class:`fastsam.schedules.Early`, a function of your own; or
+            :class:`fastsam.schedules.AESAM`, which decides by the gradient's norm.
+        model: if given, the running statistics of its batch-norm layers move in the first pass only, and FSDP2's
+            unsharded copies of weights are freed whenever the weights change.
         replay_rng: give both passes of ``step(closure)`` the same random numbers (dropout masks).
         rounding: how bfloat16 and float16 parameters and their state are stored: ``"nearest"``, or ``"stochastic"``, up
             or down at random so that the expected value is exact; nearest loses every step of less than half a unit in
@@ -76,6 +93,13 @@ class FastSAM(BaseWrapper):
             parameters with the same gradients; ``rounding`` applies to the perturbation alone, which needs no backup. A
             parameter that is not its master's rounding (it was written to from outside) replaces it. Bases: SGD, Adam,
             AdamW.
+        shard_groups: for parameters of which other ranks hold the rest and that are not DTensors (pipeline stages,
+            FSDP1, Megatron's tensor parallelism): the process groups over which the norm must be added up; one,
+            several, or a function of a parameter that returns some. DTensors (``fully_shard``, ``parallelize_module``)
+            need nothing.
+        local_ascent: with ``model``, a DistributedDataParallel module: each rank ascends by the gradient of its own
+            batch (the paper's m-sharpness), so that ``step(closure)`` averages gradients once, not twice. Not possible
+            with methods that use the first pass's gradients or norm in the descent.
         backend: ``"auto"`` (the fastest that can run on the parameters' device), ``"reference"``, ``"foreach"``,
             ``"native"`` or ``"triton"``; a named one runs or raises.
         **base_kwargs: the base's options (``lr``, ``momentum``, ``weight_decay``, ...).
@@ -90,6 +114,16 @@ class FastSAM(BaseWrapper):
     # second pass must not leave the weights perturbed.
     _step_supports_amp_scaling = True
 
+    last_ascent: LastAscent | None = None
+    """What the last ``step(closure)`` has measured: ``loss`` at w, ``perturbed_loss`` at w + e, ``grad_norm``.
+
+    Detached tensors, on the device (reading them waits for it). With ``closures=`` the means over the micro-batches; in
+    distributed training the losses are this rank's. Without ``replay_rng=True`` the difference of the losses contains
+    that of two dropout masks. None in two-phase use, with ``ascent_closure=`` (the losses are of different data), after
+    a step without an ascent, with methods that have no pass at w, and if the closure does not return its loss. In a
+    captured step the tensors belong to the graph: each replay writes them.
+    """
+
     def __init__(
         self,
         params: Any,
@@ -99,11 +133,14 @@ class FastSAM(BaseWrapper):
         adaptive: bool = False,
         method: methods.Method = PLAIN,
         interval: int = 1,
+        schedule: Schedule | None = None,
         model: nn.Module | None = None,
         replay_rng: bool = False,
         rounding: str = "nearest",
         rounding_seed: int | None = None,
         master_weights: bool = False,
+        shard_groups: ShardGroups = None,
+        local_ascent: bool = False,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
@@ -111,6 +148,7 @@ class FastSAM(BaseWrapper):
         check_name(backend)
         methods.check_method(method)
         check_count("interval", interval)
+        check_schedule(schedule)
         if interval > 1 and not method.needs_first_pass:
             raise ValueError(f"interval={interval} saves no pass with {method}, whose ascent needs none")
         if model is not None and not isinstance(model, nn.Module):
@@ -123,10 +161,15 @@ class FastSAM(BaseWrapper):
         if method is PLAIN and interval == 1 and model is None and not replay_rng:
             refuse_groups_of_others(params)
         check_parameters(groups)
+        check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
         self.backend = backend
-        self._interval, self._replay_rng = interval, replay_rng
+        self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
+        self._policy.check(method)
+        self._parallel = ParallelModel(model, local_ascent, method)
+        if local_ascent and self._policy.statistics is not None:
+            raise ValueError(f"local_ascent=True is not possible with {schedule}: the ranks might decide differently")
         self._statistics = RunningStatistics(model) if model is not None else None
-        self._engine = Engine(backend, method)
+        self._engine = Engine(backend, method, shard_groups)
         for group in groups:
             self._check_backends(group)
         # The base may check what its groups hold: it is shown its own options alone.
@@ -137,6 +180,7 @@ class FastSAM(BaseWrapper):
             self._check_group(group)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **own})
         self._engine.is_constructed = True
+        self._parallel.watch_events(self._engine)
         self._adopt_base()
 
     # ---- steps ----
@@ -171,6 +215,8 @@ class FastSAM(BaseWrapper):
             ValueError: ``closures`` is empty, given beside another, or not possible with the method.
             Exception: whatever a closure raises; the weights, the state and ``perturbed`` are then as before the step.
         """
+        self._engine.refuse_displaced()
+        self.last_ascent = None
         if closures is not None:
             if closure is not None or ascent_closure is not None:
                 raise ValueError("step(): closures stands for closure and ascent_closure, it cannot be beside them")
@@ -185,27 +231,36 @@ class FastSAM(BaseWrapper):
         self._check_closure_step()
         if not self.method.needs_first_pass:
             return self._step_of_one_pass(closure)
-        first = ascent_closure or closure
+        first = self._parallel.locally(ascent_closure or closure)
         ascends = self._ascends_now()
         states = self._generator_states()
         loss = self._run_first(first if ascends else closure)
         if not self._has_gradients():
             if ascends and ascent_closure is not None:
                 raise RuntimeError("no parameter has a gradient; ascent_closure must call backward()")
+            check_missing_grads(self._parameters())
             return loss
         if states is not None and ascends:
             closure, first = states.replayed(closure), states.replayed(first)
+        measured = None
         with self._undone_by_exceptions():
-            if ascends:
+            if self._still_ascends(ascends):
                 self._ascend_all_the_way(first)
+                perturbed_loss = self._run_second(closure)
+                if ascent_closure is None:
+                    measured = record(loss, perturbed_loss, self._engine.grad_norm)
+            elif ascends and ascent_closure is not None:
+                self._clear_grads()
                 self._run_second(closure)
             self._descend()
+        self.last_ascent = measured
         return loss
 
     def _step_of_one_pass(self, closure: Closure) -> Any:
         """A step of a method whose ascent needs no gradient."""
         with self._undone_by_exceptions():
-            self._ascend()
+            if self._ascends_now():
+                self._ascend()
             self._clear_grads()
             loss = self._engine.run(closure)
             if self._has_gradients():
@@ -217,25 +272,33 @@ class FastSAM(BaseWrapper):
     def _step_by_micro_batches(self, closures: list[Closure]) -> list[Any]:
         if not closures:
             raise ValueError("step(): closures is empty; it must hold one closure for each micro-batch")
-        if not self.method.needs_first_pass or self.method.needs_first_grads:
+        if not self.method.needs_first_pass or self.method.descent_form(ascended=True) is not None:
             raise ValueError(f"step(closures=...) is not possible with {self.method}: its steps cannot be averaged")
+        if self._policy.statistics is not None:
+            raise ValueError(
+                f"step(closures=...) is not possible with {self._policy.schedule}: the gradient at w is not computed"
+            )
         self._check_closure_step()
         losses: list[Any] = []
+        measured: list[LastAscent | None] = []
         sums = GradientSums()
         with self._undone_by_exceptions():
             for number, closure in enumerate(closures):
                 if losses:
                     self._clear_grads()
                 states = self._generator_states()
-                losses.append(self._engine.run(closure) if losses else self._run_first(closure))
-                if self._ascends_now() and self._has_gradients():
+                ascends = self._ascends_now()
+                first = self._parallel.locally(closure) if ascends else closure
+                losses.append(self._engine.run(first) if losses else self._run_first(first))
+                if ascends and self._has_gradients():
                     again = closure if states is None else states.replayed(closure)
-                    self._ascend_all_the_way(again, number)
-                    self._run_second(again)
-                    self.restore()
+                    self._ascend_all_the_way(self._parallel.locally(again), number)
+                    measured.append(record(losses[-1], self._run_second(again), self._engine.grad_norm))
+                    self._bring_back()
                 sums.add(self._parameters())
             if sums.hand_over(self._parameters(), len(closures)):
                 self._descend()
+        self.last_ascent = average(measured)
         return losses
 
     @untraced
@@ -258,12 +321,20 @@ class FastSAM(BaseWrapper):
             RuntimeError: the weights are perturbed already, or no parameter has a gradient.
         """
         engine = self._engine
+        if self._parallel.local_ascent:
+            raise RuntimeError(
+                "local_ascent=True is for step(closure); in a loop of two phases leave it out, and enter "
+                "model.no_sync() around the first forward and backward"
+            )
+        engine.refuse_displaced()
         engine.check_writes()
+        self.last_ascent = None
         if engine.is_single or not (engine.perturbed and engine.ascents < self.method.ascents):
             self._refuse_perturbed("first_step()")
-        if self.method.needs_first_pass and not self._ascends_now():
-            if not self._has_gradients():
-                raise RuntimeError("no parameter has a gradient; call backward() first")
+        is_first = not engine.perturbed
+        if self.method.needs_first_pass and is_first and not self._has_gradients():
+            raise RuntimeError("no parameter has a gradient; call backward() first")
+        if is_first and not self._still_ascends(self._ascends_now()):
             engine.is_single = True
             return False
         self._ascend()
@@ -291,13 +362,47 @@ class FastSAM(BaseWrapper):
     def restore(self) -> None:
         """Gives the ascent up: the weights come back bit for bit, nothing is updated. Otherwise a no-op."""
         self._engine.is_single = False
-        if not self._engine.perturbed:
-            return
+        self._policy.discard()
+        if self._engine.perturbed:
+            self._bring_back()
+            self._parallel.abandon_pass()
+
+    @contextmanager
+    def perturb_by(self, tensors: Iterable[Tensor | None]) -> Iterator[None]:
+        """A block in which given tensors are added to the weights; at its end the weights are back bit for bit.
+
+        For measurements around w: no gradient, no state and no ``rho`` are needed, and parameters of groups with
+        ``perturb=False`` move, too. The block may compute losses and gradients, but no step. With ``model=`` the
+        running statistics of its batch-norm layers are preserved.
+
+        Args:
+            tensors: one for each parameter, in the order of ``param_groups``, of the parameter's shape on its device;
+                None: this parameter stays.
+
+        Raises:
+            RuntimeError: the weights are perturbed already.
+            TypeError, ValueError: an entry cannot be added to its parameter, or there are too many or too few;
+                nothing has been changed then.
+        """
+        self._refuse_perturbed("perturb_by()")
+        try:
+            with DeferredInterrupts():
+                self._engine.displace(self._plan(), list(tensors))
+                if self._statistics is not None:
+                    self._statistics.save()
+            self._parallel.note_writes()
+            yield
+        finally:
+            if self._engine.perturbed:
+                self._bring_back()
+
+    # ---- the two phases ----
+
+    def _bring_back(self) -> None:
         with DeferredInterrupts():
             self._engine.restore()
             self._restore_statistics()
-
-    # ---- the two phases ----
+        self._parallel.note_writes()
 
     def _ascend_all_the_way(self, ascent_closure: Closure, micro_batch: int = 0) -> None:
         self._ascend(micro_batch)
@@ -312,11 +417,14 @@ class FastSAM(BaseWrapper):
         self._complete_groups()
         for group in self.param_groups:
             self._check_group(group)
+        if self.method.needs_first_pass:
+            self._parallel.check_first_pass()
         if self._statistics is not None and self.method.needs_first_pass and not self._engine.perturbed:
             self._statistics.save()
         try:
             with DeferredInterrupts():
                 self._engine.ascend(self._plan(micro_batch))
+            self._parallel.note_writes()
         except BaseException:
             if not self._engine.perturbed:
                 self._restore_statistics()
@@ -335,6 +443,7 @@ class FastSAM(BaseWrapper):
             note_step(self.base_optimizer)
             self._count_step()
             self._restore_statistics()
+        self._parallel.note_writes()
         self._engine.accumulation.end_step(self._parameters())
 
     def _finish(self) -> None:
@@ -390,10 +499,19 @@ class FastSAM(BaseWrapper):
         with self._engine.accumulation.watching(self._parameters()):
             return self._engine.run(closure)
 
-    def _run_second(self, closure: Closure) -> None:
-        self._engine.run(closure)
+    def _run_second(self, closure: Closure) -> Any:
+        loss = self._engine.run(closure)
         if not self._has_gradients():
             raise RuntimeError(
                 "no parameter has a gradient after the second pass: the closure of step() must call backward() each "
                 "time it is called. If the gradients were computed outside of it, call first_step() and second_step()"
             )
+        return loss
+
+    def _still_ascends(self, ascends: bool) -> bool:
+        """Whether a step that :meth:`_ascends_now` says yes to has an ascent after all, by its gradients."""
+        if (statistics := self._policy.statistics) is None:
+            return ascends
+        with DeferredInterrupts():
+            statistics.observe(self._engine.measure(self._plan()), self._step_count())
+        return ascends and statistics.ascends_after_first_pass()

@@ -26,6 +26,7 @@ from fastsam.groups import (
     tensors_of,
     with_defaults,
 )
+from fastsam.policy import Policy
 from fastsam.precision import check_precision
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.replay_rng import GeneratorStates
@@ -41,7 +42,7 @@ class BaseWrapper(Optimizer):
     base_optimizer: Optimizer
     backend: str
     _engine: Engine
-    _interval: int
+    _policy: Policy
     _replay_rng: bool
     _statistics: RunningStatistics | None
 
@@ -84,6 +85,16 @@ class BaseWrapper(Optimizer):
         """The method, which cannot be changed: its state would be of no use to another."""
         return self._engine.method
 
+    @property
+    def ascends_next(self) -> bool:
+        """Whether the coming step has an ascent, as far as is known before its first pass."""
+        return self._ascends_now()
+
+    @property
+    def replay_rng(self) -> bool:
+        """Whether both passes have the same random numbers."""
+        return self._replay_rng
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; what it does not set is taken from the constructor's options.
 
@@ -114,6 +125,7 @@ class BaseWrapper(Optimizer):
         self._complete_groups()
         saved = self.base_optimizer.state_dict()
         complete_saved(saved, self.method, FUSED.get(type(self.base_optimizer)), self._step_count())
+        self._policy.save(saved.get("param_groups", ()))
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, saved)
             saved = saved if changed is None else changed
@@ -131,6 +143,10 @@ class BaseWrapper(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, given)
             given = given if changed is None else changed
+        saved_groups = [dict(group) for group in given.get("param_groups", ())]
+        statistics = self._policy.take_saved(saved_groups)
+        if statistics is not None:
+            given = {**given, "param_groups": saved_groups}
         self._complete_groups()
         state, groups = self.state, self.param_groups
         options = [split_options(group)[1] for group in groups]
@@ -140,13 +156,25 @@ class BaseWrapper(Optimizer):
             if self.param_groups is not groups:
                 self.state, self.param_groups = state, groups
             raise
+        self._policy.load(statistics)
         fill_options(self.param_groups, options)  # a load_state_dict of the base's own may run no hooks
         for loaded in self._optimizer_load_state_dict_post_hooks.values():
             loaded(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        names = ("base_optimizer", "defaults", "backend", "method", "_interval", "_replay_rng", "_statistics")
+        if self._engine.sums.has_shard_groups:
+            raise TypeError("an optimizer with shard_groups cannot be copied: a process group is this process's own")
+        names = (
+            "base_optimizer",
+            "defaults",
+            "backend",
+            "method",
+            "_policy",
+            "_replay_rng",
+            "_statistics",
+            "_parallel",
+        )
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -205,20 +233,23 @@ class BaseWrapper(Optimizer):
     def _plan(self, micro_batch: int = 0) -> Plan:
         step, scaler = self._step_count(), self._engine.scaler
         scale, found_inf = scaler.get("grad_scale"), scaler.get("found_inf")
-        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch)
+        rho_scale = self._policy.rho_scale(step)
+        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch, rho_scale)
 
     def _forget_scaler(self) -> None:
         # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
         self._engine.scaler.clear()
 
     def _ascends_now(self) -> bool:
-        step = self._step_count()
-        return step % self._interval == 0 and self.method.ascends(step)
+        """Whether this step has an ascent, as far as is known before its first pass."""
+        self._complete_groups()
+        return self._policy.ascends(self._step_count(), self.param_groups, self.method)
 
     def _count_step(self) -> None:
         self._engine.is_single = False
         schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
-        if self._interval > 1 or self.method.counts_steps or schedules:
+        self._policy.commit()
+        if self._policy.counts_steps or self.method.counts_steps or schedules:
             count = self._step_count() + 1
             for group in self.param_groups:
                 group[STEP_COUNT] = count
@@ -239,7 +270,7 @@ class BaseWrapper(Optimizer):
         )
 
     def _has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self._parameters())
+        return self._engine.may_have_grads(p.grad is not None for p in self._parameters())
 
     def _clear_grads(self) -> None:
         """Sets gradients to None, or to zeros where they are views of a buffer, which are to remain the gradients."""
@@ -268,11 +299,13 @@ def refuse_groups_of_others(params: Any) -> None:
     for other in list(_living):
         if params is not other.param_groups:
             continue
-        if other.method != methods.SAM() or other._interval != 1 or other._replay_rng or other._statistics is not None:
+        policy = other._policy
+        plain = other.method == methods.SAM() and policy.interval == 1 and policy.schedule is None
+        if not plain or other._replay_rng or other._statistics is not None:
             raise TypeError(
                 f"these are the param_groups of another FastSAM, with method={other.method}, "
-                f"interval={other._interval}, replay_rng={other._replay_rng}, which groups do not hold; pass the same "
-                "arguments, or parameters"
+                f"interval={policy.interval}, schedule={policy.schedule}, replay_rng={other._replay_rng}, which groups "
+                "do not hold; pass the same arguments, or parameters"
             )
 
 

@@ -51,12 +51,14 @@ class FakeGPU:
         """What one call of ``step`` takes: launches, compilations, waits."""
         self.launches.clear()
         self.compiled, self.syncs = 0, collections.Counter()
-        with _CountingSyncs(self.syncs):
+        with CountingSyncs(self.syncs):
             step()
         return list(self.launches), self.compiled, dict(self.syncs)
 
 
-class _CountingSyncs(TorchDispatchMode):
+class CountingSyncs(TorchDispatchMode):
+    """Counts operators that wait for an accelerator, into ``counter``."""
+
     def __init__(self, counter):
         super().__init__()
         self.counter = counter

@@ -158,13 +158,109 @@ def looksam(k=5, alpha=0.7):
     return step
 
 
-def friendly(weights, gradient, groups, memory, sigma=1.0, lmbda=0.9):
+def friendly_average(g, memory, lmbda=0.9):
+    before = memory.get("m", [torch.zeros_like(x) for x in g])
+    memory["m"] = [lmbda * a + (1 - lmbda) * x for a, x in zip(before, g, strict=True)]
+    return memory["m"]
+
+
+def friendly(weights, gradient, groups, memory, sigma=1.0):
     """Li et al. 2024 (arXiv:2403.12350), algorithm 1."""
     g = gradient(weights)
-    before = memory.get("m", [torch.zeros_like(x) for x in g])
-    m = memory["m"] = [lmbda * a + (1 - lmbda) * x for a, x in zip(before, g, strict=True)]
+    m = friendly_average(g, memory)
     d = [x - sigma * a for x, a in zip(g, m, strict=True)]
     return gradient(added(weights, [group["rho"] * x / length(d) for group, x in zip(groups, d, strict=True)]))
+
+
+def vasso_average(g, memory, theta=0.9):
+    before = memory.get("d", g)
+    memory["d"] = [(1 - theta) * a + theta * x for a, x in zip(before, g, strict=True)]
+    return memory["d"]
+
+
+def vasso(weights, gradient, groups, memory):
+    """Li and Giannakis 2023 (arXiv:2309.15639): d starts as the first gradient."""
+    d = vasso_average(gradient(weights), memory)
+    return gradient(added(weights, [group["rho"] * x / length(d) for group, x in zip(groups, d, strict=True)]))
+
+
+def stable_sam(weights, gradient, groups, memory):
+    """Tan et al. 2025 (arXiv:2401.07250): the descent's gradient has the length of the ascent's."""
+    g, g_p = both_gradients(weights, gradient, groups)
+    ratio = length(g) / length(g_p)
+    return [p if group["rho"] == 0 else ratio * p for group, p in zip(groups, g_p, strict=True)]
+
+
+def unified_sam(weights, gradient, groups, memory, lam=0.5):
+    """Oikonomou and Loizou 2025 (arXiv:2503.02225): e = rho (1 - lambda + lambda / ||g||) g."""
+    g = gradient(weights)
+    factor = 1 - lam + lam / length(g)
+    return gradient(added(weights, [group["rho"] * factor * x for group, x in zip(groups, g, strict=True)]))
+
+
+def sagm(weights, gradient, groups, memory, alpha=0.001):
+    """Wang et al. 2023 (arXiv:2303.10353): L(w) + L(w + rho g / ||g|| - alpha g), halved; rho = 0 is the base alone."""
+    g = gradient(weights)
+    size = length(g)
+    e = [(group["rho"] / size - alpha if group["rho"] else 0.0) * x for group, x in zip(groups, g, strict=True)]
+    g_p = gradient(added(weights, e))
+    return [(x + p) / 2 if group["rho"] else p for group, x, p in zip(groups, g, g_p, strict=True)]
+
+
+def lesam(total=None, sigma=0.35):
+    def step(weights, gradient, groups, memory):
+        """Wang et al. 2026 (arXiv:2605.10183); in the last fifth of the steps sigma falls to 0 along a cosine."""
+        t = memory["t"] = memory.get("t", -1) + 1
+        g = gradient(weights)
+        size, sigma_t = length(g), sigma
+        if total is not None and t >= total - total // 5:
+            done = (t - (total - total // 5)) / (total // 5 - 1)
+            sigma_t = sigma * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
+        e = [min(sigma_t / size, group["rho"]) * x / size for group, x in zip(groups, g, strict=True)]
+        return gradient(added(weights, e))
+
+    return step
+
+
+def zsharp(weights, gradient, groups, memory, q=0.95):
+    """Yun 2025 (arXiv:2505.02369): the elements with |z| beyond the tensor's quantile; the norm is over all tensors."""
+    d = []
+    for x in gradient(weights):
+        z = (x - x.mean()) / (x.std(correction=0) + 1e-8)
+        kept = x * (z.abs() > torch.quantile(z.abs().flatten(), q))
+        d.append(kept if kept.any() else x)
+    return gradient(added(weights, [group["rho"] * x / length(d) for group, x in zip(groups, d, strict=True)]))
+
+
+def gcsam(weights, gradient, groups, memory):
+    """Hassan et al. 2025 (arXiv:2501.11584), with the centralization of Yong et al. (arXiv:2004.01461)."""
+    d = []
+    for x in gradient(weights):
+        rows = x.reshape(len(x), -1) if x.dim() > 1 else x
+        d.append((rows - rows.mean(1, keepdim=True)).reshape(x.shape) if x.dim() > 1 else x)
+    return gradient(added(weights, [group["rho"] * x / length(d) for group, x in zip(groups, d, strict=True)]))
+
+
+def esam(beta, seed):
+    def step(weights, gradient, groups, memory):
+        """Du et al. 2022 (arXiv:2110.03141), section 3.1, over whole tensors; the draws are splitmix64's."""
+        t = memory["t"] = memory.get("t", -1) + 1
+        g = gradient(weights)
+        size = length(g)
+        drawn = [uniform(seed, t, i) < beta for i in range(len(g))]
+        factors = [group["rho"] / beta / size if chosen else 0.0 for group, chosen in zip(groups, drawn, strict=True)]
+        return gradient(added(weights, [factor * x for factor, x in zip(factors, g, strict=True)]))
+
+    return step
+
+
+def uniform(seed, step, position):
+    """splitmix64 (Steele et al. 2014), finalized, as a float64 in [0, 1)."""
+    mask = 2**64 - 1
+    x = (position * 0x9E3779B97F4A7C15 + ((seed * 0x9E3779B1 + step * 0x85EBCA77) & (2**62 - 1))) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return ((x ^ (x >> 31)) >> 11) / 2**53
 
 
 def momentum_sam(weights, gradient, groups, memory):
@@ -202,11 +298,46 @@ def awp(weights, gradient, groups, memory, gamma=0.01):
     return gradient(added(weights, e))
 
 
-def at_intervals(method, k):
+# What a step without an ascent still does with its gradient.
+AVERAGES = {friendly: friendly_average, vasso: vasso_average}
+
+
+def only_in(method, ascends):
     def step(weights, gradient, groups, memory):
-        """``method`` in every k-th step, the base otherwise."""
+        """``method`` in the steps for which ``ascends(step)`` is true, the base otherwise."""
         t = memory["steps"] = memory.get("steps", -1) + 1
-        return method(weights, gradient, groups, memory) if t % k == 0 else gradient(weights)
+        if ascends(t):
+            return method(weights, gradient, groups, memory)
+        g = gradient(weights)
+        if method in AVERAGES:
+            AVERAGES[method](g, memory)
+        return g
+
+    return step
+
+
+def at_intervals(method, k):
+    return only_in(method, lambda step: step % k == 0)
+
+
+def aesam(method, total, delay, lambda1=-1.0, lambda2=1.0, delta=0.9):
+    def step(weights, gradient, groups, memory):
+        """Jiang et al. 2023 (arXiv:2304.14647); ``delay=1``: each step by the decision of the one before."""
+        t = memory["steps"] = memory.get("steps", -1) + 1
+        g = gradient(weights)
+        squares = dot(g, g)
+        mu = memory["mu"] = delta * memory.get("mu", 0.0) + (1 - delta) * squares
+        memory["s2"] = delta * memory.get("s2", 0.0) + (1 - delta) * (squares - mu) ** 2
+        c = t / total * lambda1 + (1 - t / total) * lambda2
+        decision = squares >= mu + c * math.sqrt(memory["s2"])
+        ascends = memory.get("decision", True) if delay else decision
+        memory["decision"] = decision
+        memory.setdefault("ascents", []).append(ascends)
+        if ascends:
+            return method(weights, gradient, groups, memory)
+        if method in AVERAGES:
+            AVERAGES[method](g, memory)
+        return g
 
     return step
 

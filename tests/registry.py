@@ -105,6 +105,16 @@ METHODS = {
     "momentum": MethodCase(methods.MomentumSAM(), oracle.momentum_sam, (1,), ascents=0),
     "amp": MethodCase(methods.AMP(), oracle.amp()),
     "amp-3-steps": MethodCase(methods.AMP(3, 0.2, 0.3), oracle.amp(3, 0.2, 0.3), (4,), ascents=3),
+    "stable": MethodCase(methods.StableSAM(), oracle.stable_sam),
+    "vasso": MethodCase(methods.VaSSO(), oracle.vasso, state="fastsam_average"),
+    "unified": MethodCase(methods.UnifiedSAM(), oracle.unified_sam),
+    "usam": MethodCase(methods.UnifiedSAM(lam=0), partial(oracle.unified_sam, lam=0)),
+    "sagm": MethodCase(methods.SAGM(), oracle.sagm),
+    "lesam": MethodCase(methods.LESAM(), oracle.lesam()),
+    "lesam-schedule": MethodCase(methods.LESAM(0.05, total_steps=10), oracle.lesam(10, 0.05)),
+    "zsharp": MethodCase(methods.ZSharp(), oracle.zsharp),
+    "gcsam": MethodCase(methods.GCSAM(), oracle.gcsam),
+    "esam": MethodCase(methods.ESAM(0.5, seed=3), oracle.esam(0.5, 3)),
     "awp": MethodCase(methods.AWP(gamma=0.1), partial(oracle.awp, gamma=0.1)),
 }
 

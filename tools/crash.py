@@ -67,7 +67,7 @@ MOMENTS = {
 def run(path, options, begun, moment=None, after=0):
     """The training, in a process of its own; it dies at the call number ``after`` of the ``moment``.
 
-    Sets the event ``begun`` at its first climb.
+    Sets the event ``begun`` at its first perturbation.
     """
     torch.set_num_threads(1)
     ascend = FastSAM._ascend

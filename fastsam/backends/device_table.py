@@ -20,6 +20,9 @@ STEP_ROWS = (Row.GRAD, Row.FIRST_GRAD, Row.DIRECTION)
 # Elements of a chunk, at most: the best of 4,096 to 65,536 on an H200. Larger ones leave more of it idle at the end.
 GPU_CHUNK_SIZE = 8192
 
+# Copies of options on the device, at most: those sent last.
+MOST_OPTIONS = 16
+
 Options = Sequence[Any]
 """One NamedTuple per parameter group."""
 
@@ -62,7 +65,8 @@ class DeviceTable:
         # What each address was when it was last not 0: a graph may read these.
         self._known = torch.zeros_like(table.addresses)
         self._plain: dict[str, tuple[list[Any], bytes]] = {}
-        self._options: dict[str, tuple[bytes, Tensor]] = {}
+        # Several contents of each kind: the ascents of one step differ in their seeds.
+        self._options: dict[str, dict[bytes, Tensor]] = {}
         self._tensor_options: dict[tuple[str, int, str], Tensor] = {}
         self._converted: dict[tuple[str, int, str], Tensor] = {}
 
@@ -155,32 +159,31 @@ class DeviceTable:
         return self._converted[key].copy_(value.reshape(()), non_blocking=True)
 
     def _send_options(self, name: str, words: bytes) -> Tensor:
-        sent, copy = self._options.get(name, (b"", self._rows))
-        if sent == words:
-            return copy
+        known = self._options.setdefault(name, {})
+        if words in known:
+            return known[words]
         numbers = _as_tensor(words)
-        # Until the copy is sent, it may hold anything.
-        self._options.pop(name, None)
-        if len(sent) != len(words) or self._uploads.is_kept(copy):
-            copy = self._uploads.send(numbers)
+        # Taken out first: until the new copy is sent, it may hold anything.
+        oldest = known.pop(next(iter(known))) if len(known) == MOST_OPTIONS else None
+        if oldest is None or oldest.shape != numbers.shape or self._uploads.is_kept(oldest):
+            known[words] = self._uploads.send(numbers)
         else:
-            self._uploads.write(numbers, copy)
-        self._options[name] = words, copy
-        return copy
+            known[words] = self._uploads.write(numbers, oldest)
+        return known[words]
 
     # ---- CUDA graphs ----
 
     def _read_in_graph(self, table: TensorTable, name: str, words: bytes) -> tuple[Tensor, Tensor]:
-        rows, (sent, options) = self._rows, self._options.get(name, (b"", self._rows))
+        rows, options = self._rows, self._options.get(name, {}).get(words)
         if changed := self._changed_rows(table):
             self._check_for_graph(table, changed)
             rows = self._uploads.send_in_graph(table.addresses)
-        if words and sent != words:
+        if words and options is None:
             options = self._uploads.send_in_graph(_as_tensor(words))
         # What is read now is what the graph is to read, for good; with what the table may let go of.
         state = [table.rows[row] for row in range(ROWS) if row not in STEP_ROWS]
         self._uploads.keep(rows, options, state, tuple(self._tensor_options.values()))
-        return rows, options if words else rows
+        return rows, rows if options is None else options
 
     def _check_for_graph(self, table: TensorTable, changed: list[int]) -> None:
         rows = [row for row in changed if row not in STEP_ROWS]

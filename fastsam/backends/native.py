@@ -46,7 +46,7 @@ def unsupported_reason(request: Request) -> str:
     if _missing:
         return (
             f"fastsam was installed without its compiled extension ({_missing}) and is several times slower; reinstall "
-            "with a C++ compiler: pip install --no-build-isolation --no-deps fastsam-optim"
+            "with a C++ compiler, in a checkout: pip install --no-build-isolation --no-deps ."
         )
     if device_type == "cuda" and (obstacle := _load_cuda()):
         return obstacle
@@ -64,21 +64,27 @@ def cuda_library() -> Path:
 
 @functools.cache
 def _load_cuda() -> str:
-    """Registers the CUDA kernels; why they cannot run on the current device, or an empty text."""
+    """Registers the CUDA kernels; why they cannot run on a GPU of this machine, or an empty text."""
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} was built without CUDA"
     if not cuda_library().exists():
         return (
-            "fastsam was installed without its CUDA kernels; reinstall with nvcc: "
-            "FASTSAM_BUILD=cuda pip install --no-build-isolation --no-deps fastsam-optim"
+            "fastsam was installed without its CUDA kernels; reinstall with nvcc, in a checkout: "
+            "FASTSAM_BUILD=cuda pip install --no-build-isolation --no-deps ."
         )
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
     try:
         find_obstacle = ctypes.CDLL(str(cuda_library())).fastsam_cuda_obstacle
     except OSError as error:
         return f"the CUDA kernels cannot be loaded ({error})"
     find_obstacle.restype = ctypes.c_char_p
-    obstacle: bytes | None = find_obstacle()
-    return f"the CUDA kernels cannot run on this device ({obstacle.decode()})" if obstacle else ""
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            obstacle: bytes | None = find_obstacle()
+        if obstacle:
+            return f"the CUDA kernels cannot run on {torch.cuda.get_device_name(index)} ({obstacle.decode()})"
+    return ""
 
 
 def grad_norm(tables: Sequence[TensorTable], options: Sequence[AscentOptions]) -> Tensor:

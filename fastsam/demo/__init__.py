@@ -16,15 +16,17 @@ from dataclasses import replace
 from statistics import mean
 
 import torch
+from torch.nn import functional as F
 
 from fastsam.demo.data import NoisyDigits, load_noisy_digits
-from fastsam.demo.landscape import losses_along
-from fastsam.demo.methods import LEARNING_RATES, Method, chosen
+from fastsam.demo.methods import LEARNING_RATES, Method, rows
 from fastsam.demo.options import Options
 from fastsam.demo.report import results_table, sweep_table
 from fastsam.demo.train import Run, train_model
+from fastsam.sharpness.landscape import filter_normalized, loss_line
 
-EXTRAS = ("matplotlib", "sklearn", "tqdm")
+# What the demo imports, and the distributions that have it.
+EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 
 # Where the picture shows the loss around each solution.
 RADII = [0.15 * step for step in range(-6, 7)]
@@ -33,9 +35,9 @@ DIRECTIONS = 3
 
 def run(options: Options) -> int:
     """Runs the demo, prints its table and writes its picture; returns the exit status."""
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    missing = [package for name, package in EXTRAS.items() if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"the demo needs {', '.join(missing)}: pip install fastsam-optim[demo]", file=sys.stderr)
+        print(f"the demo also needs: pip install {' '.join(missing)}", file=sys.stderr)
         return 1
     with one_thread():
         splits = [load_noisy_digits(options.noise, seed, options.device) for seed in range(options.seeds)]
@@ -49,14 +51,14 @@ def run(options: Options) -> int:
 def _compare(splits: Sequence[NoisyDigits], options: Options) -> None:
     from fastsam.demo.plot import draw
 
-    results = train_all(chosen(options.method), splits, options)
+    results = train_all(rows(options), splits, options)
     print(f"\n{results_table(results, options)}\n", flush=True)
     draw(results, _profiles(results, splits), RADII, options)
     print(f"curves, and the loss around both solutions: {options.output}")
 
 
 def _sweep(splits: Sequence[NoisyDigits], options: Options) -> None:
-    accuracies: dict[Method, dict[float, float]] = {method: {} for method in chosen(options.method)}
+    accuracies: dict[Method, dict[float, float]] = {method: {} for method in rows(options)}
     for lr in LEARNING_RATES:
         for method, runs in train_all(list(accuracies), splits, replace(options, lr=lr)).items():
             accuracies[method][lr] = mean(run.test_accuracy[-1] for run in runs)
@@ -86,10 +88,20 @@ def train_all(methods: Sequence[Method], splits: Sequence[NoisyDigits], options:
 def _profiles(
     results: Mapping[Method, Sequence[Run]], splits: Sequence[NoisyDigits]
 ) -> dict[Method, list[list[float]]]:
-    """For each profiled method a line per split and direction; the directions are the same for all methods."""
+    """For each profiled method a line per split and direction; the directions are the same for all methods.
+
+    The loss is over all training images, wrong labels included, and batch norm uses their statistics at each point.
+    """
     return {
         method: [
-            losses_along(run.model, data, RADII, DIRECTIONS * seed + number)
+            loss_line(
+                run.model,
+                F.cross_entropy,
+                [(data.train_images, data.train_labels)],
+                filter_normalized(run.model, DIRECTIONS * seed + number),
+                RADII,
+                train=True,
+            ).losses
             for seed, (run, data) in enumerate(zip(runs, splits, strict=True))
             for number in range(DIRECTIONS)
         ]

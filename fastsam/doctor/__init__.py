@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import platform
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,24 +23,44 @@ WIDTH = 100
 _COLUMN = 15
 
 
-def run() -> int:
-    """Prints the report; returns 1 if a backend is wrong, else 0."""
+def run(as_json: bool = False) -> int:
+    """Prints the report, as text or as JSON; returns 1 if a backend is wrong, else 0."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 0 if report["ok"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Returns the report as plain data: versions, devices, the extension, a verdict on each backend, auto's choices."""
     devices = _devices()
-    _section("versions", _versions())
-    _section("devices", [(str(device), _describe(device)) for device in devices])
-    _section("extension", _extension())
     logger = logging.getLogger("fastsam")
-    disabled, logger.disabled = logger.disabled, True  # the table has the reasons for skipped backends
+    disabled, logger.disabled = logger.disabled, True  # the verdicts have the reasons for skipped backends
     try:
-        verdicts = [(name, device, *_check(name, device)) for device in devices for name in BACKENDS]
-        chosen = [(device.type, _choice(device)) for device in devices]
+        verdicts = [(name, device.type, *_check(name, device)) for device in devices for name in BACKENDS]
+        chosen = {device.type: _choice(device) for device in devices}
     finally:
         logger.disabled = disabled
-    _section("backends", [(name, f"{device.type:6}{verdict:13}{detail}") for name, device, verdict, detail in verdicts])
-    _section("auto", [(device_type, f"picks {name}") for device_type, name in chosen])
-    wrong = [f"{name} on {device.type}" for name, device, verdict, _ in verdicts if verdict == "wrong"]
+    return {
+        "versions": _versions(),
+        "devices": {str(device): _describe(device) for device in devices},
+        "extension": _extension(),
+        "backends": [dict(zip(("name", "device", "verdict", "detail"), row, strict=True)) for row in verdicts],
+        "auto": chosen,
+        "ok": all(verdict != "wrong" for _, _, verdict, _ in verdicts),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    backends = report["backends"]
+    for title in ("versions", "devices", "extension"):
+        _section(title, list(report[title].items()))
+    _section("backends", [(b["name"], f"{b['device']:6}{b['verdict']:13}{b['detail']}") for b in backends])
+    _section("auto", [(device_type, f"picks {name}") for device_type, name in report["auto"].items()])
+    wrong = [f"{b['name']} on {b['device']}" for b in backends if b["verdict"] == "wrong"]
     print(f"WRONG: {', '.join(wrong)}. Please report this with the lines above." if wrong else "all is well")
-    return 1 if wrong else 0
 
 
 def _check(name: str, device: torch.device) -> tuple[str, str]:
@@ -94,14 +116,14 @@ def _describe(device: torch.device) -> str:
     return f"{torch.accelerator.device_count()} of them"
 
 
-def _versions() -> list[tuple[str, str]]:
-    return [
-        ("fastsam", f"{fastsam.__version__}, in {Path(fastsam.__file__).parent}"),
-        ("python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
-        ("torch", torch.__version__),
-        ("of torch", f"CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}"),
-        ("triton", _version_of("triton")),
-    ]
+def _versions() -> dict[str, str]:
+    return {
+        "fastsam": f"{fastsam.__version__}, in {Path(fastsam.__file__).parent}",
+        "python": f"{platform.python_version()} on {platform.platform(terse=True)}",
+        "torch": str(torch.__version__),
+        "of torch": f"CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}",
+        "triton": _version_of("triton"),
+    }
 
 
 def _version_of(distribution: str) -> str:
@@ -111,21 +133,21 @@ def _version_of(distribution: str) -> str:
         return "not installed"
 
 
-def _extension() -> list[tuple[str, str]]:
+def _extension() -> dict[str, str]:
     found = importlib.util.find_spec("fastsam._C")
     if found is None or found.origin is None:
-        return [
-            ("file", "none: the optimizer's part of a step is several times slower than it could be"),
-            ("remedy", "with a C++ compiler: pip install --no-build-isolation --no-deps fastsam-optim"),
-        ]
+        return {
+            "file": "none: the optimizer's part of a step is several times slower than it could be",
+            "remedy": "with a C++ compiler, in a checkout: pip install --no-build-isolation --no-deps .",
+        }
     file = Path(found.origin)
-    rows = [("file", f"{file.name}, {file.stat().st_size / 1024:.0f} KiB, in {file.parent}")]
+    rows = {"file": f"{file.name}, {file.stat().st_size / 1024:.0f} KiB, in {file.parent}"}
     try:
         importlib.import_module("fastsam._C")
     except ImportError as error:
-        return [*rows, ("broken", f"cannot be loaded: {error}")]
+        return rows | {"broken": f"cannot be loaded: {error}"}
     kernels = ["cpu", "cuda"] if native.cuda_library().exists() else ["cpu"]
-    return [*rows, ("kernels for", ", ".join(kernels))]
+    return rows | {"kernels for": ", ".join(kernels)}
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> None:

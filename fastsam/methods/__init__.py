@@ -5,8 +5,11 @@ a kernel.
 """
 
 from fastsam.methods.ascent import AMP, ASAM, AWP, SAM, MomentumSAM, RandomSAM
-from fastsam.methods.descent import GSAM, WSAM, FriendlySAM, LookSAM
+from fastsam.methods.averages import FriendlySAM, VaSSO
+from fastsam.methods.descent import GSAM, SAGM, WSAM, LookSAM, StableSAM
 from fastsam.methods.direction import Direction
+from fastsam.methods.filters import ESAM, GCSAM, ZSharp
+from fastsam.methods.lengths import LESAM, UnifiedSAM
 from fastsam.methods.method import Method, check_method
 from fastsam.methods.norm_layers import norm_layers_only
 from fastsam.schedules import RhoByLR, RhoSchedule
@@ -15,7 +18,11 @@ __all__ = [
     "AMP",
     "ASAM",
     "AWP",
+    "ESAM",
+    "GCSAM",
     "GSAM",
+    "LESAM",
+    "SAGM",
     "SAM",
     "WSAM",
     "Direction",
@@ -26,6 +33,10 @@ __all__ = [
     "RandomSAM",
     "RhoByLR",
     "RhoSchedule",
+    "StableSAM",
+    "UnifiedSAM",
+    "VaSSO",
+    "ZSharp",
     "check_method",
     "norm_layers_only",
 ]

@@ -72,11 +72,11 @@ class SAM(Method):
         return dots * torch.stack([facts.rho.sign().abs(), inverse, inverse.square()], dim=1)
 
     def ascent_terms(self, dots: Dots, facts: Facts, further: bool) -> AscentTerms:
-        squares, product, climbed = dots.total.unbind()
+        squares, product, moved = dots.total.unbind()
         if self.p != 2:
             return AscentTerms(facts.rho, scale=1 / (squares ** (1 / self._q) + TINY), term=self._q - 1)
         step = (1 / self.inner_steps if self.inner_lr is None else self.inner_lr) / (squares.sqrt() + TINY)
-        length = (climbed + 2 * step * product + step.square() * squares).clamp(min=0).sqrt()
+        length = (moved + 2 * step * product + step.square() * squares).clamp(min=0).sqrt()
         shorter = 1 / length.clamp(min=1)
         return AscentTerms(facts.rho * step * shorter, shorter if further else 0.0)
 
@@ -91,6 +91,7 @@ class ASAM(Method):
     """
 
     eta: float = 0.01
+    uses_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("eta", self.eta, ">= 0 and finite", 0 <= self.eta < math.inf)
@@ -145,6 +146,7 @@ class AMP(Method):
     inner_steps: int = 1
     inner_lr: float = 1.0
     eps: float = 0.5
+    depends_on_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("inner_steps", self.inner_steps)
@@ -163,8 +165,8 @@ class AMP(Method):
         return dots * torch.stack([sign.abs(), sign, sign.abs()], dim=1)
 
     def ascent_terms(self, dots: Dots, facts: Facts, further: bool) -> AscentTerms:
-        squares, product, climbed = dots.total.unbind()
-        length = (climbed + 2 * self.inner_lr * product + self.inner_lr**2 * squares).clamp(min=0).sqrt()
+        squares, product, moved = dots.total.unbind()
+        length = (moved + 2 * self.inner_lr * product + self.inner_lr**2 * squares).clamp(min=0).sqrt()
         shorter = (self.eps / (length + TINY)).clamp(max=1)
         return AscentTerms(facts.rho.sign() * self.inner_lr * shorter, shorter if further else 0.0)
 
@@ -179,6 +181,8 @@ class AWP(Method):
     """
 
     gamma: float = 0.01
+    reads_each_dot: ClassVar[bool] = True
+    uses_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("gamma", self.gamma, ">= 0 and finite", 0 <= self.gamma < math.inf)

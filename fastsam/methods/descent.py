@@ -1,4 +1,4 @@
-"""Methods that combine the gradients at w and at w + e, or keep something from step to step."""
+"""Methods that give the base something else than the gradient at w + e."""
 
 from __future__ import annotations
 
@@ -106,35 +106,53 @@ class LookSAM(Method):
 
 
 @dataclass(frozen=True)
-class FriendlySAM(Method):
-    r"""Ascends by the noise of the batch's gradient alone: ``d = g - sigma * m``, ``e = rho * d / ||d||``.
+class StableSAM(Method):
+    r"""Ascends as SAM, descends with ``||g|| / ||g_p|| * g_p``: the gradient at w + e with the length of the one at w.
 
-    ``m <- lmbda * m + (1 - lmbda) * g``, from 0 on, stands for the gradient of the whole data set. Li et al., CVPR
-    2024, https://arxiv.org/abs/2403.12350, algorithm 1.
+    Tan et al., JMLR 26, 2025, https://arxiv.org/abs/2401.07250. Only the number ``||g||`` is kept for the
+    update. With a ``GradScaler`` both passes must have one scale.
     """
 
-    sigma: float = 1.0
-    lmbda: float = 0.9
-    needs_first_grads: ClassVar[bool] = True
-    state_name: ClassVar[str | None] = "fastsam_average"
-
-    def __post_init__(self) -> None:
-        check("sigma", self.sigma, ">= 0 and finite", 0 <= self.sigma < math.inf)
-        check("lmbda", self.lmbda, "in [0, 1]", 0 <= self.lmbda <= 1)
-
     def ascent_form(self, further: bool) -> AscentForm:
-        return AscentForm(y=Row.METHOD_STATE)
+        return AscentForm()
 
     def ascent_terms(self, dots: Dots, facts: Facts, further: bool) -> AscentTerms:
-        # d by the average before this step.
-        of_grad, of_average = 1 - self.sigma * (1 - self.lmbda), -self.sigma * self.lmbda
-        squares, product, others = dots.total.unbind()
-        length = of_grad**2 * squares + 2 * of_grad * of_average * product + of_average**2 * others
-        scale = facts.rho / (length.clamp(min=0).sqrt() + TINY)
-        return AscentTerms(scale * of_grad, scale * of_average)
+        return AscentTerms(facts.rho / (dots.total[0].sqrt() + TINY))
 
     def descent_form(self, ascended: bool) -> DescentForm | None:
-        return DescentForm(keeps=True) if ascended else None
+        return DescentForm() if ascended else None
+
+    def measures(self, ascended: bool) -> bool:
+        return True
 
     def descent_terms(self, dots: Dots, facts: Facts, ascended: bool) -> DescentTerms:
-        return DescentTerms(keep_first=1 - self.lmbda, keep_state=self.lmbda)
+        assert facts.ascent is not None
+        return DescentTerms(facts.ascent.total[0].sqrt() / (dots.total[0].sqrt() + TINY))
+
+
+@dataclass(frozen=True)
+class SAGM(Method):
+    r"""Sharpness-Aware Gradient Matching: ``e = (rho / ||g|| - alpha) * g``, descends with ``(g + g_p) / 2``.
+
+    It minimizes ``L(w) + L(w + rho * g / ||g|| - alpha * g)``, whose gradients then agree. Wang et al., CVPR 2023,
+    https://arxiv.org/abs/2303.10353. A group with rho = 0 is the base's own. The length of e depends on the
+    gradient's: under a ``GradScaler`` unscale both passes.
+    """
+
+    alpha: float = 0.001
+    needs_first_grads: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check("alpha", self.alpha, ">= 0 and finite", 0 <= self.alpha < math.inf)
+
+    def ascent_form(self, further: bool) -> AscentForm:
+        return AscentForm()
+
+    def ascent_terms(self, dots: Dots, facts: Facts, further: bool) -> AscentTerms:
+        return AscentTerms(facts.rho / (dots.total[0].sqrt() + TINY) - facts.rho.sign() * self.alpha)
+
+    def descent_form(self, ascended: bool) -> DescentForm | None:
+        return DescentForm(y=Row.FIRST_GRAD) if ascended else None
+
+    def descent_terms(self, dots: Dots, facts: Facts, ascended: bool) -> DescentTerms:
+        return DescentTerms(0.5, 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class Direction(Method):
     """
 
     fn: DirectionFunction | None = None
+    depends_on_length: ClassVar[bool] = True  # for all that is known of fn
 
     def __post_init__(self) -> None:
         if self.fn is None and type(self).direction is Direction.direction:

@@ -47,8 +47,22 @@ class DescentTerms(NamedTuple):
 class Facts:
     """What a method may ask about a table's parameters: float64 ``(n,)`` on the table's device, made when asked for."""
 
-    def __init__(self, rho: Callable[[], Tensor], lr: Callable[[], Tensor], matrix: Callable[[], Tensor]) -> None:
-        self._make_rho, self._make_lr, self._make_matrix = rho, lr, matrix
+    step: int
+    """The number of the step, from 0."""
+    ascent: Dots | None
+    """In a descent: the dots of the step's last ascent, if it had some."""
+
+    def __init__(
+        self,
+        step: int,
+        rho: Callable[[], Tensor],
+        lr: Callable[[], Tensor],
+        matrix: Callable[[], Tensor],
+        uniform: Callable[[int, int], Tensor],
+        ascent: Dots | None = None,
+    ) -> None:
+        self.step, self.ascent = step, ascent
+        self._make_rho, self._make_lr, self._make_matrix, self._draw = rho, lr, matrix, uniform
 
     @property
     def rho(self) -> Tensor:
@@ -65,6 +79,10 @@ class Facts:
         """1 for a parameter of two and more dimensions, else 0 (biases, and the weights of normalisation layers)."""
         return self._make_matrix()
 
+    def uniform(self, seed: int) -> Tensor:
+        """A random number in [0, 1) for each parameter, by seed, step and the parameter's position in the groups."""
+        return self._draw(seed, self.step)
+
 
 class Dots(NamedTuple):
     """Float64: ``<map(x), x>, <x, y>, <y, y>``."""
@@ -72,7 +90,7 @@ class Dots(NamedTuple):
     total: Tensor
     """``(3,)``: over all parameters of the optimizer that take part."""
     each: Tensor
-    """``(n, 3)``: of each parameter of one table."""
+    """``(n, 3)``: of each parameter of one table; see ``reads_each_dot``."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +101,22 @@ class Method:
     """Whether the ascent needs the gradient at w; if not, it comes before the only pass of the step."""
     needs_first_grads: ClassVar[bool] = False
     """Whether the descent needs the first pass's gradients."""
+    depends_on_length: ClassVar[bool] = False
+    """Whether the ascent depends on the length of the gradients, and not on their direction alone."""
     state_name: ClassVar[str | None] = None
-    """The name in ``state`` of what is kept from step to step."""
+    """The name in ``state`` of what is kept from step to step; descents that keep it also do so without an ascent."""
+    reads_each_dot: ClassVar[bool] = False
+    """Whether the formulas read ``Dots.each``; if not, sharded parameters' are those of the local shards."""
+    uses_shapes: ClassVar[bool] = False
+    """Whether a parameter's shape matters: flat shards of it will not do."""
     counts_steps: ClassVar[bool] = False
     """Whether the number of the step matters."""
+
+    @property
+    def allows_local_ascent(self) -> bool:
+        """Whether ranks may ascend by different gradients: only ``e`` depends on the first pass."""
+        own_descent = self.needs_first_grads or self.descent_form(ascended=True) is not None
+        return self.needs_first_pass and not own_descent and self.state_name is None
 
     @property
     def ascents(self) -> int:

@@ -33,6 +33,10 @@ class GeneratorStates:
 
         return run
 
+    def restore(self) -> None:
+        """Gives the generators these states back."""
+        self._write(self._states)
+
     def _read(self) -> tuple[Tensor, dict[torch.device, Tensor]]:
         states = {}
         for device in self._devices:

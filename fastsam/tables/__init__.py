@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from fastsam.distributed import Sharding, local_of
 from fastsam.precision import Precision, precision_of
+from fastsam.runtime.streams import StreamGuard
 from fastsam.tables.memory import check_disjoint, check_parameter, find_shared, may_move
 from fastsam.tables.signature import identities
 from fastsam.tables.state import Wanted
@@ -20,12 +22,18 @@ __all__ = ["Member", "TensorTable", "TensorTables", "Wanted", "taking_part"]
 
 
 class TensorTables:
-    """The tables of an optimizer, one per device, dtype and precision, rebuilt whenever these or parameters change."""
+    """The tables of an optimizer, one per device, dtype, precision and sharding, rebuilt whenever these change.
 
-    def __init__(self) -> None:
+    Args:
+        sharding_of: the process groups over which sums over a parameter are added up.
+    """
+
+    def __init__(self, sharding_of: Callable[[Tensor], Sharding] = lambda _: ()) -> None:
+        self._sharding_of = sharding_of
         self._members: list[tuple[Any, ...]] = []
         self._tables: list[TensorTable] = []
         self._frozen: list[Tensor] = []
+        self._streams = StreamGuard()
         self.builds = 0
         """How often tables were built."""
 
@@ -34,11 +42,12 @@ class TensorTables:
 
     def read_grads(self, groups: Sequence[Mapping[str, Any]]) -> list[TensorTable]:
         """The tables for the parameters as they are now, with their present gradients."""
+        self._streams.free()
         members = [(identities(g["params"]), g.get("rounding"), g.get("master_weights")) for g in groups]
         usual = members == self._members and not self.has_strange_grads()
         if not (usual and all(table.read_grads() for table in self._tables)):
             self.drop()
-            self._tables, self._frozen = _build(groups)
+            self._tables, self._frozen = _build(groups, self._sharding_of)
             self.builds += 1
             # A lazy parameter that has been initialized is still the same object, but not in a table yet.
             lazy = any(is_lazy(param) for group in groups for param in group["params"])
@@ -67,21 +76,26 @@ class TensorTables:
 
     def drop(self) -> None:
         """Forgets everything; the next step builds anew."""
+        for table in self._tables:
+            self._streams.keep(table.device, table.made_on, table)
         self._members, self._tables, self._frozen = [], [], []
 
 
-def _build(groups: Sequence[Mapping[str, Any]]) -> tuple[list[TensorTable], list[Tensor]]:
+def _build(
+    groups: Sequence[Mapping[str, Any]], sharding_of: Callable[[Tensor], Sharding]
+) -> tuple[list[TensorTable], list[Tensor]]:
     """The tables, and the frozen parameters that cannot be in one."""
-    buckets: dict[tuple[torch.device, torch.dtype, Precision], list[Member]] = {}
+    buckets: dict[tuple[torch.device, torch.dtype, Precision, Sharding], list[Member]] = {}
     params = [(param, index) for index, group in enumerate(groups) for param in group["params"]]
     frozen = _find_untrainable([param for param, _ in params])
     for position, (param, group_index) in enumerate(params):
         if is_lazy(param) or position in frozen:
             continue
         dtype = param.dtype.to_real() if param.is_complex() else param.dtype
-        key = param.device, dtype, precision_of(groups[group_index], dtype)
+        device = local_of(param).device  # a mesh names no number of an accelerator
+        key = device, dtype, precision_of(groups[group_index], dtype), sharding_of(param)
         buckets.setdefault(key, []).append(Member(position, param, group_index))
-    tables = [TensorTable(device, dtype, members, precision) for (device, dtype, precision), members in buckets.items()]
+    tables = [TensorTable(key[0], key[1], members, *key[2:]) for key, members in buckets.items()]
     return tables, [params[position][0] for position in sorted(frozen)]
 
 
@@ -101,7 +115,7 @@ def _find_untrainable(params: Sequence[Tensor]) -> set[int]:
             found.add(position)
     check_disjoint(params)
     left = [i for i, param in enumerate(params) if i not in found and not is_lazy(param)]
-    while (pair := find_shared([params[i] for i in left])) is not None:
+    while (pair := find_shared([local_of(params[i]) for i in left])) is not None:
         position = next(left[i] for i in pair if not may_move(params[left[i]]))
         found.add(position)
         left.remove(position)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastsam.distributed import is_distributed
 from fastsam.spec import Row
 from fastsam.tables.memory import as_real, copy_into, has_memory, is_exclusive, same_order
 
@@ -21,7 +22,10 @@ class Gradients:
     def __init__(self) -> None:
         self._scratch: dict[int, Tensor] = {}
         self.in_buffers: list[int] = []
-        """The parameters whose gradients lie in a buffer of somebody else's: they stay there."""
+        """The parameters whose gradients lie in a buffer of somebody else's: they stay there.
+
+        Those of DTensors do not: the buffer that FSDP reduces gradients in is a new one in each backward.
+        """
 
     def read(self, table: TensorTable) -> bool:
         """Reads the parameters' present gradients into the row GRAD, ``present`` and ``grad_dtype``.
@@ -46,7 +50,7 @@ class Gradients:
             version = table.versions[Row.GRAD]
             table.set_row(Row.GRAD, grads, b"".join(expected))
             if table.versions[Row.GRAD] != version:
-                self.in_buffers = [i for i in table.present if grads[i]._base is not None]  # type: ignore[union-attr]
+                self.in_buffers = self._find_in_buffers(table, grads)
         else:
             self._examine(table, grads)
         return True
@@ -56,12 +60,18 @@ class Gradients:
         # What others refer to (a buffer, DDP's bucket) is written again by the next backward; scratch by the next read.
         if i in self._scratch and self._scratch[i] is table.grads[i]:
             return self._scratch.pop(i)
-        is_ours = is_exclusive(table.grads, i)
+        is_ours = is_distributed(table.params[i]) or is_exclusive(table.grads, i)
         grad = table.grads[i]
         assert grad is not None
         if is_ours:
             return grad
         return torch.empty_like(table.values[i], dtype=grad.dtype).copy_(grad)
+
+    def _find_in_buffers(self, table: TensorTable, grads: list[Tensor | None]) -> list[int]:
+        params = table.params
+        return [
+            i for i, g in enumerate(grads) if g is not None and g._base is not None and not is_distributed(params[i])
+        ]
 
     def _examine(self, table: TensorTable, grads: list[Tensor | None]) -> None:
         present = [(i, g) for i, g in enumerate(grads) if g is not None]
@@ -69,7 +79,7 @@ class Gradients:
             _check(table, i, grad)
         ordinary = all(grad.dtype == table.params[i].dtype for i, grad in present)
         table.grad_dtype = table.dtype if ordinary else torch.promote_types(table.dtype, torch.float32)
-        self.in_buffers = [i for i, grad in present if grad._base is not None]
+        self.in_buffers = self._find_in_buffers(table, grads)
         laid_out = [None if g is None else self._lay_out(table, i, g) for i, g in enumerate(grads)]
         table.present = [i for i, _ in present]
         table.set_row(Row.GRAD, laid_out)
@@ -96,7 +106,7 @@ def _check(table: TensorTable, i: int, grad: Tensor) -> None:
         )
     if grad.device != value.device:
         raise RuntimeError(f"{table.name(i)}: its gradient is on {grad.device}, the parameter on {value.device}")
-    if grad.shape != table.params[i].shape:
+    if grad.shape != table.locals[i].shape:
         raise RuntimeError(f"{table.name(i)}: its gradient has shape {tuple(grad.shape)}")
     if grad.is_complex() != table.params[i].is_complex():
         raise RuntimeError(f"{table.name(i)}: its gradient has dtype {grad.dtype}")

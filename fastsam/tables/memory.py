@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastsam.distributed import local_of
+
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Of tensors in one allocation: a cache line, which suffices for every vector access.
@@ -170,8 +172,11 @@ def check_parameter(param: Tensor, index: int) -> None:
     if is_lazy(param):
         return  # no memory yet, and no gradient
     name = f"parameter {index} (shape {tuple(param.shape)})"
+    param = local_of(param)
     if is_traceable_wrapper_subclass(param):
-        raise TypeError(f"{name}: {type(param).__name__} parameters are not supported; pass plain tensors")
+        raise TypeError(
+            f"{name}: {type(param).__name__} parameters are not supported; pass plain tensors or DTensors of them"
+        )
     if param.layout is not torch.strided:
         raise ValueError(f"{name}: sparse parameters are not supported; use a dense one")
     if param.device.type == "meta":
@@ -193,7 +198,7 @@ def check_disjoint(params: Sequence[Tensor]) -> None:
     Frozen ones without a gradient are not written to.
     """
     indices = [i for i, param in enumerate(params) if may_move(param) and not is_lazy(param)]
-    if (pair := find_shared([params[i] for i in indices])) is not None:
+    if (pair := find_shared([local_of(params[i]) for i in indices])) is not None:
         one, other = sorted(indices[i] for i in pair)
         raise ValueError(
             f"parameter {other} (shape {tuple(params[other].shape)}) shares memory with parameter {one} (shape "

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsam.distributed import is_distributed, local_grad, local_of
+
 
 def _find(name: str) -> Any:
     """A function of the compiled extension, or None."""
@@ -87,18 +89,23 @@ class ParameterBlock:
     def __init__(self, start: int, params: list[Tensor]) -> None:
         self.start, self.stop = start, start + len(params)
         self.params = params
-        self._description = describe(params)
+        # What differs for DTensors takes as long as all the rest.
+        self._is_local = not any(map(is_distributed, params))
+        self._description = describe(self._locals())
         self._expected: Any = None
         self._without_address = 0
         self._known = b""
 
     def is_unchanged(self) -> bool:
         """Whether every parameter has the address and the metadata that it had at the start."""
-        return describe(self.params) == self._description
+        return describe(self._locals()) == self._description
+
+    def _locals(self) -> list[Tensor]:
+        return self.params if self._is_local else list(map(local_of, self.params))
 
     def read_grads(self) -> tuple[list[Tensor | None], bytes | None]:
         """The present gradients; and their addresses, if their metadata are the expected ones."""
-        grads = list(map(_grad, self.params))
+        grads = list(map(_grad if self._is_local else local_grad, self.params))
         addresses, metadata = describe(grads)
         # A gradient without an address must be copied; no two addresses in a row have eight zero bytes between them.
         is_expected = metadata == self._expected

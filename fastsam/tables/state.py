@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsam.distributed import distribute_like, is_distributed, is_placed_like, local_of, placed_like
 from fastsam.spec import MASTER_NAME, STATE_SLOTS, STEP_NAME, Row, StateNames
 from fastsam.tables.memory import as_real, copy_into, has_memory, is_dense, same_order
 from fastsam.tables.signature import Description, describe, nested_identities
@@ -56,6 +57,7 @@ class StateSlots:
         self._identities: bytes | None = None
         self._alive: list[Any] = []
         self._bound: list[Tensor] = []
+        self._has_shards = False
         self._description: Description | None = None
         self._made: dict[str, set[int]] = {}
         self._known: list[Wanted] = []
@@ -84,7 +86,7 @@ class StateSlots:
                 tensor = self._find(table, entries, row, name, i, needed=i in needed[_NEED[row]], names=names)
                 if tensor is not None and tensor is not entries.get(name):
                     pending[i, row] = tensor
-                rows[row][i] = None if tensor is None else as_real(tensor.detach())
+                rows[row][i] = None if tensor is None else as_real(local_of(tensor).detach())
         self._pending = pending
         for row, tensors in rows.items():
             table.set_row(row, tensors)
@@ -121,13 +123,17 @@ class StateSlots:
             for _, name in _slots(table, names, wanted.method_state, i)
             if isinstance(entries.get(name), Tensor)
         ]
-        bases = {id(base): base for base in (t if t._base is None else t._base for t in self._bound)}
+        self._has_shards = any(map(is_distributed, self._bound))
+        bases = {id(base): base for base in (t if t._base is None else t._base for t in self._locals())}
         self.written = list(bases.values())  # views of one allocation share its version
         self._asked = _names_of(table, names, wanted.method_state)
         self._identities = nested_identities(state, self._asked)
         # An identity is valid only while its object is alive.
         self._alive = [(p, e, *(e.values() if isinstance(e, dict) else ())) for p, e in state.items()]
-        self._description = describe(self._bound)
+        self._description = describe(self._locals())
+
+    def _locals(self) -> list[Tensor]:
+        return list(map(local_of, self._bound)) if self._has_shards else self._bound
 
     def _is_current(self, state: OptimizerState, wanted: Wanted) -> bool:
         return (
@@ -135,7 +141,7 @@ class StateSlots:
             and self._key == (tuple(wanted.names), wanted.method_state)
             and self._covers(wanted)
             and nested_identities(state, self._asked) == self._identities
-            and describe(self._bound) == self._description
+            and describe(self._locals()) == self._description
         )
 
     def _covers(self, wanted: Wanted) -> bool:
@@ -173,17 +179,23 @@ class StateSlots:
             return self._pending[i, row]
         if value is None and row == Row.MASTER and table.is_perturbed and table.masters[i] is not None:
             # Of a perturbed parameter only the master still has the weights.
-            master: Tensor = table.rows[Row.MASTER][i]
-            return torch.view_as_complex(master) if table.params[i].is_complex() else master
+            return _as_state(table, i, table.rows[Row.MASTER][i])
         if value is None and not needed:
             return None
         initial = names[table.groups[i]].initial if row in _MOMENTS else 0.0
         made = torch.full_like(table.values[i], initial, dtype=table.state_dtype)
         if value is not None:
-            copy_into(made, as_real(value), f"{table.name(i)}: its state {name!r}")
+            placed = local_of(placed_like(table.params[i], value))
+            copy_into(made, as_real(placed), f"{table.name(i)}: its state {name!r}")
         elif row == Row.MASTER:
             made.copy_(table.values[i])
-        return torch.view_as_complex(made) if table.params[i].is_complex() else made
+        return _as_state(table, i, made)
+
+
+def _as_state(table: TensorTable, i: int, memory: Tensor) -> Tensor:
+    """A table's memory as what ``state`` holds for a parameter."""
+    param = table.params[i]
+    return distribute_like(param, torch.view_as_complex(memory) if param.is_complex() else memory)
 
 
 _NEED = {Row.MASTER: "masters", Row.METHOD_STATE: "method", Row.STEP: "step"} | {
@@ -218,7 +230,9 @@ def _names_of(table: TensorTable, names: Sequence[StateNames], method_state: str
 
 
 def _fits(table: TensorTable, i: int, value: Any) -> bool:
-    real, like = as_real(value), table.values[i]
+    if not is_placed_like(table.params[i], value):
+        return False
+    real, like = as_real(local_of(value)), table.values[i]
     return (
         real.dtype == table.state_dtype
         and real.device == like.device
@@ -233,7 +247,7 @@ def _find_step(table: TensorTable, entries: Mapping[str, Any], value: Any, names
         if value.dtype == torch.float32 and value.device == table.device and value.shape == ():
             return value
         step = torch.empty((), dtype=torch.float32, device=table.device)
-        return step.copy_(value.detach().reshape(()), non_blocking=True)
+        return step.copy_(local_of(value).detach().reshape(()), non_blocking=True)
     if value is None:
         # torch.optim.SGD counts no steps: a momentum buffer means that there was one.
         value = float(bool(names.moments) and entries.get(names.moments[0]) is not None)

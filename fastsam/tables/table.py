@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastsam.distributed import Sharding, is_distributed, local_of
 from fastsam.precision import Precision
+from fastsam.runtime.streams import current_stream
 from fastsam.spec import NONE, ROWS, STATE_SLOTS, AscentForm, DescentForm, Row
 from fastsam.tables.gradients import Gradients
 from fastsam.tables.memory import allocate_like, as_real, has_memory, is_dense
@@ -44,7 +46,9 @@ class TensorTable:
         state_dtype: of state, masters and method state: float32 with master weights, else ``dtype``.
         grad_dtype: of the gradients: ``dtype``, or float32 if one of a 16-bit table's gradients has another dtype.
         stochastic, has_masters: the table's :class:`~fastsam.precision.Precision`.
+        sharding: the process groups whose other ranks hold the rest of the parameters.
         params, groups, positions: the parameters, the indices of their groups, their positions in the flattened groups.
+        locals: the parameters' detached memory on this rank: the shards of DTensors.
         rows: for each :class:`~fastsam.spec.Row` a list of tensors.
         present: the indices of the parameters that have a gradient.
         perturbed: the indices of the parameters that the present ascent perturbs.
@@ -61,9 +65,10 @@ class TensorTable:
         dtype: torch.dtype,
         members: Sequence[Member],
         precision: Precision = Precision(),  # noqa: B008 (a NamedTuple does not change)
+        sharding: Sharding = (),
     ) -> None:
         self.device, self.dtype = device, dtype
-        self.precision = precision
+        self.precision, self.sharding = precision, sharding
         self.stochastic, self.has_masters = precision
         self.state_dtype = torch.float32 if self.has_masters else dtype
         self.grad_dtype = self.first_grad_dtype = dtype
@@ -71,8 +76,9 @@ class TensorTable:
         self.groups = [m.group for m in members]
         self.positions = [m.position for m in members]
         # Detached tensors, which keep the memory alive: an equal address is then the same memory.
-        self._originals = [p.detach() for p in self.params]
-        self._memory = [as_real(p) for p in self._originals]
+        self.locals = [local_of(p).detach() for p in self.params]
+        self._memory = [as_real(p) for p in self.locals]
+        self._sharded = [i for i, param in enumerate(self.params) if is_distributed(param)]
         self._gaps = [i for i, real in enumerate(self._memory) if not is_dense(real)]
         values = list(self._memory)
         for i in self._gaps:
@@ -89,7 +95,7 @@ class TensorTable:
         self.tensors = torch.tensor([[v.numel() for v in values], self.groups], dtype=torch.int64, device="cpu")
         self.set_row(Row.PARAM, values)
         # Of each parameter alone, because resizing one also resizes the memory of its detached alias.
-        self._descriptions = [describe([p]) for p in self.params]
+        self._descriptions = [describe([local_of(p)]) for p in self.params]
         self.blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
         self.gradients = Gradients()
         self.slots = StateSlots()
@@ -98,6 +104,7 @@ class TensorTable:
         # Rows whose tensors live until the end of the step.
         self._of_this_step: set[Row] = set()
         self._attachments: dict[Any, Any] = {}
+        self.made_on = current_stream(device)
         self._chunks: dict[int, Tensor] = {}
 
     # ---- rows ----
@@ -205,7 +212,7 @@ class TensorTable:
         """The parameters whose address or metadata differ from those when the table was built."""
         if all(block.is_unchanged() for block in self.blocks):
             return []
-        return [i for i, param in enumerate(self.params) if describe([param]) != self._descriptions[i]]
+        return [i for i, param in enumerate(self.params) if describe([local_of(param)]) != self._descriptions[i]]
 
     def read_grads(self) -> bool:
         """Reads the parameters' present gradients; False, and no gradients, if a parameter has :meth:`changed`."""
@@ -229,6 +236,12 @@ class TensorTable:
         self.first_grad_dtype = self.grad_dtype
         self.set_row(Row.FIRST_GRAD, firsts)
         self._first_versions = [grad._version for grad in firsts if grad is not None]
+        self._of_this_step.add(Row.FIRST_GRAD)
+
+    def take_grads_for_first_ones(self) -> None:
+        """In a step of one pass, its gradients are those at w: the update reads them in the first ones' place."""
+        self.first_grad_dtype = self.grad_dtype
+        self.set_row(Row.FIRST_GRAD, list(self.grads))
         self._of_this_step.add(Row.FIRST_GRAD)
 
     def check_first_grads(self) -> None:
@@ -307,7 +320,7 @@ class TensorTable:
         for i in self.perturbed:
             backup = self.backups[i]
             assert backup is not None
-            as_real(self.params[i].detach()).copy_(backup.to(self.dtype))
+            as_real(local_of(self.params[i]).detach()).copy_(backup.to(self.dtype))
         self.is_perturbed = False
 
     def gather(self) -> None:
@@ -324,7 +337,12 @@ class TensorTable:
             if i in written:
                 self._memory[i].copy_(self.values[i])
         everything = len(written) == len(self.params)
-        torch.autograd.graph.increment_version(self.params if everything else [self.params[i] for i in written])
+        moved = self.params if everything else [self.params[i] for i in written]
+        if self._sharded:  # a DTensor and its shard each have a version
+            moved = moved + [
+                self.locals[i] for i in (self._sharded if everything else set(written) & set(self._sharded))
+            ]
+        torch.autograd.graph.increment_version(moved)
         if state:
             torch.autograd.graph.increment_version(self.slots.written)
         elif self.has_masters:

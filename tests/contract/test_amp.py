@@ -208,7 +208,7 @@ def test_overflow_in_first_step_leaves_state_that_base_takes_for_none(backend, d
     """Torch's fused SGD leaves its buffer uninitialised there and uses it on the second step."""
     mine, theirs = Problem(device), Problem(device)
     options = {"lr": 0.1, "momentum": 0.9, **options}
-    optimizer = FastSAM(mine.params, rho=0.0, backend=backend, **options)
+    optimizer = FastSAM(mine.params, rho=torch.tensor(0.0), backend=backend, **options)
     base = torch.optim.SGD(theirs.params, foreach=False, **options)
     scaler, poison = scaler_for(device), Poison(mine.params[2])
     optimizer.zero_grad()

@@ -7,13 +7,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from checks import assert_same_bits, values
 from problem import Problem
 from torch import nn
 
 import fastsam
 from fastsam import FastSAM
+
+pytestmark = pytest.mark.face
 
 
 def make_params(device="cpu"):
@@ -45,11 +46,14 @@ def test_signature_is_documented_one():
         "adaptive",
         "method",
         "interval",
+        "schedule",
         "model",
         "replay_rng",
         "rounding",
         "rounding_seed",
         "master_weights",
+        "shard_groups",
+        "local_ascent",
         "backend",
     ]
     assert list(parameters) == ["params", "base", *own, "base_kwargs"]
@@ -221,25 +225,6 @@ def test_lazy_parameters_may_come_before_their_shapes(backend, device):
     losses = [optimizer.step(closure).item() for _ in range(4)]
     assert losses[-1] < losses[0]
     assert len(optimizer.state) == 4
-
-
-@pytest.fixture
-def mesh():
-    if not dist.is_available():
-        pytest.skip("torch without distributed")
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_dtensor_parameters_are_refused(mesh):
-    from torch.distributed.tensor import distribute_tensor
-
-    param = nn.Parameter(distribute_tensor(torch.zeros(4, 2), mesh))
-    with pytest.raises(TypeError, match=r"parameter 1 \(shape \(4, 2\)\): DTensor parameters are not supported"):
-        FastSAM([nn.Parameter(torch.zeros(1)), param], lr=0.1)
 
 
 # ---- refused: options ----

@@ -59,7 +59,7 @@ every_exchange = pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda f: f.
 def test_weights_exchanged_between_steps(backend, device, base, exchange):
     """For an evaluation and back, then for good: training goes on from the weights that the model has."""
     problem, plain = Averaged(device), Averaged(device)
-    optimizer, alone = problem.optimizer(backend, base, rho=0.0), plain.base(base)
+    optimizer, alone = problem.optimizer(backend, base, rho=torch.tensor(0.0)), plain.base(base)
     for exchanges in (0, 2, 1, 1, 2):
         for _ in range(exchanges):
             exchange(problem)
@@ -155,7 +155,7 @@ def test_assigned_before_optimizer_is_made(backend, device, base):
 def test_module_that_swaps_its_tensors_when_it_is_cast(backend, device, base):
     """``torch.__future__.set_swap_module_params_on_conversion``: the same Parameter objects, other tensors in them."""
     problem, plain = Problem(device), Problem(device)
-    optimizer, alone = problem.optimizer(backend, base, rho=0.0), plain.base(base)
+    optimizer, alone = problem.optimizer(backend, base, rho=torch.tensor(0.0)), plain.base(base)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         for dtype in (torch.float32, torch.float64, torch.float64):

@@ -24,6 +24,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fastsam import FastSAM
 
+pytestmark = pytest.mark.face
+
 # ---- copies ----
 
 COPIES = {
@@ -292,7 +294,7 @@ def test_every_scheduler_of_torchs_is_here():
 def test_schedulers_as_on_base_alone(backend, device, make, base, use):
     """No warning, the same rates, and updates that follow them (momentum and betas where those cycle)."""
     mine, theirs = Problem(device), Problem(device)
-    optimizer, alone = mine.optimizer(backend, base, rho=0.0), theirs.base(base)
+    optimizer, alone = mine.optimizer(backend, base, rho=torch.tensor(0.0)), theirs.base(base)
     schedulers = make(optimizer), make(alone)
     with warnings.catch_warnings():
         # SequentialLR's own, about a call that it makes itself.

@@ -80,7 +80,7 @@ class Twins:
         self.copies = [_copy(p, dtype) for p in self.params]
         copies = iter(self.copies)
         twin_groups = [{**group, "params": [next(copies) for _ in group["params"]]} for group in groups]
-        self.fast = FastSAM(groups, base, rho=0.0, backend=backend, **options)
+        self.fast = FastSAM(groups, base, rho=torch.tensor(0.0), backend=backend, **options)
         self.torch = base(twin_groups, foreach=False, fused=False, **options)
         self.device = self.params[0].device
         self.exact = backend == "reference" and self.device.type == "cpu" and dtype is None

@@ -17,6 +17,8 @@ from torch_options import OPTIONS, TWO_RATES, WRONG
 
 from fastsam import FastSAM
 
+pytestmark = pytest.mark.face
+
 CASES = [(getattr(torch.optim, name), options) for name, several in OPTIONS.items() for options in several]
 
 
@@ -67,7 +69,7 @@ def test_every_option_as_in_base(backend, device, base, options):
     mine, theirs = (problem_for(base, device) for _ in range(2))
     if options.get("capturable"):
         options = {**options, "capturable": device.type != "cpu"}
-    optimizer = FastSAM(mine.params, base, rho=0.0, backend=backend, **copy.deepcopy(options))
+    optimizer = FastSAM(mine.params, base, rho=torch.tensor(0.0), backend=backend, **copy.deepcopy(options))
     alone = make_base(base, theirs.params, options)
     start = mine.weights()
     for _ in range(3):
@@ -148,7 +150,7 @@ def test_zero_gradients_move_nothing(backend, device, base):
 def test_step_counts_may_be_numbers(backend, device, base):
     """Checkpoints of torch before 1.12 have ``step`` as a number: torch's test_load_nontensor_step."""
     mine, theirs = (problem_for(base, device) for _ in range(2))
-    optimizer = FastSAM(mine.params, base, rho=0.0, backend=backend)
+    optimizer = FastSAM(mine.params, base, rho=torch.tensor(0.0), backend=backend)
     alone = make_base(base, theirs.params, {})
     for _ in range(2):
         theirs.plain_step(alone)
@@ -168,7 +170,7 @@ def test_step_counts_may_be_numbers(backend, device, base):
 def test_groups_of_older_checkpoints_lack_newer_options(backend, device, base):
     """torch's test_can_load_older_state_dict: what classes have learnt since gets its default."""
     mine, theirs = (problem_for(base, device) for _ in range(2))
-    optimizer = FastSAM(mine.params, base, rho=0.0, backend=backend)
+    optimizer = FastSAM(mine.params, base, rho=torch.tensor(0.0), backend=backend)
     alone = make_base(base, theirs.params, {})
     theirs.plain_step(alone)
     saved = copy.deepcopy(alone.state_dict())

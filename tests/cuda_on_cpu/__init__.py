@@ -54,7 +54,7 @@ def load() -> ctypes.CDLL:
     if not (ROOT / "csrc").exists():
         pytest.skip("the tests run without the checkout, against an installed wheel")
     functions = ctypes.CDLL(str(build()))
-    for name in ("plan", "few_tensors", "many_tensors", "method_tensors"):
+    for name in ("plan", "few_tensors", "many_tensors", "method_tensors", "launches"):
         getattr(functions, name).restype = ctypes.c_int64
     functions.power.restype = ctypes.c_double
     return functions

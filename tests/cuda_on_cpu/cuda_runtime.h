@@ -92,6 +92,7 @@ struct cudaFuncAttributes {};
 
 // How many launches succeed from now on, for tests of what happens when one does not; negative: all.
 inline int launches_left = -1;
+inline long launches_made = 0;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -109,6 +110,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 blocks, dim3 thread
     return cudaErrorMemoryAllocation;
   }
   --launches_left;
+  ++launches_made;
   const Arguments& arguments = *static_cast<const Arguments*>(pointers[0]);
   std::barrier<> barrier(threads.x);
   block_barrier = &barrier;

@@ -49,6 +49,8 @@ EXPORT int64_t method_tensors() { return kMethodTensors; }
 // The launch after the next `count` ones fails.
 EXPORT void fail_after(int count) { launches_left = count; }
 
+EXPORT int64_t launches() { return launches_made; }
+
 // The addresses that a launch's arguments hold, of a table whose gradients are at `addresses`.
 EXPORT void packed_grads(const int64_t* addresses, int64_t count, int64_t first, int64_t launch_count, int64_t* grads) {
   std::vector<int64_t> rows(kRows * count, -1);

@@ -354,6 +354,26 @@ def test_optimizers_on_two_streams_do_not_meet(backend):
     assert_same_bits(together, alone)
 
 
+def test_tables_are_kept_until_the_stream_that_used_them_is_done(backend):
+    """Dropped while another stream's kernels wait to read them, their memory must not be handed out again."""
+    _, optimizer, closure = make_training(backend, lr=0.1)
+    copies, expected, again = make_training(backend, lr=0.1)
+    optimizer.step(closure)
+    expected.step(again)
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(200_000_000)
+        optimizer.step(closure)
+        optimizer._engine.tables.drop()
+    for _ in range(20):  # would overwrite what was let go of
+        torch.full((1 << 20,), -1, dtype=torch.int64, device="cuda")
+        torch.full((64,), -1, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    expected.step(again)
+    assert_same_bits(list(optimizer.param_groups[0]["params"]), list(copies.parameters()), "parameters")
+
+
 @pytest.mark.parametrize("count", [481, 4065])
 def test_thousands_of_tensors(backend, device, count):
     """More than one launch's arguments hold, where gradients travel in them; with empty ones at the boundary."""

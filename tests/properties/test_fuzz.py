@@ -20,9 +20,9 @@ MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 # So many programs by default, and thoroughly; in Triton's interpreter each takes longer.
-COUNTS = {"reference": (30, 480), "foreach": (30, 480), "native": (80, 1020), "triton": (2, 20)}
+COUNTS = {"reference": (20, 480), "foreach": (20, 480), "native": (50, 1020), "triton": (2, 20)}
 # Of these, what surrounds an optimizer (fuzz_surroundings.py).
-SURROUNDINGS = {"reference": (10, 160), "foreach": (10, 160), "native": (20, 340), "triton": (1, 10)}
+SURROUNDINGS = {"reference": (7, 160), "foreach": (7, 160), "native": (15, 340), "triton": (1, 10)}
 ROUND = settings(QUIET, max_examples=50)
 
 

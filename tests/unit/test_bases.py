@@ -14,6 +14,8 @@ from fastsam.bases import FUSED, check_base
 from fastsam.groups import GROUP_OPTIONS
 from fastsam.spec import Update
 
+pytestmark = pytest.mark.face
+
 # What each class of torch.optim is built with here; small rates, so that nothing saturates.
 OPTIONS = {
     "ASGD": {"lr": 0.05, "t0": 2},
@@ -150,7 +152,7 @@ def test_rho_0_is_the_base_alone(backend, device, name, base, use):
     """Bit for bit, over five steps: weights and state. The fused three so on ``reference`` only, by design."""
     cls, options = base
     mine, theirs = Matrices(device), Matrices(device)
-    optimizer = FastSAM(mine.params, cls, rho=0.0, backend=backend, **options)
+    optimizer = FastSAM(mine.params, cls, rho=torch.tensor(0.0), backend=backend, **options)
     accepts = "foreach" in cls(theirs.params, **options).defaults
     alone = cls(theirs.params, **options, **({"foreach": False} if accepts and not unfused(name) else {}))
     for _ in range(5):
@@ -260,7 +262,7 @@ def test_several_optimizers_over_one_base_class_are_apart(backend, device):
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=["plain", "fused", "foreach"])
 def test_an_unfused_base_may_choose_its_own_implementation(backend, device, options):
     mine, theirs = Problem(device), Problem(device)
-    optimizer = FastSAM(mine.params, torch.optim.Adagrad, rho=0.0, lr=0.1, backend=backend, **options)
+    optimizer = FastSAM(mine.params, torch.optim.Adagrad, rho=torch.tensor(0.0), lr=0.1, backend=backend, **options)
     alone = torch.optim.Adagrad(theirs.params, lr=0.1, **options)
     for _ in range(3):
         mine.step(optimizer)

@@ -5,7 +5,7 @@ import torch
 from checks import assert_same_bits, values
 
 from fastsam.backends import device_table
-from fastsam.backends.device_table import DeviceTable
+from fastsam.backends.device_table import MOST_OPTIONS, DeviceTable
 from fastsam.spec import ROWS, AscentOptions, Row
 from fastsam.tables import Member, TensorTable
 
@@ -102,7 +102,10 @@ def test_later_steps_do_not_write_what_a_graph_reads(table, capture):
     assert not torch.equal(other_options, in_graph[1])
     again = copy.read(table, [OPTIONS[0]._replace(rho=0.2)])
     assert again[0] is other_addresses
-    assert again[1] is other_options, "written in place: no graph reads it"
+    changed = [copy.read(table, [OPTIONS[0]._replace(rho=1.0 + i)])[1] for i in range(3 * MOST_OPTIONS)]
+    assert len({id(options) for options in changed}) <= MOST_OPTIONS, "written in place where no graph reads it"
+    assert all(options is not in_graph[1] for options in changed)
+    assert_same_bits(list(in_graph), kept)
 
 
 def test_backups_that_come_and_go_can_be_captured(table, capture):

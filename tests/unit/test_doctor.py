@@ -1,6 +1,7 @@
 """``python -m fastsam doctor``: it finds what is wrong, says what cannot run, and is content with what is right."""
 
 import importlib.util
+import json
 import logging
 
 import pytest
@@ -71,6 +72,26 @@ def test_content_report(capsys):
     assert torch.__version__ in printed
     assert "all is well" in printed
     assert max(map(len, printed.splitlines())) <= doctor.WIDTH
+
+
+def test_json_has_what_the_text_has(capsys, without_triton):
+    assert command_line.main(["doctor"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert command_line.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    assert report["auto"] == {"cpu": resolve("auto", "cpu").__name__.rpartition(".")[2]}
+    rows = [*report["versions"].items(), *report["devices"].items(), *report["extension"].items()]
+    rows += [(row["name"], row["device"], row["verdict"], row["detail"]) for row in report["backends"]]
+    assert all(" ".join(row) in text for row in rows)
+
+
+def test_json_of_wrong_backend(monkeypatch, capsys, without_triton):
+    monkeypatch.setattr(foreach, "perturb_", add_noise(0.1)(foreach.perturb_))
+    assert command_line.main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    assert [row["name"] for row in report["backends"] if row["verdict"] == "wrong"] == ["foreach"]
 
 
 def test_auto_is_what_resolve_picks(capsys, without_triton):

@@ -2,14 +2,13 @@
 
 import copy
 import gc
-import subprocess
-import sys
 import weakref
 
 import oracle
 import pytest
 import torch
 from checks import Canaries, assert_same_bits, assert_within, bits, values
+from child import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -200,7 +199,7 @@ def grad_of_other_dtype(shape, seed):
 def test_gradients_change_their_layout(backend, first, then):
     """Square ones: their shape says nothing."""
     param = values((6, 6), torch.float32).requires_grad_()
-    optimizer = FastSAM([param], rho=0.0, lr=0.1, backend=backend)
+    optimizer = FastSAM([param], rho=torch.tensor(0.0), lr=0.1, backend=backend)
     w = param.detach().clone()
     for step, make in enumerate([first, first, then, then, first]):
         grad = make((6, 6), step)
@@ -223,7 +222,7 @@ def step_with(optimizer, params, grads):
 def test_a_gradient_turned_where_it_lies(backend):
     """``g.t()`` has the address, the shape and the dtype of ``g``."""
     param = values((6, 6), torch.float32).requires_grad_()
-    optimizer = FastSAM([param], rho=0.0, lr=0.1, backend=backend)
+    optimizer = FastSAM([param], rho=torch.tensor(0.0), lr=0.1, backend=backend)
     grad = values((6, 6), torch.float32, seed=1)
     for turned in (grad, grad.t(), grad, grad.t()):
         start = param.detach().clone()
@@ -286,7 +285,7 @@ class Beside:
 
     def __init__(self, backend, base, options, *shapes):
         self.params = make_params(*shapes)
-        self.fast = FastSAM(self.params, base, rho=0.0, backend=backend, **options)
+        self.fast = FastSAM(self.params, base, rho=torch.tensor(0.0), backend=backend, **options)
         self.copies = [p.detach().double().requires_grad_() for p in self.params]
         self.torch = base(self.copies, foreach=False, **options)
         self.count = 0
@@ -436,8 +435,8 @@ for step in range(4):
 torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full((40,), 1 - 0.9**4))
 torch.testing.assert_close(param.detach(), torch.full((40,), -0.4))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run_python(program)
+    assert done.returncode == 0, done.stdout
 
 
 @every_base

@@ -1,0 +1,35 @@
+"""Memory that another CUDA stream than its own may still use: PyTorch's allocator would hand it out again at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class StreamGuard:
+    """Keeps what was made on one stream and used last on another, until that one has come so far."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[torch.cuda.Event, Any]] = []
+
+    def keep(self, device: torch.device, made_on: int, memory: Any) -> None:
+        """``memory`` is about to be dropped.
+
+        Args:
+            device: where it is.
+            made_on: what :func:`current_stream` was when it was allocated.
+            memory: anything that refers to it.
+        """
+        if current_stream(device) != made_on:
+            self._waiting.append((torch.cuda.current_stream(device).record_event(), memory))
+
+    def free(self) -> None:
+        """Drops what no stream uses any longer; does not wait."""
+        if self._waiting:
+            self._waiting = [(event, memory) for event, memory in self._waiting if not event.query()]
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the device's current stream; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,0 +1,60 @@
+"""The pages: every Python block of the documentation runs, and every link to a file leads somewhere.
+
+The blocks of a page run in order, as one program. They find the names in ``prepared`` below. A comment before a block
+exempts it: ``<!-- not run: reason -->``, or ``<!-- needs: package, package -->`` where these are not installed.
+"""
+
+import importlib.util
+import re
+
+import pytest
+import torch
+from checkout import ROOT
+from torch import nn
+from torch.nn import functional as F
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
+PAGES = [page for page in PAGES if page.exists()]
+BLOCK = re.compile(
+    r"^(?: *<!-- (?P<rule>needs|not run): (?P<reason>.+?) -->\n+)?(?P<indent> *)```python\n(?P<code>.*?)^ *```$",
+    re.MULTILINE | re.DOTALL,
+)
+LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
+
+if not PAGES:
+    pytest.skip("the tests run without the checkout, against an installed wheel", allow_module_level=True)
+
+
+def prepared():
+    """What a page's blocks may use without saying where it comes from."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
+    x, y = torch.randn(32, 8), torch.randint(4, (32,))
+    return {"torch": torch, "model": model, "x": x, "y": y, "loss_fn": F.cross_entropy, "device": "cpu"}
+
+
+def is_exempt(rule, reason):
+    """Whether a block does not run here."""
+    packages = reason.split(", ") if rule == "needs" else []
+    return rule == "not run" or any(importlib.util.find_spec(name) is None for name in packages)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_blocks_run(page, one_thread, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    names = prepared()
+    for block in BLOCK.finditer(text):
+        if is_exempt(block["rule"], block["reason"]):
+            continue
+        # Blank lines in front: a traceback then has the page's line numbers.
+        code = "\n" * text.count("\n", 0, block.start("code")) + re.sub(
+            f"^{block['indent']}", "", block["code"], flags=re.MULTILINE
+        )
+        exec(compile(code, str(page), "exec"), names)
+    assert all(parameter.isfinite().all() for parameter in names["model"].parameters())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not missing
