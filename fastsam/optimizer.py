@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
-from fastsam.bases import check_base
+from fastsam.bases import check_base, complete_base
 from fastsam.distributed import ShardGroups, check_missing_grads, check_shards
 from fastsam.engine import Engine
 from fastsam.groups import (
@@ -173,6 +173,7 @@ class FastSAM(StepPhases):
             self._check_backends(group)
         # The base may check what its groups hold: it is shown its own options alone.
         self.base_optimizer = base([split_options(group)[0] for group in groups], **base_kwargs)
+        complete_base(self.base_optimizer)
         give_options(self.base_optimizer.param_groups, groups)
         for group in self.base_optimizer.param_groups:
             self._check_group(group)
