@@ -16,6 +16,7 @@ import pytest
 import setuptools
 import torch
 from checkout import ROOT
+from child import run_python
 from internals import native
 from setuptools import Distribution
 
@@ -283,7 +284,8 @@ weight.square().sum().backward()
 optimizer.second_step()
 assert (weight < 1).all(), weight
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    done = run_python(script)
+    assert done.returncode == 0, done.stdout
 
 
 def test_cuda_library_has_its_own_runtime(cuda_library):
