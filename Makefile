@@ -131,7 +131,7 @@ docs: $(EXTENSION)  ## The pages, into build/docs/html; runs their code; BROWSE=
 # requirements/test.txt replaces torch's own.
 compat:  ## The wheel's tests with another torch: make compat TORCH=2.11.0
 	@test -n "$(TORCH)" || { echo "make compat: which torch? make compat TORCH=2.11.0" >&2; exit 2; }
-	$(MAKE) --no-print-directory wheel
+	$(MAKE) --no-print-directory wheel QUICK=1
 	test -d .compat/$(TORCH) || $(PYTHON) -m venv .compat/$(TORCH)
 	.compat/$(TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) && \
 	  .compat/$(TORCH)/bin/python $(PIP_INSTALL) -r requirements/test.txt || \
