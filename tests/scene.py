@@ -294,7 +294,7 @@ def expected_ascent(scene, i, ascent):
     start = (scene.backups[i] if form.y == PERTURBATION else scene.starts[i]).double()
     if ascent.norm is not None:
         rho, adaptive, maximize, _ = ascent.options[scene.groups[i]]
-        e = oracle.climbed(w, scene.grads[i], float(ascent.norm), float(rho), adaptive, maximize) - w
+        e = oracle.perturbed(w, scene.grads[i], float(ascent.norm), float(rho), adaptive, maximize) - w
         return start + e, None
     x, y, coefficients = scene.operand(form.x, i), scene.operand(form.y, i), ascent.coefficients[i]
     if x is None:
