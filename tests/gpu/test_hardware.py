@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 from checks import DTYPE_IDS, DTYPES, assert_same_bits, assert_within, values
-from scene import Scene, assert_whole_step
+from expected import assert_whole_step
+from scene import Scene
 
 from fastsam import FastSAM, methods
 from fastsam.backends import load

@@ -6,6 +6,7 @@ import cuda_on_cpu
 import pytest
 import torch
 from checks import Canaries, assert_same_bits
+from expected import assert_updated, assert_whole_step
 from operations import test_operations, test_stochastic_rounding, test_whole_steps
 from operations.test_stochastic_rounding import weights_and_steps
 from operations.test_whole_steps import threads  # noqa: F401
@@ -17,8 +18,6 @@ from scene import (
     STORED,
     UPDATES,
     Scene,
-    assert_updated,
-    assert_whole_step,
     combination,
     descent_by,
     norm_of,

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from checks import DTYPE_IDS, DTYPES, assert_same_bits, assert_within
+from expected import Direction, assert_perturbed, assert_updated, expected_ascent, mapped
 from pairwise import pairwise
 from scene import (
     ASCENT,
@@ -18,15 +19,10 @@ from scene import (
     SHAPES,
     STORED,
     UPDATES,
-    Direction,
     Scene,
-    assert_perturbed,
-    assert_updated,
     combination,
     descent_by,
     every_stored,
-    expected_ascent,
-    mapped,
     norm_of,
     scalar,
     update_,
