@@ -154,3 +154,8 @@ def assert_whole_step(operations, scene):
     before = scene.copy_rows()
     update_(operations, scene, [UPDATES["sgd-nesterov"]])
     assert_updated(scene, [UPDATES["sgd-nesterov"]], before, steps)
+
+
+def dot(x, y):
+    """Summed exactly."""
+    return math.fsum((x * y).flatten().tolist())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import Canaries, assert_same_bits, values
+from checks import DTYPE_IDS, DTYPES, Canaries, assert_same_bits, values
 
 from fastsam.precision import Precision
 from fastsam.spec import (
@@ -104,6 +104,9 @@ DESCENTS = {
 }
 
 OFFSETS = {"aligned": 0, "misaligned": 1}
+
+EVERY_DTYPE = dict(zip(DTYPE_IDS, DTYPES, strict=True))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
 every_stored = pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
 
@@ -291,3 +294,21 @@ def descent_by(name, scene):
         return None
     form, columns = DESCENTS[name]
     return Descent(form, descent_coefficients(columns, len(scene.params), scene.device))
+
+
+def perturb_everything(operations, scene, rho=1.0):
+    """A first ascent, by a norm of 1."""
+    options = [AscentOptions(rho, False, False, 7)] * (max(scene.groups) + 1)
+    operations.perturb_(scene.table, Ascent(options, norm_of(1.0, scene.device)))
+
+
+def special(tensor):
+    """Fills ``tensor`` with random bits: -0.0, subnormals, infinities, NaNs with payloads."""
+    size = tensor.element_size()
+    generator = torch.Generator().manual_seed(7)
+    raw = torch.randint(0, 256, (tensor.numel() * size,), dtype=torch.uint8, generator=generator)
+    numbers = raw.view(tensor.dtype).to(tensor.device).reshape(tensor.shape)
+    if tensor.numel() > 4:
+        numbers[:4] = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf], dtype=tensor.dtype)
+    as_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    tensor.view(as_bits).copy_(numbers.view(as_bits))
