@@ -12,7 +12,9 @@ import torch
 
 # The tests import the modules beside this file by their names; --import-mode=importlib puts no folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("checks", "expected", "fuzz_machine", "oracle", "problem", "scene", "trajectory")
+pytest.register_assert_rewrite(
+    "checks", "expected", "fuzz_machine", "oracle", "problem", "scaled_loops", "scene", "trained", "trajectory"
+)
 importlib.import_module("triton_interpreter").set_up()
 
 import pairs  # noqa: E402
