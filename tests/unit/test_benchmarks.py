@@ -163,7 +163,8 @@ def test_methods_bytes() -> None:
     """Counted by hand from the operations of each, over SGD with momentum (20 bytes)."""
     expected = {"SAM()": 40, "SAM(p=4)": 40, "SAM(inner_steps=2)": 68, "ASAM()": 44, "GSAM()": 52, "WSAM()": 44}
     expected |= {"LookSAM()": 37.6, "FriendlySAM()": 60, "MomentumSAM()": 40, "AMP()": 40, "AWP()": 44}
-    expected |= {"RandomSAM()": 44}
+    expected |= {"RandomSAM()": 44, "StableSAM()": 44, "VaSSO()": 60, "UnifiedSAM()": 40, "SAGM()": 44, "LESAM()": 40}
+    expected |= {"ESAM()": 40, "ZSharp()": 48, "GCSAM()": 48}
     assert {name: floor_bytes(name, "SGD") for name in METHODS} == pytest.approx(expected)
     assert floor_bytes("GSAM()", "AdamW") == expected["GSAM()"] + 8
     assert {name: period(name) for name in METHODS if period(name) > 1} == {"LookSAM()": 5}
