@@ -86,9 +86,11 @@ class BaseWrapper(Optimizer):
         return self._engine.method
 
     @property
-    def ascends_next(self) -> bool:
-        """Whether the coming step has an ascent, as far as is known before its first pass."""
-        return self._ascends_now()
+    def depends_on_length(self) -> bool:
+        """Whether the coming step depends on the length of the first pass's gradients: a scaler must unscale them."""
+        if self._policy.statistics is not None:
+            return True
+        return self.method.needs_first_pass and self.method.depends_on_length and self._ascends_now()
 
     @property
     def replay_rng(self) -> bool:
