@@ -166,6 +166,8 @@ class FastSAM(BaseWrapper):
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
         self._policy.check(method)
         self._parallel = ParallelModel(model, local_ascent, method)
+        if local_ascent and self._policy.statistics is not None:
+            raise ValueError(f"local_ascent=True is not possible with {schedule}: the ranks might decide differently")
         self._statistics = RunningStatistics(model) if model is not None else None
         self._engine = Engine(backend, method, shard_groups)
         for group in groups:

@@ -244,6 +244,7 @@ class BaseWrapper(Optimizer):
 
     def _ascends_now(self) -> bool:
         """Whether this step has an ascent, as far as is known before its first pass."""
+        self._complete_groups()
         return self._policy.ascends(self._step_count(), self.param_groups, self.method)
 
     def _count_step(self) -> None:
