@@ -37,7 +37,7 @@ EXTENSION := .venv/.extension
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all bench gpu-report docs-tables kernels cuda fuzz crash sanitize sanitize-cuda lint format wheel \
+.PHONY: help setup demo test test-all test-integrations bench gpu-report docs-tables kernels cuda fuzz crash sanitize sanitize-cuda lint format wheel \
   docs compat clean
 
 help:  ## This list
@@ -122,6 +122,9 @@ format: $(DEPENDENCIES)  ## Format everything in place
 
 wheel: $(DEPENDENCIES)  ## The sdist and the manylinux_2_28 wheel, checked, in dist/; TWICE=1: and built again; QUICK=1: with the set-up's objects
 	tools/wheel.sh $(if $(TWICE),--twice) $(if $(QUICK),--quick)
+
+test-integrations: $(EXTENSION)  ## FastSAM in Lightning, Transformers, Accelerate, timm, fastai, ...: a table; about 3 minutes
+	tools/test_integrations.sh --numprocesses $(WORKERS) $(ARGS)
 
 docs: $(EXTENSION)  ## The pages, into build/docs/html; runs their code; BROWSE=1: looks at them with headless Chromium
 	tools/docs.sh $(if $(BROWSE),--browse)

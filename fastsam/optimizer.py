@@ -118,9 +118,9 @@ class FastSAM(StepPhases):
 
     Detached tensors, on the device (reading them waits for it). With ``closures=`` the means over the micro-batches; in
     distributed training the losses are this rank's. Without ``replay_rng=True`` the difference of the losses contains
-    that of two dropout masks. None in two-phase use, with ``ascent_closure=`` (the losses are of different data), after
-    a step without an ascent, with methods that have no pass at w, and if the closure does not return its loss. In a
-    captured step the tensors belong to the graph: each replay writes them.
+    that of two dropout masks. None in two-phase use without :meth:`note_losses`, with ``ascent_closure=`` (the losses
+    are of different data), after a step without an ascent, with methods that have no pass at w, and if the closure does
+    not return its loss. In a captured step the tensors belong to the graph: each replay writes them.
     """
 
     def __init__(
@@ -213,8 +213,11 @@ class FastSAM(StepPhases):
             ValueError: ``closures`` is empty, given beside another, or not possible with the method.
             Exception: whatever a closure raises; the weights, the state and ``perturbed`` are then as before the step.
         """
-        self._engine.refuse_displaced()
-        self.last_ascent = None
+        engine = self._engine
+        engine.refuse_displaced()
+        has_begun = (engine.perturbed or engine.is_single) and not engine.is_running
+        if not has_begun:
+            self.last_ascent = None
         if closures is not None:
             if closure is not None or ascent_closure is not None:
                 raise ValueError("step(): closures stands for closure and ascent_closure, it cannot be beside them")
@@ -224,7 +227,7 @@ class FastSAM(StepPhases):
                 raise RuntimeError("step(): ascent_closure needs a closure for the second pass beside it")
             self._finish()
             return None
-        if (self._engine.perturbed or self._engine.is_single) and not self._engine.is_running:
+        if has_begun:
             return self._finish_with(closure)
         self._check_closure_step()
         if not self.method.needs_first_pass:
@@ -344,6 +347,17 @@ class FastSAM(StepPhases):
         if zero_grad:
             self._clear_grads()
         return self.method.needs_first_pass
+
+    def note_losses(self, loss: Any, perturbed_loss: Any, scale: Tensor | None = None) -> None:
+        """In two-phase use, before the update: the losses of both passes, for :attr:`last_ascent`.
+
+        Args:
+            loss: the first pass's.
+            perturbed_loss: the last pass's.
+            scale: the factor of the gradients that :meth:`first_step` was given (a GradScaler's), if there is one.
+        """
+        norm = self._engine.grad_norm
+        self.last_ascent = record(loss, perturbed_loss, norm if norm is None or scale is None else norm / scale)
 
     @untraced
     def second_step(self, zero_grad: bool = False) -> None:

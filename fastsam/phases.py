@@ -34,6 +34,13 @@ class StepPhases(BaseWrapper):
         return self._ascends_now()
 
     @property
+    def depends_on_length(self) -> bool:
+        """Whether the coming step depends on the length of the first pass's gradients: a scaler must unscale them."""
+        if self._policy.statistics is not None:
+            return True
+        return self.method.needs_first_pass and self.method.depends_on_length and self._ascends_now()
+
+    @property
     def replay_rng(self) -> bool:
         """Whether both passes have the same random numbers."""
         return self._replay_rng
