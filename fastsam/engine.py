@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsam.backends import Backend, grad_norms, operations
 from fastsam.bases import FusedUpdate
-from fastsam.coefficients import Coefficients, home_of
+from fastsam.coefficients import Coefficients, divide_kept, home_of
 from fastsam.directions import choose_directions, draw_noise, set_displacements
 from fastsam.distributed import GlobalSums, ShardGroups, Sharding, local_of, whole_of
 from fastsam.groups import ascent_options, learning_rate
@@ -358,9 +358,13 @@ class Engine:
         # An unfused base is given unscaled gradients: the combination is unscaled with them.
         scales = [to_table_device(plan.grad_scale, t) if plan.update is not None else None for t in tables]
         lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
-        return self._coefficients.descents(
+        descents = self._coefficients.descents(
             backends, tables, plan.ascent_options, plan.step, lrs, self.ascents > 0, scales
         )
+        if form.keeps and self.ascents == 0 and plan.grad_scale is not None:
+            for table, descent in zip(tables, descents or (), strict=True):
+                divide_kept(descent, to_table_device(plan.grad_scale, table))
+        return descents
 
     def _update(self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None) -> None:
         update = plan.update

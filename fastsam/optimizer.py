@@ -15,7 +15,7 @@ from fastsam.arguments import check_count
 from fastsam.backends import check_name
 from fastsam.bases import check_base, note_step, run_step
 from fastsam.distributed import ShardGroups, check_missing_grads, check_shards
-from fastsam.engine import Engine
+from fastsam.engine import Engine, Plan
 from fastsam.groups import (
     GROUP_OPTIONS,
     as_groups,
@@ -164,7 +164,7 @@ class FastSAM(BaseWrapper):
         check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
         self.backend = backend
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
-        self._policy.check(method)
+        self._policy.check(method, local_ascent)
         self._parallel = ParallelModel(model, local_ascent, method)
         self._statistics = RunningStatistics(model) if model is not None else None
         self._engine = Engine(backend, method, shard_groups)
@@ -434,6 +434,7 @@ class FastSAM(BaseWrapper):
         self._complete_groups()
         plan = self._plan()
         if not self._engine.perturbed:
+            self._observe_single_pass(plan)
             self._engine.begin_without_ascent(plan)
         with DeferredInterrupts():
             self._engine.descend(plan, lambda: run_step(self.base_optimizer))
@@ -505,10 +506,18 @@ class FastSAM(BaseWrapper):
             )
         return loss
 
+    def _observe_single_pass(self, plan: Plan) -> None:
+        """The statistics of a step that was known to have no ascent; its gradients may still have a scaler's scale."""
+        statistics = self._policy.statistics
+        if statistics is not None and not statistics.has_observed:
+            norm = self._engine.measure(plan)
+            scale = plan.grad_scale
+            statistics.observe(norm if scale is None else norm / scale.to(norm.device, norm.dtype), plan.step)
+
     def _still_ascends(self, ascends: bool) -> bool:
         """Whether a step that :meth:`_ascends_now` says yes to has an ascent after all, by its gradients."""
-        if (statistics := self._policy.statistics) is None:
+        if (statistics := self._policy.statistics) is None or not ascends:
             return ascends
         with DeferredInterrupts():
             statistics.observe(self._engine.measure(self._plan()), self._step_count())
-        return ascends and statistics.ascends_after_first_pass()
+        return statistics.ascends_after_first_pass()

@@ -122,7 +122,7 @@ class Passes:
         self._scaler = scaler
         self.clip = clip
         self._repeats: list[tuple[Callable[[], Any], GeneratorStates | None]] = []
-        self._has_begun = False
+        self._has_begun = self._is_unscaled = False
 
     def first(self, compute_gradients: Callable[[], Result]) -> Result:
         """Runs a micro-batch for the first time.
@@ -176,7 +176,7 @@ class Passes:
         optimizer, scaler = self._stepped, self._scaler
         with self.undone_by_exceptions():
             if self.clip is not None:
-                if scaler is not None:
+                if scaler is not None and not self._is_unscaled:
                     scaler.unscale_(optimizer)
                 self.clip()
             if scaler is None:
@@ -189,7 +189,7 @@ class Passes:
 
     def forget(self) -> None:
         """Forgets the recorded micro-batches."""
-        self._repeats, self._has_begun = [], False
+        self._repeats, self._has_begun, self._is_unscaled = [], False, False
 
     def undone_by_exceptions(self) -> AbstractContextManager[None]:
         """A block whose exceptions restore the weights and end the step."""
@@ -205,7 +205,8 @@ class Passes:
         if self.clip is not None:
             self.clip()
         goes_on = optimizer.first_step()
-        if scaler is not None:
+        self._is_unscaled = scaler is not None and not goes_on
+        if scaler is not None and goes_on:
             # The same scale: a scaler unscales the gradients of an optimizer once between two updates.
             device = optimizer.param_groups[0]["params"][0].device
             scaler.update(scaler.scale(torch.ones((), device=device)))
@@ -214,7 +215,7 @@ class Passes:
     @property
     def _length_matters(self) -> bool:
         method = self.optimizer.method
-        return method.depends_on_length or method.needs_first_grads
+        return method.depends_on_length or method.needs_first_grads or self.optimizer.measures_gradients
 
     def _generator_states(self) -> GeneratorStates | None:
         optimizer = self.optimizer

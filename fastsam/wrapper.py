@@ -91,6 +91,11 @@ class BaseWrapper(Optimizer):
         return self._ascends_now()
 
     @property
+    def measures_gradients(self) -> bool:
+        """Whether the length of the gradients decides which steps have an ascent (:class:`fastsam.schedules.AESAM`)."""
+        return self._policy.statistics is not None
+
+    @property
     def replay_rng(self) -> bool:
         """Whether both passes have the same random numbers."""
         return self._replay_rng

@@ -55,6 +55,8 @@ class ZSharp(Direction):
     """
 
     q: float = 0.95
+    depends_on_length: ClassVar[bool] = False
+    uses_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +85,9 @@ class GCSAM(Direction):
     https://arxiv.org/abs/2004.01461. Only the ascent is centralized; for the descent use a base that does
     so. Written in plain PyTorch: it needs memory for d.
     """
+
+    depends_on_length: ClassVar[bool] = False
+    uses_shapes: ClassVar[bool] = True
 
     def direction(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
         return [g - g.mean(dim=tuple(range(1, g.dim())), keepdim=True) if g.dim() > 1 else g for g in grads]

@@ -102,7 +102,7 @@ class Method:
     needs_first_grads: ClassVar[bool] = False
     """Whether the descent needs the first pass's gradients."""
     depends_on_length: ClassVar[bool] = False
-    """Whether the ascent depends on the length of the gradients, and not on their direction alone."""
+    """Whether the step depends on the length of the first pass's gradients, and not on their direction alone."""
     state_name: ClassVar[str | None] = None
     """The name in ``state`` of what is kept from step to step; descents that keep it also do so without an ascent."""
     reads_each_dot: ClassVar[bool] = False
@@ -115,7 +115,7 @@ class Method:
     @property
     def allows_local_ascent(self) -> bool:
         """Whether ranks may ascend by different gradients: only ``e`` depends on the first pass."""
-        return self.needs_first_pass and not self.needs_first_grads and self.state_name is None
+        return self.needs_first_pass and self.state_name is None and self.descent_form(ascended=True) is None
 
     @property
     def ascents(self) -> int:
