@@ -133,13 +133,11 @@ def check_shards(params: Iterable[Any], shard_groups: ShardGroups, method: Metho
         return
     if method.reads_each_dot:
         raise ValueError(
-            f"{method} needs the norms of whole matrices, and shard_groups does not say which parameters are parts of "
-            "one; use DTensors (fully_shard, parallelize_module)"
+            f"{method} needs the norm of each whole parameter, and shard_groups does not say which of them are in "
+            "parts; use DTensors (fully_shard, parallelize_module)"
         )
     if method.uses_shapes and flattened is not None:
-        raise ValueError(
-            f"{method} treats matrices differently from vectors, and FSDP1's parameters are flat; use fully_shard"
-        )
+        raise ValueError(f"{method} needs the parameters' shapes, and FSDP1's are flat; use fully_shard")
 
 
 def _refuse_zero() -> None:

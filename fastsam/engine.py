@@ -13,7 +13,7 @@ from fastsam.backends import Backend, grad_norms, operations
 from fastsam.bases import FusedUpdate
 from fastsam.coefficients import Coefficients, divide_kept, home_of
 from fastsam.directions import choose_directions, draw_noise, set_displacements
-from fastsam.distributed import GlobalSums, ShardGroups, Sharding, local_of, whole_of
+from fastsam.distributed import GlobalSums, ShardGroups, Sharding, check_missing_grads, local_of, whole_of
 from fastsam.groups import ascent_options, learning_rate
 from fastsam.methods import Method
 from fastsam.precision import ascent_seed
@@ -148,6 +148,7 @@ class Engine:
             else:
                 tables = self.tables.read_grads(plan.groups)
             if self.method.needs_first_pass and not self.may_have_grads(table.present for table in tables):
+                check_missing_grads(param for group in plan.groups for param in group["params"])
                 raise RuntimeError("no parameter has a gradient; call backward() first")
             self._choose_perturbed(tables, plan, further)
             self._perturb(tables, self._plan_ascents(tables, plan, further))
@@ -355,8 +356,7 @@ class Engine:
             for table in tables:
                 table.take_grads_for_first_ones()
         backends = [self._backend(table) for table in tables]
-        # An unfused base is given unscaled gradients: the combination is unscaled with them.
-        scales = [to_table_device(plan.grad_scale, t) if plan.update is not None else None for t in tables]
+        scales = [to_table_device(plan.grad_scale, table) for table in tables]
         lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
         descents = self._coefficients.descents(
             backends, tables, plan.ascent_options, plan.step, lrs, self.ascents > 0, scales

@@ -166,6 +166,8 @@ class FastSAM(BaseWrapper):
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
         self._policy.check(method, local_ascent)
         self._parallel = ParallelModel(model, local_ascent, method)
+        if local_ascent and self._policy.statistics is not None:
+            raise ValueError(f"local_ascent=True is not possible with {schedule}: the ranks might decide differently")
         self._statistics = RunningStatistics(model) if model is not None else None
         self._engine = Engine(backend, method, shard_groups)
         for group in groups:
@@ -223,7 +225,7 @@ class FastSAM(BaseWrapper):
                 raise RuntimeError("step(): ascent_closure needs a closure for the second pass beside it")
             self._finish()
             return None
-        if self._engine.perturbed and not self._engine.is_running:
+        if (self._engine.perturbed or self._engine.is_single) and not self._engine.is_running:
             return self._finish_with(closure)
         self._check_closure_step()
         if not self.method.needs_first_pass:

@@ -34,6 +34,10 @@ class Method:
         epochs_factor: the number of epochs in units of ``--epochs``.
         passes: forward and backward passes per step, on average.
         profiled: whether the plot shows the loss around its solution.
+        mixes: trains on mixtures of pairs of images (``Options.mixup``).
+        averages: its solution is the average of the weights after each of the last epochs (SWA).
+        parts_of: the step has an ascent and a second pass for each part of so many images of the batch (m-sharpness).
+        ascends_on_all: the ascent is by the gradient of all training images (n-SAM).
     """
 
     name: str
@@ -42,6 +46,10 @@ class Method:
     epochs_factor: int = 1
     passes: float = 1
     profiled: bool = True
+    mixes: bool = False
+    averages: bool = False
+    parts_of: int | None = None
+    ascends_on_all: bool = False
 
 
 def _sgd(model: nn.Module, lr: float, options: Options) -> Optimizer:
@@ -149,6 +157,21 @@ in percent, at these rates:
 * AWP: **94.7 at 1e-3**, 92.9 at 3e-3, 87.6 at 0.01
 * RandomSAM: **90.9**, 81.3, 70.2, 67.3, 64.5
 """
+
+
+MIXED = (
+    replace(METHODS[0], name="SGD + Mixup", mixes=True, profiled=False),
+    replace(METHODS[2], name="FastSAM + Mixup", mixes=True, profiled=False),
+)
+"""The rows that ``--mixup`` adds, at the learning rates of SGD and FastSAM."""
+
+AVERAGED = replace(METHODS[2], name="FastSAM + SWA", averages=True, profiled=False)
+"""The row that ``--swa`` adds."""
+
+
+def rows(options: Options) -> tuple[Method, ...]:
+    """The methods to compare."""
+    return (*chosen(options.method), *(MIXED if options.mixup else ()), *((AVERAGED,) if options.swa else ()))
 
 
 def chosen(name: str) -> tuple[Method, ...]:

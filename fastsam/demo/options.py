@@ -53,6 +53,9 @@ class Options:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = "auto"
     method: str = "sam"
+    mixup: float = 0.0
+    swa: bool = False
+    batch_norm: bool = True
     output: Path = Path("fastsam-demo.png")
     sweep: bool = False
     quick: bool = False
@@ -97,6 +100,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a method of the SAM family to compare with the others, or all of them, which takes about "
         "twenty minutes (default: only %(default)s)",
         choices=("sam", "all", *FAMILY_NAMES),
+    )
+    add(
+        "--mixup",
+        "also train SGD and FastSAM on mixtures of two images and their labels, with weights from Beta(ALPHA, ALPHA) "
+        "(default: %(default)s, no mixtures)",
+        type=_number(">= 0", lambda x: x >= 0),
+        metavar="ALPHA",
+    )
+    add("--swa", "also average FastSAM's weights over the last quarter of the epochs", action="store_true")
+    add(
+        "--no-batch-norm",
+        "train the network without batch norm (the learning rates are not tuned for it)",
+        action="store_false",
+        dest="batch_norm",
     )
     add("--output", "the picture, a PNG (default: %(default)s)", type=Path, metavar="FILE")
     add(

@@ -108,14 +108,15 @@ class Method:
     reads_each_dot: ClassVar[bool] = False
     """Whether the formulas read ``Dots.each``; if not, sharded parameters' are those of the local shards."""
     uses_shapes: ClassVar[bool] = False
-    """Whether the formulas treat matrices differently from vectors (``Facts.matrix``)."""
+    """Whether a parameter's shape matters: flat shards of it will not do."""
     counts_steps: ClassVar[bool] = False
     """Whether the number of the step matters."""
 
     @property
     def allows_local_ascent(self) -> bool:
         """Whether ranks may ascend by different gradients: only ``e`` depends on the first pass."""
-        return self.needs_first_pass and self.state_name is None and self.descent_form(ascended=True) is None
+        own_descent = self.needs_first_grads or self.descent_form(ascended=True) is not None
+        return self.needs_first_pass and not own_descent and self.state_name is None
 
     @property
     def ascents(self) -> int:

@@ -86,8 +86,7 @@ class ParallelModel:
             state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
             for group in groups:
-                params = getattr(group, "fsdp_params", ())
-                if any(getattr(param, "unsharded_accumulated_grad", None) is not None for param in params):
+                if any(map(_has_kept_grad, getattr(group, "fsdp_params", ()))):
                     raise RuntimeError(
                         "FSDP has not reduced the first pass's gradients (set_requires_gradient_sync(False)) and would "
                         "add them to the second pass's; call model.set_requires_gradient_sync(True) before the last "
@@ -108,6 +107,13 @@ class ParallelModel:
         if kind is None or self._model is None:
             return []
         return [module for module in self._model.modules() if isinstance(module, kind)]
+
+
+def _has_kept_grad(param: Any) -> bool:
+    """Whether FSDP has a gradient of a parameter that it has not reduced."""
+    unsharded = getattr(param, "_unsharded_param", None)
+    grad = None if unsharded is None else unsharded.grad
+    return grad is not None or getattr(param, "unsharded_accumulated_grad", None) is not None
 
 
 def _check_local_ascent(model: nn.Module | None, method: Method) -> None:

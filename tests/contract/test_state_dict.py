@@ -24,6 +24,8 @@ from torch import nn
 
 from fastsam import FastSAM
 
+pytestmark = pytest.mark.face
+
 
 def fused(problem, backend, variant, **options):
     cls, base_options = FUSED_VARIANTS[variant]

@@ -17,6 +17,8 @@ from torch_options import OPTIONS, TWO_RATES, WRONG
 
 from fastsam import FastSAM
 
+pytestmark = pytest.mark.face
+
 CASES = [(getattr(torch.optim, name), options) for name, several in OPTIONS.items() for options in several]
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsam import FastSAM
 
@@ -55,6 +56,19 @@ def batch(step, ranks, rank=None, dtype=torch.float64):
 
 def loss_of(output, y):
     return (output - y).square().mean()
+
+
+class Collectives(TorchDispatchMode):
+    """The collectives that are run. (CommDebugMode also hooks modules, which fails where a step runs a model twice.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 # ---- ways: each returns the module and the data-parallel rank and size ----

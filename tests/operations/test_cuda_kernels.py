@@ -67,6 +67,12 @@ def cuda_kernels(operators, monkeypatch):
     return operators
 
 
+@pytest.fixture
+def chunk_size(cuda_kernels):
+    """As :func:`cuda_kernels` has it."""
+    return CHUNK
+
+
 # ---- launches ----
 
 

@@ -14,6 +14,8 @@ from fastsam.bases import FUSED, check_base
 from fastsam.groups import GROUP_OPTIONS
 from fastsam.spec import Update
 
+pytestmark = pytest.mark.face
+
 # What each class of torch.optim is built with here; small rates, so that nothing saturates.
 OPTIONS = {
     "ASGD": {"lr": 0.05, "t0": 2},

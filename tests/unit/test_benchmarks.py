@@ -7,9 +7,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkout import ROOT, import_benchmarks
+from child import run_python
 from torch import Tensor
 
 import_benchmarks()
@@ -602,11 +600,11 @@ def test_plot_is_a_png(tmp_path: Path) -> None:
 
 
 def benchmarks(*options: str, status: int = 0, **variables: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "benchmarks"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
-    assert run.returncode == status, run.stdout + run.stderr
-    return run.stdout
+    arguments = ["-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "benchmarks"), *options]
+    program = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    done = run_python(program, *arguments, folder=ROOT, environment=variables)
+    assert done.returncode == status, done.stdout
+    return done.stdout
 
 
 def test_without_the_flag_everything_is_skipped_with_the_reason() -> None:
