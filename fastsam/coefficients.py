@@ -161,6 +161,13 @@ class Coefficients:
         return each, {t.device: total.to(t.device, non_blocking=t.device.type != "cpu") for t in tables}
 
 
+def divide_kept(descent: Descent, scale: Tensor | None) -> None:
+    """The only gradients of a step, which the method state is made of, still have a scaler's scale."""
+    if scale is not None:
+        columns = descent.coefficients[:, DescentCoefficients.KEEP_X : DescentCoefficients.KEEP_FIRST + 1]
+        columns /= scale.double()
+
+
 class _Constants:
     """What is the same for a table in every step, on its device."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsam.backends import Backend, operations
 from fastsam.bindings import StateBindings
-from fastsam.coefficients import Coefficients, whole_direction
+from fastsam.coefficients import Coefficients, divide_kept, whole_direction
 from fastsam.directions import choose_directions, draw_noise, set_displacements
 from fastsam.distributed import GlobalSums, ShardGroups, check_missing_grads, local_of
 from fastsam.groups import learning_rate
@@ -313,9 +313,13 @@ class Engine:
         backends = [self._backend(table) for table in tables]
         scales = [plan.scaler_scalars(table)[0] for table in tables]
         lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
-        return self._coefficients.descents(
+        descents = self._coefficients.descents(
             backends, tables, plan.ascent_options, plan.step, lrs, self.ascents > 0, scales
         )
+        if form.keeps and self.ascents == 0 and plan.grad_scale is not None:
+            for descent, scale in zip(descents or (), scales, strict=True):
+                divide_kept(descent, scale)
+        return descents
 
     def _update(self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None) -> None:
         update = plan.update

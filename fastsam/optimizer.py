@@ -163,7 +163,7 @@ class FastSAM(StepPhases):
         check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
         self.backend = backend
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
-        self._policy.check(method)
+        self._policy.check(method, local_ascent)
         self._parallel = ParallelModel(model, local_ascent, method)
         if local_ascent and self._policy.statistics is not None:
             raise ValueError(f"local_ascent=True is not possible with {schedule}: the ranks might decide differently")

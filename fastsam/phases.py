@@ -86,6 +86,7 @@ class StepPhases(BaseWrapper):
         self._complete_groups()
         plan = self._plan()
         if not self._engine.perturbed:
+            self._observe_single_pass(plan)
             self._engine.begin_without_ascent(plan)
         with DeferredInterrupts():
             self._engine.descend(plan, lambda: run_step(self.base_optimizer))
@@ -163,13 +164,21 @@ class StepPhases(BaseWrapper):
             )
         return loss
 
+    def _observe_single_pass(self, plan: Plan) -> None:
+        """The statistics of a step that was known to have no ascent; its gradients may still have a scaler's scale."""
+        statistics = self._policy.statistics
+        if statistics is not None and not statistics.has_observed:
+            norm = self._engine.measure(plan)
+            scale = plan.grad_scale
+            statistics.observe(norm if scale is None else norm / scale.to(norm.device, norm.dtype), plan.step)
+
     def _still_ascends(self, ascends: bool) -> bool:
         """Whether a step that :meth:`_ascends_now` says yes to has an ascent after all, by its gradients."""
-        if (statistics := self._policy.statistics) is None:
+        if (statistics := self._policy.statistics) is None or not ascends:
             return ascends
         with DeferredInterrupts():
             statistics.observe(self._engine.measure(self._plan()), self._step_count())
-        return ascends and statistics.ascends_after_first_pass()
+        return statistics.ascends_after_first_pass()
 
     # ---- what a phase needs to know ----
 

@@ -76,7 +76,7 @@ def test_frozen_parameters_cost_nothing(backend, device, name):
 
 
 def test_adapter_that_begins_with_zero_gradient(device):
-    """LoRA's A has a zero gradient in the first step: VaSSO's average begins with the first that is not."""
+    """LoRA's A has a zero gradient in the first step; VaSSO's average of it goes on as everybody's."""
     model, x = make(device)
     optimizer, _ = train(model, model.parameters(), x, "auto", METHODS["vasso"].method, steps=1)
     a = [module.a for module in model if isinstance(module, LoRA)]
@@ -90,4 +90,4 @@ def test_adapter_that_begins_with_zero_gradient(device):
 
     optimizer.step(closure)
     for p, grad in zip(a, grads[0], strict=True):
-        torch.testing.assert_close(optimizer.state[p]["fastsam_average"], grad, rtol=1e-6, atol=0)
+        torch.testing.assert_close(optimizer.state[p]["fastsam_average"], 0.9 * grad, rtol=1e-6, atol=0)
