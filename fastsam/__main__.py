@@ -11,6 +11,7 @@ from pathlib import Path
 import fastsam
 from fastsam import demo, doctor
 from fastsam.demo import options as demo_options
+from fastsam.doctor import ranks
 
 DEMO = """\
 Train a small CNN on scikit-learn's 1,797 scanned digits, 900 of them to train on with part of their labels wrong: with
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if namespace.command == "demo":
         return demo.run(demo_options.to_options(namespace, demo_parser))
     if namespace.command == "doctor":
-        return doctor.run(as_json=namespace.json)
+        return ranks.run() if namespace.distributed else doctor.run(as_json=namespace.json)
     parser.print_help()
     return 0
 
@@ -75,6 +76,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "doctor", help="what works on this machine, and why the rest does not", description=DOCTOR
     )
     doctor_parser.add_argument("--json", action="store_true", help="print the report as JSON, for a bug report")
+    doctor_parser.add_argument(
+        "--distributed", action="store_true", help="check training over several ranks; run it under torchrun"
+    )
     commands.add_parser("bench", help="measure the optimizers (in a checkout)", description=BENCH)
     return parser, demo_parser
 

@@ -102,7 +102,7 @@ def assert_equal_trees(one, other):
 
 def save_for_others(base, method, folder):
     """Trains on all ranks and saves; returns how an undisturbed run ends."""
-    module, optimizer, rank, ranks = make("fsdp2", base, method, torch.float64)
+    module, optimizer, rank, _ = make("fsdp2", base, method, torch.float64)
     ways.train(module, optimizer, 2, rank % 2, range(DONE))
     save(module, optimizer, StateDictOptions(), folder)
     ways.train(module, optimizer, 2, rank % 2, range(DONE, STEPS))
