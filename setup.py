@@ -90,7 +90,7 @@ def find_obstacle() -> str | None:
 
 def without_folders(headers: list[str]) -> list[str]:
     """Returns the flags that keep this machine's folders out of the binary: it does not depend on where it is built."""
-    folders = {str(Path.cwd()): ".", **{path: "torch" for path in headers}}
+    folders = {str(Path.cwd()): ".", **dict.fromkeys(headers, "torch")}
     return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
 
 

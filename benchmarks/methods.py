@@ -25,6 +25,14 @@ METHODS: dict[str, methods.Method] = {
     "AMP()": methods.AMP(),
     "AWP()": methods.AWP(),
     "RandomSAM()": methods.RandomSAM(),
+    "StableSAM()": methods.StableSAM(),
+    "VaSSO()": methods.VaSSO(),
+    "UnifiedSAM()": methods.UnifiedSAM(),
+    "SAGM()": methods.SAGM(),
+    "LESAM()": methods.LESAM(),
+    "ESAM()": methods.ESAM(),
+    "ZSharp()": methods.ZSharp(),
+    "GCSAM()": methods.GCSAM(),
 }
 
 # Bytes per fp32 parameter that a step's operations read and write beside the base's update, each tensor once an
@@ -47,6 +55,15 @@ _BYTES: dict[str, float] = {
     "AMP()": _DOTS + _ASCENT,
     "AWP()": _DOTS + 4 + _ASCENT,  # w in the norms
     "RandomSAM()": 4 + _DOTS + _ASCENT,  # the direction is written first
+    "StableSAM()": _DOTS + _ASCENT + 4,  # the second gradient's norm
+    "VaSSO()": (_DOTS + 4) + (_ASCENT + 4) + 4 + 8,  # as FriendlySAM
+    "UnifiedSAM()": _DOTS + _ASCENT,
+    "SAGM()": _DOTS + _ASCENT + 4,  # both gradients in the update
+    "LESAM()": _DOTS + _ASCENT,
+    "ESAM()": _DOTS + _ASCENT,
+    # The gradient is read once more, and the direction written; PyTorch's own temporaries are not counted.
+    "ZSharp()": 8 + _DOTS + _ASCENT,
+    "GCSAM()": 8 + _DOTS + _ASCENT,
 }
 
 

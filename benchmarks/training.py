@@ -22,6 +22,8 @@ from fastsam import FastSAM
 FASTSAM = "FastSAM"
 IN_A_GRAPH = "FastSAM in a CUDA graph"
 HALF_BATCH = "FastSAM, ascent_closure on half the batch"
+SCHEDULED = "FastSAM in every fourth step"
+SCHEDULE_PERIOD = 4
 
 
 def of_method(name: str) -> str:
@@ -33,7 +35,7 @@ def rows(network: Network, device_type: str, *, methods: bool) -> list[str]:
     """The implementations, the first being the base alone."""
     more = [of_method(name) for name in METHODS if name != SAM] if methods else []
     graph = [IN_A_GRAPH] if device_type == "cuda" else []
-    return [network.base, LOOP, FASTSAM, *graph, HALF_BATCH, *more]
+    return [network.base, LOOP, FASTSAM, *graph, HALF_BATCH, SCHEDULED, *more]
 
 
 class Pass:
@@ -63,6 +65,7 @@ def prepare(network: Network, device: Device, row: str) -> Visit:
     full, half = Pass(model, inputs, targets), Pass(model, inputs[:count], targets[:count])
     step = _step(network, device, row, list(model.parameters()), full, half)
     steps = next((period(name) for name in METHODS if row == of_method(name)), 1)
+    steps = SCHEDULE_PERIOD if row == SCHEDULED else steps
 
     def visit() -> Seconds:
         full.seconds = half.seconds = 0.0
@@ -87,6 +90,11 @@ def _step(network: Network, device: Device, row: str, params: list[Tensor], full
     if row == HALF_BATCH:
         optimizer = FastSAM(params, base_class, rho=RHO, **options)
         return lambda: optimizer.step(full, ascent_closure=half)
+    if row == SCHEDULED:
+        optimizer = FastSAM(
+            params, base_class, rho=RHO, schedule=lambda number: number % SCHEDULE_PERIOD == 0, **options
+        )
+        return lambda: optimizer.step(full)
     method = next(METHODS[name] for name in METHODS if row == of_method(name))
     optimizer = FastSAM(params, base_class, rho=RHO, method=method, **options)
     return lambda: optimizer.step(full)

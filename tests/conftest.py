@@ -12,7 +12,18 @@ import torch
 
 # The tests import the modules beside this file by their names; --import-mode=importlib puts no folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("checks", "fuzz_machine", "oracle", "problem", "scene", "trajectory")
+pytest.register_assert_rewrite(
+    "checks",
+    "expected",
+    "fuzz_machine",
+    "fuzz_surroundings",
+    "oracle",
+    "problem",
+    "scaled_loops",
+    "scene",
+    "trained",
+    "trajectory",
+)
 importlib.import_module("triton_interpreter").set_up()
 
 import pairs  # noqa: E402
@@ -23,7 +34,12 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 REQUIRED = frozenset(filter(None, map(str.strip, os.environ.get("FASTSAM_REQUIRE_BACKENDS", "").split(","))))
 # Folders of which the default run takes pairs of values instead of every combination: pairs that meet in some test of
 # a file, or in every test.
-IN_PAIRS = {"contract": pairs.of_file, "properties": pairs.of_file, "operations": pairs.of_function}
+IN_PAIRS = {
+    "contract": pairs.of_file,
+    "operations": pairs.of_function,
+    "properties": pairs.of_file,
+    "unit": pairs.of_file,
+}
 
 
 def pytest_addoption(parser):

@@ -2,7 +2,8 @@
 
 The axes of a file are its parameters (backend, base, dtype, ...) and its test functions. So each test runs with each
 value of each of its parameters, and any two of the registry's values meet in some test of the file; the full product is
-`make test-all`.
+`make test-all`. Only in files marked as `face`, about the class rather than its backends, Triton's interpreter does not
+run every test: there it meets every value of every parameter.
 """
 
 import collections
@@ -57,6 +58,7 @@ def _cover(items):
     pairs = {item: _pairs(item) for item in items}
     costs = {item: SLOW if _is_interpreted(item) else 1 for item in items}
     chosen = {item for item in items if not pairs[item]}
+    pairs |= {item: _without_function(item, pairs[item]) for item in items if _is_of_the_face(item)}
     covered = set()
     # Covering pairs only makes others worth less: an entry that is still right when it comes up is the best one.
     heap = [(-len(pairs[item]) / costs[item], zlib.crc32(item.nodeid.encode()), i) for i, item in enumerate(items)]
@@ -92,5 +94,13 @@ def _pairs(item):
     return {*itertools.combinations([function, *shared], 2), *((function, value) for value in own)}
 
 
+def _without_function(item, pairs):
+    return {pair for pair in pairs if ("function", item.nodeid.partition("[")[0]) not in pair}
+
+
 def _is_interpreted(item):
     return _params(item).get("backend") == "triton" and str(_params(item).get("device", "cpu")) == "cpu"
+
+
+def _is_of_the_face(item):
+    return "face" in item.keywords and _is_interpreted(item)

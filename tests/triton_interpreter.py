@@ -1,5 +1,6 @@
 """Triton's interpreter for machines without a GPU, several times as fast: without what it does in vain."""
 
+import contextlib
 import dataclasses
 import os
 
@@ -31,10 +32,8 @@ def set_up():
         lambda: compare_identities_first(core),
         lambda: unwrap_plain_values_first(core),
     ):
-        try:
+        with contextlib.suppress(AttributeError):
             change()
-        except AttributeError:
-            pass
 
 
 def runs(backend, device):
@@ -147,13 +146,12 @@ def remember_shapes(core):
     tensor, block_type = core.tensor, core.block_type
     describe, change, known = tensor.__init__, block_type.with_element_ty, {}
 
-    def __init__(self, handle, type):  # noqa: N807
-        key = type.name
-        if key not in known:
-            describe(self, handle, type)
-            known[key] = type, self.shape, self.numel
-        self.handle, self.dtype = handle, type.scalar
-        self.type, self.shape, self.numel = known[key]
+    def __init__(self, handle, kind):
+        if kind.name not in known:
+            describe(self, handle, kind)
+            known[kind.name] = kind, self.shape, self.numel
+        self.handle, self.dtype = handle, kind.scalar
+        self.type, self.shape, self.numel = known[kind.name]
 
     def with_element_ty(self, dtype):
         known = self.__dict__.setdefault("_of_elements", {})
@@ -168,7 +166,7 @@ def compare_identities_first(core):
     """Most types that are compared are the same object."""
     for cls in (core.dtype, core.pointer_type):
 
-        def __eq__(self, other, compare=cls.__eq__):  # noqa: N807
+        def __eq__(self, other, compare=cls.__eq__):
             return self is other or compare(self, other)
 
         hashed = cls.__hash__

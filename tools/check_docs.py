@@ -1,4 +1,4 @@
-"""Checks the built pages: every link within them leads somewhere; with a browser, that they render and that search works.
+"""Checks the built pages: each link within them leads somewhere; with a browser, that they render, that search works.
 
 python tools/check_docs.py build/docs/html
 python tools/check_docs.py build/docs/html --browser chromium    also writes pictures to build/docs/pictures

@@ -1,8 +1,9 @@
-"""Takes text of files outside docs/ into pages, with links that work there.
+"""Takes text of files outside docs/ into pages, and lets links to such files lead to the repository.
 
-A line ``<!-- include ../CHANGELOG.md -->`` becomes the file's text; ``<!-- include ../README.md: GPU table -->`` the text
-between its comments ``<!-- GPU table ... -->`` and ``<!-- end of the GPU table -->``. A line ``?name`` becomes ``name`` if
-there is such a page, and nothing otherwise.
+A line ``<!-- include ../CHANGELOG.md -->`` becomes the file's text, ``<!-- include ../README.md: GPU table -->`` the
+text between its comments ``<!-- GPU table ... -->`` and ``<!-- end of the GPU table -->``. A line ``?name`` becomes
+``name`` if there is such a page, and nothing otherwise. A link to ``../examples/muon.py`` leads to the file in the
+repository.
 """
 
 import re
@@ -14,6 +15,7 @@ SOURCE = re.search(r'^Source = "(.+)"', (ROOT / "pyproject.toml").read_text(), r
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 INCLUDE = re.compile(r"^<!-- include \.\./(\S+?)(?:: (.+))? -->$", re.MULTILINE)
+OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)(#[^)]*)?\)")
 OPTIONAL = re.compile(r"^\?(\S+)\n", re.MULTILINE)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#]+)(#[^)]*)?\)")
 
@@ -26,6 +28,7 @@ def setup(app):
 
 def read(app, page, content):
     """Replaces a page's ``include`` lines; Sphinx then rebuilds the page when a file changes."""
+    content[0] = OUTSIDE.sub(_link, content[0])
     content[0] = INCLUDE.sub(partial(_included, app), content[0])
     content[0] = OPTIONAL.sub(lambda match: match[0][1:] if match[1] in app.env.found_docs else "", content[0])
 

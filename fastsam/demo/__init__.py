@@ -19,11 +19,10 @@ import torch
 from torch.nn import functional as F
 
 from fastsam.demo.data import NoisyDigits, load_noisy_digits
-from fastsam.demo.methods import LEARNING_RATES, Method, chosen
+from fastsam.demo.methods import LEARNING_RATES, Method, rows
 from fastsam.demo.options import Options
 from fastsam.demo.report import results_table, sweep_table
 from fastsam.demo.train import Run, train_model
-from fastsam.sharpness.landscape import filter_normalized, loss_line
 
 # What the demo imports, and the distributions that have it.
 EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
@@ -51,14 +50,14 @@ def run(options: Options) -> int:
 def _compare(splits: Sequence[NoisyDigits], options: Options) -> None:
     from fastsam.demo.plot import draw
 
-    results = train_all(chosen(options.method), splits, options)
+    results = train_all(rows(options), splits, options)
     print(f"\n{results_table(results, options)}\n", flush=True)
     draw(results, _profiles(results, splits), RADII, options)
     print(f"curves, and the loss around both solutions: {options.output}")
 
 
 def _sweep(splits: Sequence[NoisyDigits], options: Options) -> None:
-    accuracies: dict[Method, dict[float, float]] = {method: {} for method in chosen(options.method)}
+    accuracies: dict[Method, dict[float, float]] = {method: {} for method in rows(options)}
     for lr in LEARNING_RATES:
         for method, runs in train_all(list(accuracies), splits, replace(options, lr=lr)).items():
             accuracies[method][lr] = mean(run.test_accuracy[-1] for run in runs)
@@ -92,6 +91,8 @@ def _profiles(
 
     The loss is over all training images, wrong labels included, and batch norm uses their statistics at each point.
     """
+    from fastsam.sharpness import filter_normalized, loss_line
+
     return {
         method: [
             loss_line(

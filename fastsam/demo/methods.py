@@ -10,8 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastsam import methods
+from fastsam.demo.data import TRAIN_SIZE
 from fastsam.demo.options import Options
 from fastsam.optimizer import FastSAM
+from fastsam.schedules import AESAM, Late, Schedule
 
 # The same for every method.
 MOMENTUM = 0.9
@@ -32,6 +34,10 @@ class Method:
         epochs_factor: the number of epochs in units of ``--epochs``.
         passes: forward and backward passes per step, on average.
         profiled: whether the plot shows the loss around its solution.
+        mixes: trains on mixtures of pairs of images (``Options.mixup``).
+        averages: its solution is the average of the weights after each of the last epochs (SWA).
+        parts_of: the step has an ascent and a second pass for each part of so many images of the batch (m-sharpness).
+        ascends_on_all: the ascent is by the gradient of all training images (n-SAM).
     """
 
     name: str
@@ -40,6 +46,10 @@ class Method:
     epochs_factor: int = 1
     passes: float = 1
     profiled: bool = True
+    mixes: bool = False
+    averages: bool = False
+    parts_of: int | None = None
+    ascends_on_all: bool = False
 
 
 def _sgd(model: nn.Module, lr: float, options: Options) -> Optimizer:
@@ -53,13 +63,16 @@ def _fastsam(
     method: methods.Method | None = None,
     scale: float = 1,
     interval: int = 1,
+    schedule: Callable[[int], Schedule] | None = None,
 ) -> Optimizer:
+    steps = options.epochs * -(-TRAIN_SIZE // options.batch_size)
     return FastSAM(
         model.parameters(),
         base=torch.optim.SGD,
         rho=options.rho * scale,
         method=methods.SAM() if method is None else method,
         interval=interval,
+        schedule=None if schedule is None else schedule(steps),
         model=model,
         backend=options.backend,
         lr=lr,
@@ -87,10 +100,17 @@ SGD's best learning rates are this small because with larger ones it memorizes t
 
 
 def _member(
-    name: str, method: methods.Method, *, lr: float = 3e-3, passes: float = 2, scale: float = 1, interval: int = 1
+    name: str,
+    method: methods.Method,
+    *,
+    lr: float = 3e-3,
+    passes: float = 2,
+    scale: float = 1,
+    interval: int = 1,
+    schedule: Callable[[int], Schedule] | None = None,
 ) -> Method:
     def make(model: nn.Module, lr: float, options: Options) -> Optimizer:
-        return _fastsam(model, lr, options, method, scale, interval)
+        return _fastsam(model, lr, options, method, scale, interval, schedule)
 
     return Method(name, make, lr=lr, passes=passes, profiled=False)
 
@@ -98,6 +118,8 @@ def _member(
 FAMILY = {
     "sam-3": _member("SAM, 3 ascents", methods.SAM(inner_steps=3), passes=4),
     "interval": _member("SAM, every 5th step", methods.SAM(), lr=1e-4, passes=1.2, interval=5),
+    "late": _member("SAM, last quarter", methods.SAM(), passes=1.25, schedule=lambda steps: Late(0.25, steps)),
+    "aesam": _member("AE-SAM", methods.SAM(), passes=1.5, schedule=AESAM),
     "asam": _member("ASAM", methods.ASAM(), lr=3e-4, scale=5),
     "gsam": _member("GSAM", methods.GSAM(), lr=1e-2),
     "wsam": _member("WSAM", methods.WSAM(gamma=0.6), lr=1e-4),
@@ -107,6 +129,14 @@ FAMILY = {
     "amp": _member("AMP", methods.AMP(eps=0.2)),
     "awp": _member("AWP", methods.AWP(), lr=1e-3),
     "random": _member("RandomSAM", methods.RandomSAM(), lr=1e-4, passes=1, scale=5),
+    "stable": _member("StableSAM", methods.StableSAM()),
+    "vasso": _member("VaSSO", methods.VaSSO()),
+    "unified": _member("UnifiedSAM", methods.UnifiedSAM()),
+    "sagm": _member("SAGM", methods.SAGM()),
+    "lesam": _member("LESAM", methods.LESAM()),
+    "esam": _member("ESAM", methods.ESAM()),
+    "zsharp": _member("ZSharp", methods.ZSharp()),
+    "gcsam": _member("GCSAM", methods.GCSAM()),
 }
 """The methods that ``--method`` adds, by name.
 
@@ -127,6 +157,21 @@ in percent, at these rates:
 * AWP: **94.7 at 1e-3**, 92.9 at 3e-3, 87.6 at 0.01
 * RandomSAM: **90.9**, 81.3, 70.2, 67.3, 64.5
 """
+
+
+MIXED = (
+    replace(METHODS[0], name="SGD + Mixup", mixes=True, profiled=False),
+    replace(METHODS[2], name="FastSAM + Mixup", mixes=True, profiled=False),
+)
+"""The rows that ``--mixup`` adds, at the learning rates of SGD and FastSAM."""
+
+AVERAGED = replace(METHODS[2], name="FastSAM + SWA", averages=True, profiled=False)
+"""The row that ``--swa`` adds."""
+
+
+def rows(options: Options) -> tuple[Method, ...]:
+    """The methods to compare."""
+    return (*chosen(options.method), *(MIXED if options.mixup else ()), *((AVERAGED,) if options.swa else ()))
 
 
 def chosen(name: str) -> tuple[Method, ...]:

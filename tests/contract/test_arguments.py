@@ -14,6 +14,8 @@ from torch import nn
 import fastsam
 from fastsam import FastSAM
 
+pytestmark = pytest.mark.face
+
 
 def make_params(device="cpu"):
     return [nn.Parameter(values((3, 2), torch.float32, device)), nn.Parameter(values((4,), torch.float32, device, 1))]

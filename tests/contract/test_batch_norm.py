@@ -10,7 +10,7 @@ from torch import nn
 
 from fastsam import FastSAM
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.face, pytest.mark.usefixtures("one_thread")]
 
 
 class Reassigning(nn.BatchNorm1d):

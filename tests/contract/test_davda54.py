@@ -13,6 +13,8 @@ from torch import nn
 from fastsam import FastSAM
 from fastsam.davda54 import SAM
 
+pytestmark = pytest.mark.face
+
 
 class Davda54:
     """The algorithm of https://github.com/davda54/sam, one tensor at a time, over a torch optimizer."""

@@ -1,12 +1,15 @@
 """What examples/ shows does what it says. (examples/resumable_training.py: test_crash.py.)"""
 
+import copy
 import runpy
 
 import pytest
 import torch
 from checkout import ROOT
+from registry import METHODS
 from torch import nn
 from torch.nn import functional as F
+from trajectory import Network, closure_for, detached
 
 from fastsam import FastSAM, methods
 
@@ -84,3 +87,46 @@ def test_adversarial_training_learns(backend, device, one_thread):
     _, clean, attacked = train(epochs=4, backend=backend, device=device.type)
     assert clean > 70
     assert attacked > 20
+
+
+@pytest.mark.parametrize("name", ["sam", "gsam", "wsam", "looksam-k2", "vasso", "zsharp"])
+def test_muon_beside_adamw_is_both_with_sams_gradient(device, name):
+    """One norm over all parameters and one second pass; then each optimizer by itself."""
+    base = example("muon")["MuonAndAdamW"]
+    case, network = METHODS[name], Network(device, 31)
+    params, weights, memory = network.params(), network.params(), {}
+    matrices, others = [0, 2], [1, 3, 4]
+    rates = [{"rho": 0.1, "lr": 0.02 if i in matrices else 0.01} for i in range(5)]
+    groups = [
+        {"params": [params[i] for i in matrices], "muon": True, "lr": 0.02},
+        {"params": [params[i] for i in others], "lr": 0.01},
+    ]
+    optimizer = FastSAM(groups, base, rho=0.1, method=case.method)
+    muon = torch.optim.Muon([weights[i] for i in matrices], lr=0.02)
+    adamw = torch.optim.AdamW([weights[i] for i in others], lr=0.01, weight_decay=0.1)
+    for step in range(5):
+        if step == 3:  # the parts follow what is loaded
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.step(closure_for(network, params, optimizer, step))
+        gradient = lambda w, step=step: network.gradient(w, step)  # noqa: E731
+        given = case.oracle(detached(weights), gradient, rates, memory)
+        given, extra = given if isinstance(given, tuple) else (given, [0.0] * 5)
+        for w, g in zip(weights, given, strict=True):
+            w.grad = g
+        muon.step()
+        adamw.step()
+        with torch.no_grad():
+            for w, more in zip(weights, extra, strict=True):
+                w.sub_(more)
+        # Muon computes in bfloat16: where a rounding differs, it differs by 2^-9 of a step.
+        for i, (ours, theirs) in enumerate(zip(params, weights, strict=True)):
+            allowed = 2e-3 * 0.02 * (step + 1) if i in matrices else 1e-9
+            assert (ours.detach() - theirs.detach()).abs().max() <= allowed + 1e-9 * theirs.abs().max(), (step, i)
+
+
+def test_language_model_example_trains_by_every_method(device, one_thread):
+    """A few steps: the losses are those of untrained models, and methods differ."""
+    names = example("language_model")
+    losses = {name: names["train_model"](*method, 0, 4, 0.05) for name, method in names["METHODS"].items()}
+    assert all(3 < loss < 6 for loss in losses.values())
+    assert len(set(losses.values())) >= 3

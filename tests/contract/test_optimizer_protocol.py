@@ -24,6 +24,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fastsam import FastSAM
 
+pytestmark = pytest.mark.face
+
 # ---- copies ----
 
 COPIES = {

@@ -9,6 +9,8 @@ from internals import GeneratorStates
 from problem import Problem
 from torch import nn
 
+pytestmark = pytest.mark.face
+
 
 class Dropped(Problem):
     """A problem with dropout, which notes every mask."""

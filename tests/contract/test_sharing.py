@@ -8,11 +8,14 @@ import pytest
 import torch
 import triton_interpreter
 from checks import assert_same_bits
+from internals import BACKENDS
 from problem import Problem, Snapshot
 from registry import every_fused_base
 from torch import nn
 
 from fastsam import FastSAM
+
+pytestmark = pytest.mark.face
 
 
 class Tied(Problem):
@@ -157,6 +160,15 @@ def test_two_threads_train_two_halves_of_model(backend, device, base):
         assert_same_bits(other.weights(), one.weights())
 
 
+# What the compiled model sees does not depend on the backend, and torch.compile takes seconds.
+one_backend = pytest.mark.parametrize(
+    "backend",
+    [name if name == "native" else pytest.param(name, marks=pytest.mark.thorough) for name in BACKENDS],
+    indirect=True,
+)
+
+
+@one_backend
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.thorough])]
 )
@@ -187,6 +199,7 @@ def test_compiled_model_sees_both_passes(backend, device, base, compiler):
         torch.testing.assert_close(compiled.weights(), plain.weights(), rtol=1e-4, atol=1e-5)
 
 
+@one_backend
 def test_step_that_fails_in_compiled_code_changes_nothing(backend, device):
     problem = Problem(device)
     torch._dynamo.reset()

@@ -4,15 +4,23 @@ import pytest
 import torch
 import triton_interpreter
 from checks import assert_same_bits
-from scene import ASCENTS, UPDATES, Scene, assert_whole_step, descent_by, every_stored, update_
+from expected import assert_whole_step
+from scene import ASCENTS, UPDATES, Scene, descent_by, every_stored, update_
 
+from fastsam.backends import native_table
 from fastsam.spec import Ascent, AscentOptions, Row
 
 
+@pytest.fixture
+def chunk_size(operations, backend):
+    """What the backend really uses; for those without chunks, enough for several threads of torch's."""
+    return native_table.CHUNK_SIZE if backend == "native" else getattr(operations, "CHUNK_SIZE", 32768)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_real_chunks(operations, device, dtype):
+def test_real_chunks(operations, device, chunk_size, dtype):
     """The boundaries of the chunks that the backend really uses, and enough of them for several threads."""
-    size = getattr(operations, "CHUNK_SIZE", 65536)
+    size = chunk_size
     assert_whole_step(operations, Scene([(size - 1,), (0,), (size,), (size + 1,), (2 * size + 5,)], dtype, device))
 
 
@@ -30,9 +38,9 @@ def threads():
 
 
 @every_stored
-def test_the_same_bits_every_time(operations, device, stored, threads):
+def test_the_same_bits_every_time(operations, device, chunk_size, stored, threads):
     """Also with another number of threads, but for the dot products of plain PyTorch."""
-    size = getattr(operations, "CHUNK_SIZE", 65536)
+    size = chunk_size
 
     def run():
         scene = Scene([(2 * size + 77,), (3,), (size,)], stored, device)

@@ -369,8 +369,8 @@ def test_ctrl_c_anywhere_is_all_or_nothing(backend, device, interruptible, base,
             assert_same_bits(problem.weights(), made.weights(), f"at line {nth}")
             assert_same_state(state_of(optimizer), state_of(after))
             problem = None
-        nth += triton_interpreter.fewer(19, 127, backend, device)  # every line would take minutes
-    assert outcomes["nothing"] > triton_interpreter.fewer(10, 3, backend, device)
+        nth += triton_interpreter.fewer(19, 251, backend, device)  # every line would take minutes
+    assert outcomes["nothing"] > triton_interpreter.fewer(10, 2, backend, device)
     assert outcomes["all"] > 0
 
 

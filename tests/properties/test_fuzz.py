@@ -1,4 +1,5 @@
-"""Random programs on every backend: whatever is done in whatever order, steps are the oracle's and memory is let alone.
+"""Random programs on every backend: whatever is done in whatever order, steps are the oracle's and memory is let alone;
+whatever surrounds an optimizer, it trains as one that nothing surrounds.
 
 In the suite always the same ones, more of them with --thorough; `make fuzz` draws new ones for as long as it is told.
 """
@@ -7,6 +8,7 @@ import os
 import random
 import time
 
+import fuzz_surroundings
 import pytest
 from fuzz_machine import run
 from fuzz_programs import programs
@@ -18,11 +20,13 @@ MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 # So many programs by default, and thoroughly; in Triton's interpreter each takes longer.
-COUNTS = {"reference": (30, 480), "foreach": (30, 480), "native": (80, 1020), "triton": (2, 20)}
+COUNTS = {"reference": (20, 480), "foreach": (20, 480), "native": (50, 1020), "triton": (2, 20)}
+# Of these, what surrounds an optimizer (fuzz_surroundings.py).
+SURROUNDINGS = {"reference": (7, 160), "foreach": (7, 160), "native": (15, 340), "triton": (1, 10)}
 ROUND = settings(QUIET, max_examples=50)
 
 
-def search(chosen, backend, operations):
+def search_programs(chosen, backend, operations):
     """Carries out random programs until one fails; then prints the smallest that does."""
 
     @chosen
@@ -36,16 +40,33 @@ def search(chosen, backend, operations):
     return carry_out
 
 
+def search_surroundings(chosen, backend, operations):
+    """The same for what surrounds an optimizer."""
+
+    @chosen
+    @given(fuzz_surroundings.lives())
+    def carry_out(life):
+        fuzz_surroundings.run(backend, life)
+
+    return carry_out
+
+
+SEARCHES = {"programs": search_programs, "surroundings": search_surroundings}
+
+
 @pytest.mark.timeout(60 * MINUTES + 600)
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
-def test_programs(backend, device, operations, request):
+@pytest.mark.parametrize("what", SEARCHES)
+def test_programs(backend, device, operations, request, what):
+    search, thorough = SEARCHES[what], request.config.option.thorough
     if MINUTES == 0:
-        count = COUNTS[backend][request.config.option.thorough]
+        others = SURROUNDINGS[backend][thorough]
+        count = others if what == "surroundings" else COUNTS[backend][thorough] - others
         search(settings(QUIET, max_examples=count, derandomize=True), backend, operations)()
         return
-    end, count = time.monotonic() + 60 * MINUTES / len(BACKENDS), 0
+    end, count = time.monotonic() + 60 * MINUTES / len(BACKENDS) / len(SEARCHES), 0
     while time.monotonic() < end:
         chosen = random.randrange(2**32)
-        print(f"\n{backend}: {count} programs; next: seed {chosen}", end="", flush=True)
+        print(f"\n{backend}, {what}: {count} programs; next: seed {chosen}", end="", flush=True)
         seed(chosen)(search(ROUND, backend, operations))()
         count += ROUND.max_examples

@@ -7,9 +7,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkout import ROOT, import_benchmarks
+from child import run_python
 from torch import Tensor
 
 import_benchmarks()
@@ -165,7 +163,8 @@ def test_methods_bytes() -> None:
     """Counted by hand from the operations of each, over SGD with momentum (20 bytes)."""
     expected = {"SAM()": 40, "SAM(p=4)": 40, "SAM(inner_steps=2)": 68, "ASAM()": 44, "GSAM()": 52, "WSAM()": 44}
     expected |= {"LookSAM()": 37.6, "FriendlySAM()": 60, "MomentumSAM()": 40, "AMP()": 40, "AWP()": 44}
-    expected |= {"RandomSAM()": 44}
+    expected |= {"RandomSAM()": 44, "StableSAM()": 44, "VaSSO()": 60, "UnifiedSAM()": 40, "SAGM()": 44, "LESAM()": 40}
+    expected |= {"ESAM()": 40, "ZSharp()": 48, "GCSAM()": 48}
     assert {name: floor_bytes(name, "SGD") for name in METHODS} == pytest.approx(expected)
     assert floor_bytes("GSAM()", "AdamW") == expected["GSAM()"] + 8
     assert {name: period(name) for name in METHODS if period(name) > 1} == {"LookSAM()": 5}
@@ -601,11 +600,11 @@ def test_plot_is_a_png(tmp_path: Path) -> None:
 
 
 def benchmarks(*options: str, status: int = 0, **variables: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "benchmarks"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
-    assert run.returncode == status, run.stdout + run.stderr
-    return run.stdout
+    arguments = ["-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "benchmarks"), *options]
+    program = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    done = run_python(program, *arguments, folder=ROOT, environment=variables)
+    assert done.returncode == status, done.stdout
+    return done.stdout
 
 
 def test_without_the_flag_everything_is_skipped_with_the_reason() -> None:

@@ -143,7 +143,7 @@ def test_methods_learning_rates_are_in_sweep():
 
 def test_command_prints_table_and_draws_png(tmp_path, capsys):
     picture = tmp_path / "demo.png"
-    assert command_line.main(["demo", "--quick", "--batch-size", "150", "--output", str(picture)]) == 0
+    assert command_line.main(["demo", "--quick", "--batch-size", "450", "--output", str(picture)]) == 0
     printed = capsys.readouterr()
     for method in METHODS:
         (line,) = (line for line in printed.out.splitlines() if line.startswith(f"{method.name}  "))
@@ -256,7 +256,7 @@ def test_whole_family_can_be_compared(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_member_of_family_trains(name):
-    options = Options(seeds=1, epochs=1, batch_size=100)
+    options = Options(seeds=1, epochs=1, batch_size=300)
     (split,) = [load_noisy_digits(0.4, 0, torch.device("cpu"))]
     runs = demo.train_all([FAMILY[name]], [split], options)[FAMILY[name]]
     assert runs[0].test_accuracy[-1] > 5

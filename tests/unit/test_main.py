@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child import run_python
 
 import fastsam
 from fastsam import __main__ as command_line
@@ -77,5 +78,5 @@ def test_bench_outside_checkout_says_where_it_works(monkeypatch, tmp_path, capsy
 
 
 def test_runs_as_module():
-    result = subprocess.run([sys.executable, "-m", "fastsam", "--version"], capture_output=True, text=True, check=True)
-    assert result.stdout == f"fastsam {fastsam.__version__}\n"
+    done = run_python("import runpy; runpy.run_module('fastsam', run_name='__main__')", "--version")
+    assert (done.returncode, done.stdout) == (0, f"fastsam {fastsam.__version__}\n")

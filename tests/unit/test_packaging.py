@@ -3,15 +3,20 @@
 import importlib.metadata
 import importlib.resources
 import importlib.util
+import os
 import re
+import runpy
 import subprocess
 import sys
+import venv
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import setuptools
 import torch
 from checkout import ROOT
+from child import run_python
 from internals import native
 from setuptools import Distribution
 
@@ -60,6 +65,63 @@ def test_auto_without_compiler_is_pure_python_and_says_so_in_one_line(setup_scri
     (line,) = capsys.readouterr().err.splitlines()
     assert "slower" in line
     assert compiler in line
+
+
+def test_obstacle_shows_in_installed_version(setup_script, monkeypatch):
+    """pip shows nothing that a build prints, but it shows the version."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert setup_script.choose_build("auto")["options"] == {"egg_info": {"tag_build": "+pure"}}
+    assert "options" not in setup_script.choose_build("none")
+
+
+def test_description_has_absolute_links(setup_script):
+    text = setup_script.long_description()
+    assert re.search(r"!\[[^]]+\]\(https://[^)]+/raw/main/docs/demo\.png\)", text)
+    assert re.search(r"[^!]\[[^]]+\]\(https://[^)]+/blob/main/docs/start\.md\)", text)
+    assert not re.search(r"\]\((?!https?:|#)", text)
+
+
+@pytest.fixture
+def build_backend(setup_script, monkeypatch):
+    """tools/build_backend.py, which pip calls."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    return runpy.run_path(str(ROOT / "tools" / "build_backend.py"))
+
+
+@pytest.mark.parametrize(
+    ("build", "has_torch", "needs"),
+    [("auto", True, ["ninja"]), ("auto", False, ["ninja", "torch>=2.10"]), ("none", False, [])],
+    ids=["compiles", "compiles-without-torch", "pure"],
+)
+def test_isolated_build_asks_for_what_it_compiles_with(build_backend, monkeypatch, build, has_torch, needs):
+    monkeypatch.setenv("FASTSAM_BUILD", build)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: has_torch or None)
+    assert build_backend["_needed_to_compile"]() == needs
+
+
+def test_isolated_build_finds_torch_of_environment(tmp_path):
+    """As in pip's isolated environments: the environment's packages are not on the path, its prefix is."""
+    if not (ROOT / "tools" / "build_backend.py").exists():
+        pytest.skip("the tests run without the checkout, against an installed wheel")
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    purelib = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    (Path(purelib) / "torch.py").touch()
+    # Of the packages here, this one finds setuptools alone.
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        (packages / name).symlink_to(Path(setuptools.__file__).parents[1] / name)
+    path = f"{packages}:{ROOT / 'tools'}"
+    script = f"import sys; sys.path.remove({purelib!r}); import build_backend, torch"
+    subprocess.run([python, "-c", script], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
 def test_none_compiles_nothing_and_says_nothing(setup_script, capsys):
@@ -186,6 +248,19 @@ def test_extension_needs_stable_abi_alone():
     assert b"libtorch_cpu.so" in content
     for library in (b"libtorch_python.so", b"libc10.so", b"libtorch.so", b"libpython"):
         assert library not in content
+    assert str(Path.home()).encode() not in content
+    assert str(ROOT).encode() not in content
+
+
+def test_extension_runs_with_libraries_of_manylinux_2_28():
+    """What is newer has a definition in csrc/portable.cpp."""
+    spec = importlib.util.find_spec("fastsam._C")
+    if spec is None:
+        pytest.skip("fastsam was built pure Python")
+    content = Path(spec.origin).read_bytes()
+    for name, newest in ((b"GLIBC_2", 28), (rb"GLIBCXX_3\.4", 24), (rb"CXXABI_1\.3", 11)):
+        needed = [int(version) for version in re.findall(name + rb"\.(\d+)\b", content)]
+        assert max(needed, default=0) <= newest, (name, sorted(set(needed)))
 
 
 @pytest.fixture
@@ -209,7 +284,8 @@ weight.square().sum().backward()
 optimizer.second_step()
 assert (weight < 1).all(), weight
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    done = run_python(script)
+    assert done.returncode == 0, done.stdout
 
 
 def test_cuda_library_has_its_own_runtime(cuda_library):

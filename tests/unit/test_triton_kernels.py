@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import assert_same_bits, values
+from child import run_python
 from golden import GOLDEN, LOW
 
 from fastsam import FastSAM
@@ -456,6 +457,8 @@ def test_dots_of_several_chunks_are_added_by_tensor(triton_gpu, device, monkeypa
 def test_without_triton_it_says_so():
     code = """
 import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "fastsam"]:
+    del sys.modules[name]
 sys.modules["triton"] = sys.modules["fastsam._C"] = None
 from fastsam.backends import BackendUnavailable, load, resolve
 try:
@@ -464,7 +467,8 @@ except BackendUnavailable as reason:
     assert "pip install" in str(reason), reason
 assert resolve("auto", "cuda").__name__ == "fastsam.backends.foreach"
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_python(code)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(
@@ -514,18 +518,18 @@ def test_an_old_triton_is_refused(triton_gpu, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_compiled_kernels_read_and_write_sixteen_bytes_at_a_time(tmp_path, target):
     pytest.importorskip("triton")
     if not COMPILE.exists():
         pytest.skip("the tests run without the checkout, against an installed wheel")
     command = [sys.executable, COMPILE, "--out", tmp_path, "--targets", target, "--dtypes", "bfloat16", "--jobs", "1"]
-    done = subprocess.run(
-        [*command, "--kernels", "perturb by norm", "update NONE FIRST_GRAD decoupled"], capture_output=True, text=True
-    )
+    kernels = ["perturb by norm", "update NONE FIRST_GRAD decoupled"]
+    done = subprocess.run([*command, "--kernels", *kernels], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert {entry["kernel"] for entry in report} == {"perturb by norm", "update NONE FIRST_GRAD decoupled"}
+    assert {entry["kernel"] for entry in report} == {*kernels}
     for entry in report:
         assert entry["spills"] == 0
         assert entry["wide_found"] >= entry["wide_needed"] > 0
@@ -533,12 +537,12 @@ def test_compiled_kernels_read_and_write_sixteen_bytes_at_a_time(tmp_path, targe
 
 
 @pytest.mark.slow
-def test_the_tool_compiles_what_is_launched(tmp_path):
+def test_the_tool_compiles_what_is_launched_and_finds_it_wide(tmp_path):
     """Under a driver that only names its GPU: the same code from the launcher's path and from the tool's."""
     if not COMPILE.exists():
         pytest.skip("the tests run without the checkout, against an installed wheel")
     code = f"""
-import sys
+import pathlib, sys
 sys.path.insert(0, {str(COMPILE.parent)!r})
 import compile_kernels, torch, triton
 from triton.backends.compiler import GPUTarget
@@ -568,6 +572,11 @@ for kernel in (kernels.norm(kind), kernels.update(kind, Update.NONE, None)):
     source = compile_kernels.source_of(kernel, Driver.target)
     tool = triton.compile(source, target=Driver.target, options=kernel.options)
     assert launched.asm["ptx"] == tool.asm["ptx"]
+labels = [label for label, _ in compile_kernels.every_kernel("sm_90", "bfloat16", "nearest")]
+job = "sm_90", "bfloat16", "nearest", True, labels.index("perturb by norm")
+entry = compile_kernels.compile_job(job, pathlib.Path({str(tmp_path)!r}))
+assert entry["wide_needed"] > 0
+assert not compile_kernels.faults(entry), entry
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
