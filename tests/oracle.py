@@ -44,9 +44,6 @@ def perturbed(w, g, grad_norm, rho, adaptive=False, maximize=False):
     return w - e if maximize else w + e
 
 
-climbed = perturbed
-
-
 def sam_weights(weights, g, groups):
     """The perturbed weights; a group's ``perturb=False`` leaves its tensor out of the norm, too."""
     inside = [i for i, group in enumerate(groups) if group.get("perturb", True)]

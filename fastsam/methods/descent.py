@@ -113,8 +113,6 @@ class StableSAM(Method):
     update. With a ``GradScaler`` both passes must have one scale.
     """
 
-    depends_on_length: ClassVar[bool] = True
-
     def ascent_form(self, further: bool) -> AscentForm:
         return AscentForm()
 

@@ -20,7 +20,6 @@ class UnifiedSAM(Method):
     """
 
     lam: float = 0.5
-    depends_on_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("lam", self.lam, "in [0, 1]", 0 <= self.lam <= 1)
@@ -51,7 +50,6 @@ class LESAM(Method):
     total_steps: int | None = None
     decay: float = 0.2
     counts_steps: ClassVar[bool] = True
-    depends_on_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check("sigma", self.sigma, "> 0 and finite", 0 < self.sigma < math.inf)
