@@ -169,6 +169,12 @@ def friendly(weights, gradient, groups, memory, sigma=1.0):
     return gradient(added(weights, [group["rho"] * x / length(d) for group, x in zip(groups, d, strict=True)]))
 
 
+def gradient_norm_penalty(weights, gradient, groups, memory, alpha=0.8):
+    """Zhao et al. 2022 (arXiv:2202.03599), algorithm 1."""
+    g, g_p = both_gradients(weights, gradient, groups)
+    return [(1 - alpha) * x + alpha * p for x, p in zip(g, g_p, strict=True)]
+
+
 def vasso_average(g, memory, theta=0.9):
     before = memory.get("d", g)
     memory["d"] = [(1 - theta) * a + theta * x for a, x in zip(before, g, strict=True)]

@@ -38,6 +38,7 @@ class SAM(Method):
     p: float = 2.0
     inner_steps: int = 1
     inner_lr: float | None = None
+    depends_on_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check("p", self.p, "in (1, inf]", self.p > 1)
@@ -92,6 +93,7 @@ class ASAM(Method):
 
     eta: float = 0.01
     uses_shapes: ClassVar[bool] = True
+    depends_on_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check("eta", self.eta, ">= 0 and finite", 0 <= self.eta < math.inf)
@@ -146,7 +148,6 @@ class AMP(Method):
     inner_steps: int = 1
     inner_lr: float = 1.0
     eps: float = 0.5
-    depends_on_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("inner_steps", self.inner_steps)
@@ -183,6 +184,7 @@ class AWP(Method):
     gamma: float = 0.01
     reads_each_dot: ClassVar[bool] = True
     uses_shapes: ClassVar[bool] = True
+    depends_on_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check("gamma", self.gamma, ">= 0 and finite", 0 <= self.gamma < math.inf)
