@@ -21,7 +21,7 @@ import torch
 
 from fastsam import FastSAM
 
-STEPS = 20_000
+STEPS = 10_000
 EVERY = 100
 LR, RHO = 0.1, 0.1
 START = (1.0, 0.3, 0.3)
