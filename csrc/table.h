@@ -23,7 +23,7 @@ struct TensorTable {
   int64_t tensor_count;
   int64_t chunk_count;
   int64_t chunk_size;
-  int64_t work;              // of all chunks together
+  int64_t work;  // of all chunks together
   // [2, n]: of the tensors in the parameter groups, and of their first elements in the whole parameters, of which they
   // may be shards; null: everything is rounded to nearest.
   const int64_t* positions;
