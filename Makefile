@@ -38,8 +38,7 @@ EXTENSION := .venv/.extension
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo sharpness test test-all test-integrations bench gpu-report docs-tables kernels cuda fuzz crash sanitize \
-  sanitize-cuda lint format wheel \
-  docs compat clean
+  sanitize-cuda lint format wheel docs compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
