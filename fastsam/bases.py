@@ -113,6 +113,12 @@ def fused_update(optimizer: torch.optim.Optimizer) -> FusedUpdate | None:
     return None if _replaced_step(optimizer) is not None else update
 
 
+def complete_base(optimizer: torch.optim.Optimizer) -> None:
+    """Gives a base that does not call ``Optimizer.__init__`` the hooks that it lacks, as unpickling does."""
+    if not hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
+        torch.optim.Optimizer.__setstate__(optimizer, {})
+
+
 def run_step(optimizer: torch.optim.Optimizer) -> None:
     """``optimizer.step()`` with its own hooks. Global hooks run once, on FastSAM's own ``step``."""
     if (replaced := _replaced_step(optimizer)) is not None:

@@ -169,7 +169,7 @@ def check_missing_grads(params: Iterable[Any]) -> None:
         if is_distributed(param) and param.requires_grad:
             raise RuntimeError(
                 f"parameter {index} (shape {tuple(param.shape)}) and all others have no gradient after the first pass; "
-                "the closure must call backward(), with FSDP's set_requires_gradient_sync(True)"
+                "call backward() in it, under FSDP with set_requires_gradient_sync(True)"
             )
 
 

@@ -213,7 +213,7 @@ class Subject:
             memory[:] = grad.numpy()
             grad = torch.from_numpy(memory)
         elif kind == "flat":
-            memory = self.memory.setdefault("flat", torch.zeros(256, dtype=param.dtype))
+            memory = self.memory.setdefault("flat", torch.zeros(1024, dtype=param.dtype))
             grad = memory[64 * i : 64 * i + grad.numel()].copy_(grad)
         elif kind == "held":
             self.held = [*self.held[-4:], grad]

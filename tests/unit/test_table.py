@@ -511,7 +511,7 @@ def test_a_parameter_replaced_by_another(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @every_base
 def test_neighbours_in_one_buffer(backend, device, dtype, base, options):
-    """Parameters that are views of one buffer, with gaps and padding between their elements, climbed and updated."""
+    """Parameters that are views of one buffer, with gaps and padding between their elements, perturbed and updated."""
     canaries = Canaries()
     params = [
         canaries.around(values((37,), dtype, device, 1), offset=1),
