@@ -37,8 +37,8 @@ EXTENSION := .venv/.extension
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all bench gpu-report docs-tables kernels cuda fuzz crash sanitize sanitize-cuda lint format wheel \
-  docs compat clean
+.PHONY: help setup demo sharpness test test-all test-integrations bench gpu-report docs-tables kernels cuda fuzz crash sanitize \
+  sanitize-cuda lint format wheel docs compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -47,6 +47,9 @@ setup: $(EXTENSION)  ## Only the set-up: .venv with all dependencies and the ext
 
 demo: $(EXTENSION)  ## Train with SGD and with FastSAM on noisy labels: a table and a picture
 	$(BIN)/python -m fastsam demo $(ARGS)
+
+sharpness: $(EXTENSION)  ## How sharp the minima of SGD and FastSAM are: a table and a picture; ARGS="--m": other perturbations
+	$(BIN)/python -m fastsam sharpness $(ARGS)
 
 test: $(EXTENSION)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
 	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --sample $(SAMPLE) $(ARGS)
@@ -123,6 +126,9 @@ format: $(DEPENDENCIES)  ## Format everything in place
 wheel: $(DEPENDENCIES)  ## The sdist and the manylinux_2_28 wheel, checked, in dist/; TWICE=1: and built again; QUICK=1: with the set-up's objects
 	tools/wheel.sh $(if $(TWICE),--twice) $(if $(QUICK),--quick)
 
+test-integrations: $(EXTENSION)  ## FastSAM in Lightning, Transformers, Accelerate, timm, fastai, ...: a table; about 3 minutes
+	tools/test_integrations.sh --numprocesses $(WORKERS) $(ARGS)
+
 docs: $(EXTENSION)  ## The pages, into build/docs/html; runs their code; BROWSE=1: looks at them with headless Chromium
 	tools/docs.sh $(if $(BROWSE),--browse)
 
@@ -131,7 +137,7 @@ docs: $(EXTENSION)  ## The pages, into build/docs/html; runs their code; BROWSE=
 # requirements/test.txt replaces torch's own.
 compat:  ## The wheel's tests with another torch: make compat TORCH=2.11.0
 	@test -n "$(TORCH)" || { echo "make compat: which torch? make compat TORCH=2.11.0" >&2; exit 2; }
-	$(MAKE) --no-print-directory wheel
+	$(MAKE) --no-print-directory wheel QUICK=1
 	test -d .compat/$(TORCH) || $(PYTHON) -m venv .compat/$(TORCH)
 	.compat/$(TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) && \
 	  .compat/$(TORCH)/bin/python $(PIP_INSTALL) -r requirements/test.txt || \

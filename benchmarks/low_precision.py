@@ -16,7 +16,7 @@ from fastsam import FastSAM
 SIGMA, RHO = 0.02, 0.05
 
 
-def climbed_by(weights: Tensor, grad: Tensor, master: Tensor | None = None, **options: Any) -> Tensor:
+def perturbed_by(weights: Tensor, grad: Tensor, master: Tensor | None = None, **options: Any) -> Tensor:
     """``e``, float64: what ``weights`` really move by; ``master``: where they have one with bits of its own."""
     param = weights.clone().requires_grad_()
     optimizer = FastSAM([param], lr=0.1, **options)
@@ -36,9 +36,9 @@ def rows(count: int, backend: str, rho: float = RHO) -> list[tuple[str, float, f
     direction = grad.double() / grad.double().norm()
     options = {"backend": backend, "rho": rho}
     ways = {
-        'rounding="nearest"': climbed_by(w, grad, **options),
-        'rounding="stochastic"': climbed_by(w, grad, **options, rounding="stochastic", rounding_seed=0),
-        "master_weights=True": climbed_by(w, grad, master, **options, master_weights=True),
+        'rounding="nearest"': perturbed_by(w, grad, **options),
+        'rounding="stochastic"': perturbed_by(w, grad, **options, rounding="stochastic", rounding_seed=0),
+        "master_weights=True": perturbed_by(w, grad, master, **options, master_weights=True),
     }
     return [(name, float(e.norm()), float(e @ direction / e.norm()), float(e @ direction)) for name, e in ways.items()]
 

@@ -54,7 +54,8 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, vocabulary, bias=False)
         self.head.weight = self.tokens.weight
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens, targets=None):
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
@@ -122,7 +123,7 @@ def train_model(fraction, is_functional, seed, passes, rho):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--passes", type=int, default=600, help="gradient evaluations of each training")
+    parser.add_argument("--passes", type=int, default=400, help="gradient evaluations of each training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rho", type=float, default=0.05)
     options = parser.parse_args()

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node=2 examples/tensor_parallel.py
 
 `parallelize_module` makes the layer's weights DTensors. Their gradients and the optimizer's state are sharded alike;
-the norm of the ascent is that of the whole model, with parameters that every rank has counted once. The script trains the
-same model in one process, too, and prints by how much the weights differ.
+the norm of the ascent is that of the whole model, with parameters that every rank has counted once. The script
+trains the same model in one process, too, and prints by how much the weights differ.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""``python -m fastsam``, or ``fastsam``: the commands demo, doctor and bench."""
+"""``python -m fastsam``, or ``fastsam``: the commands demo, sharpness, doctor and bench."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from pathlib import Path
 import fastsam
 from fastsam import demo, doctor
 from fastsam.demo import options as demo_options
+from fastsam.demo.sharpness import options as sharpness_options
+from fastsam.doctor import ranks
 
 DEMO = """\
 Train a small CNN on scikit-learn's 1,797 scanned digits, 900 of them to train on with part of their labels wrong: with
 SGD, with SGD for twice the epochs (as many gradients as SAM takes), and with FastSAM. Prints a table and draws the
 accuracy curves and the loss around the solutions. Takes about two minutes on one CPU core.
+"""
+
+SHARPNESS = """\
+Train as the demo does, and measure how sharp the solutions are: the largest eigenvalues of the loss's Hessian, its
+trace and density, and how much the loss rises around the weights. Prints a table and draws spectra, losses and
+lambda_max over the epochs. Takes about four minutes on two CPU cores.
 """
 
 DOCTOR = """\
@@ -38,12 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"] and arguments[1:] not in (["-h"], ["--help"]):
         return bench(arguments[1:])
-    parser, demo_parser = _parsers()
+    parser, demo_parser, sharpness_parser = _parsers()
     namespace = parser.parse_args(arguments)
     if namespace.command == "demo":
-        return demo.run(demo_options.to_options(namespace, demo_parser))
+        return demo.run(demo_options.to_options(namespace, demo_parser, demo_options.Options))
+    if namespace.command == "sharpness":
+        from fastsam.demo.sharpness.command import run  # imports what the other commands do not need
+
+        return run(sharpness_options.to_options(namespace, sharpness_parser))
     if namespace.command == "doctor":
-        return doctor.run(as_json=namespace.json)
+        return ranks.run() if namespace.distributed else doctor.run(as_json=namespace.json)
     parser.print_help()
     return 0
 
@@ -62,7 +74,7 @@ def bench(arguments: Sequence[str]) -> int:
     return subprocess.run(command, cwd=folder.parent, check=False).returncode
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(
         prog="python -m fastsam",
         description="FastSAM: Sharpness-Aware Minimization as fused operations for PyTorch.",
@@ -71,12 +83,19 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     demo_parser = commands.add_parser("demo", help="train with SGD and with FastSAM on wrong labels", description=DEMO)
     demo_options.add_arguments(demo_parser)
+    sharpness_parser = commands.add_parser(
+        "sharpness", help="how sharp the minima of SGD and FastSAM are", description=SHARPNESS
+    )
+    sharpness_options.add_arguments(sharpness_parser)
     doctor_parser = commands.add_parser(
         "doctor", help="what works on this machine, and why the rest does not", description=DOCTOR
     )
     doctor_parser.add_argument("--json", action="store_true", help="print the report as JSON, for a bug report")
+    doctor_parser.add_argument(
+        "--distributed", action="store_true", help="check training over several ranks; run it under torchrun"
+    )
     commands.add_parser("bench", help="measure the optimizers (in a checkout)", description=BENCH)
-    return parser, demo_parser
+    return parser, demo_parser, sharpness_parser
 
 
 def command() -> int:

@@ -25,11 +25,21 @@ METHOD = "fastsam_method"
 Groups = Sequence[Mapping[str, Any]]
 
 
-def complete_saved(saved: dict[str, Any], method: Method, update: FusedUpdate | None, step: int) -> None:
-    """Completes the result of ``Optimizer.state_dict()`` in step ``step``, so that FastSAM and its base can load it."""
+def complete_saved(
+    saved: dict[str, Any], method: Method, update: FusedUpdate | None, step: int, *, is_initial: bool = False
+) -> None:
+    """Completes the result of ``Optimizer.state_dict()`` in step ``step``, so that FastSAM and its base can load it.
+
+    Args:
+        saved: changed in place.
+        method: the method.
+        update: how the base runs fused, if it can.
+        step: the number of the step.
+        is_initial: the state was made to be loaded into (by torch.distributed.checkpoint): nothing of it is left out.
+    """
     if update is not None:
-        saved["state"] = {key: update.saved(entries) for key, entries in saved["state"].items()}
-        _bring_steps_to_host(saved)
+        saved["state"] = {key: dict(e) if is_initial else update.saved(e) for key, e in saved["state"].items()}
+        _copy_steps(saved)
     for group in saved.get("param_groups", ()):
         if method.state_name is not None:
             group[METHOD] = type(method).__name__
@@ -37,15 +47,18 @@ def complete_saved(saved: dict[str, Any], method: Method, update: FusedUpdate | 
             group["rho"] = rho_in(group, step)  # a schedule is code, which a checkpoint cannot hold
 
 
-def _bring_steps_to_host(saved: dict[str, Any]) -> None:
-    """Moves step counts to the CPU, where a base that is neither capturable nor fused reads them without waiting."""
+def _copy_steps(saved: dict[str, Any]) -> None:
+    """Copies step counts, which go on counting: to the CPU, unless a base that is capturable or fused loads them."""
     found: list[tuple[dict[str, Any], str]] = []
     for group in saved["param_groups"]:
-        if group.get("capturable") or group.get("fused"):
-            continue
+        stays = group.get("capturable") or group.get("fused")
         for key in group["params"]:
             entries = saved["state"].get(key, {})
-            found += [(entries, name) for name in ("step", STEP_NAME) if _is_on_device(entries.get(name))]
+            for name in ("step", STEP_NAME):
+                if _is_on_device(entries.get(name)) and not stays:
+                    found.append((entries, name))
+                elif isinstance(entries.get(name), Tensor):
+                    entries[name] = entries[name].clone()
     for device in {entries[name].device for entries, name in found}:
         mine = [(entries, name) for entries, name in found if entries[name].device == device]
         steps = torch.stack([entries[name] for entries, name in mine]).cpu()

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastsam.backends import Backend
+from fastsam.backends import Backend, grad_norms
 from fastsam.distributed import GlobalSums, Sharding
 from fastsam.methods.method import AscentTerms, DescentTerms, Dots, Facts, Method
-from fastsam.spec import Ascent, AscentOptions, Descent, DescentCoefficients, Map, Row
+from fastsam.spec import Ascent, AscentCoefficients, AscentForm, AscentOptions, Descent, DescentCoefficients, Map, Row
 from fastsam.tables import TensorTable
 
 Values = Sequence[float | Tensor]
@@ -43,6 +43,21 @@ class Coefficients:
     def grad_norm(self) -> Tensor | None:
         """The norm of the last step's first (mapped) gradient; None if its dots are not that norm's square."""
         return None if self._squares is None else self._squares.sqrt()
+
+    def norms(
+        self, backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[AscentOptions]
+    ) -> dict[torch.device, Tensor]:
+        """The norm of the whole model's gradient, on each of the tables' devices."""
+        if not (self._sums.has_shard_groups or any(table.sharding for table in tables)):
+            return grad_norms(backends, tables, options)
+        home = home_of([table.device for table in tables])
+        squares: dict[Sharding, Tensor] = {}
+        for sharding in dict.fromkeys(table.sharding for table in tables):
+            mine = [(b, t) for b, t in zip(backends, tables, strict=True) if t.sharding == sharding]
+            norms = grad_norms([b for b, _ in mine], [t for _, t in mine], options)
+            squares[sharding] = next(iter(norms.values())).to(home, non_blocking=True).square()
+        norm = self._sums.total(squares, home).sqrt()
+        return {table.device: norm.to(table.device, non_blocking=table.device.type != "cpu") for table in tables}
 
     def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
         """The ascent was plain SAM's, by these norms."""
@@ -144,6 +159,13 @@ class Coefficients:
             parts[sharding] = parts[sharding] + mine if sharding in parts else mine
         total = self._sums.total(parts, home, (3,)) if needed else functools.reduce(torch.add, parts.values())
         return each, {t.device: total.to(t.device, non_blocking=t.device.type != "cpu") for t in tables}
+
+
+def divide_kept(descent: Descent, scale: Tensor | None) -> None:
+    """The only gradients of a step, which the method state is made of, still have a scaler's scale."""
+    if scale is not None:
+        columns = descent.coefficients[:, DescentCoefficients.KEEP_X : DescentCoefficients.KEEP_FIRST + 1]
+        columns /= scale.double()
 
 
 class _Constants:
@@ -251,6 +273,14 @@ def _pack(constants: _Constants, terms: AscentTerms | DescentTerms) -> Tensor:
             continue
         is_neutral = False
     return neutral if is_neutral else torch.stack(columns, dim=1)
+
+
+def whole_direction(table: TensorTable, options: Sequence[AscentOptions]) -> Ascent:
+    """``w <- w + d`` for every parameter that has a direction d."""
+    shape = len(table.params), len(AscentCoefficients)
+    coefficients = torch.zeros(shape, dtype=torch.float64, device=table.device)
+    coefficients[:, AscentCoefficients.A].fill_(1.0)
+    return Ascent(options, form=AscentForm(x=Row.DIRECTION), coefficients=coefficients)
 
 
 def home_of(devices: Sequence[torch.device]) -> torch.device:

@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsam.backends import Backend, grad_norms, operations
-from fastsam.bases import FusedUpdate
-from fastsam.coefficients import Coefficients, home_of
+from fastsam.backends import Backend, operations
+from fastsam.bindings import StateBindings
+from fastsam.coefficients import Coefficients, divide_kept, whole_direction
 from fastsam.directions import choose_directions, draw_noise, set_displacements
-from fastsam.distributed import GlobalSums, ShardGroups, Sharding, check_missing_grads, local_of, whole_of
-from fastsam.groups import ascent_options, learning_rate
+from fastsam.distributed import GlobalSums, ShardGroups, check_missing_grads, local_of
+from fastsam.groups import learning_rate
 from fastsam.methods import Method
+from fastsam.plan import Plan
 from fastsam.precision import ascent_seed
 from fastsam.runtime.accumulation import AccumulationWatch
 from fastsam.runtime.weight_caches import clear_weight_caches
 from fastsam.runtime.writers import ForeignWrites
-from fastsam.spec import Ascent, AscentCoefficients, AscentForm, AscentOptions, Descent, Row, StateNames, Update
-from fastsam.tables import TensorTable, TensorTables, Wanted
+from fastsam.spec import Ascent, AscentOptions, Descent, Row, Update
+from fastsam.tables import TensorTable, TensorTables
 from fastsam.tables.memory import as_real
-from fastsam.tables.state import OptimizerState
-
-
-class Plan(NamedTuple):
-    """What one phase of a step is to work on.
-
-    Attributes:
-        groups: the parameter groups.
-        state: the base optimizer's state.
-        step: the number of the step, from 0.
-        update: how the base runs fused; None: by its own ``step()``.
-        grad_scale, found_inf: a GradScaler's, or None.
-        micro_batch: which of the step's closures this is, each with an ascent of its own.
-        rho_scale: what a schedule multiplies every rho by.
-    """
-
-    groups: Sequence[Mapping[str, Any]]
-    state: OptimizerState
-    step: int
-    update: FusedUpdate | None
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    micro_batch: int = 0
-    rho_scale: float = 1.0
-
-    @property
-    def state_names(self) -> list[StateNames]:
-        """What the base update keeps, for each group."""
-        return [] if self.update is None else [self.update.state_names(group) for group in self.groups]
-
-    @property
-    def ascent_options(self) -> list[AscentOptions]:
-        """How the parameters of each group ascend."""
-        return [ascent_options(group, self.step, self.rho_scale) for group in self.groups]
-
-    @property
-    def perturb(self) -> list[bool]:
-        """Whether each group is perturbed."""
-        return [bool(group["perturb"]) for group in self.groups]
 
 
 class Engine:
@@ -79,6 +40,7 @@ class Engine:
         is_displaced: whether the weights are perturbed by given tensors: no step may follow.
         ascents: how many ascent steps this step has had.
         is_running: whether a closure runs.
+        is_initial: whether ``state`` is what :meth:`initialize_state` has made.
         is_constructed: whether the optimizer's constructor is through.
         accumulation: warns of gradients that a closure adds to.
         sums: adds up over the ranks that hold other parts of the parameters.
@@ -90,7 +52,7 @@ class Engine:
         self.sums = GlobalSums(shard_groups)
         self.tables = TensorTables(self.sums.sharding_of)
         self.perturbed = False
-        self.is_single = self.is_running = self.is_displaced = False
+        self.is_single = self.is_running = self.is_displaced = self.is_initial = False
         self.ascents = 0
         self._norm: Tensor | None = None
         self.is_constructed = False
@@ -99,6 +61,7 @@ class Engine:
         self._writes = ForeignWrites()
         self._watched_builds = 0
         self._coefficients = Coefficients(method, self.sums)
+        self._bindings = StateBindings(method)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -164,7 +127,8 @@ class Engine:
         if not further:
             form = self.method.ascent_form(further)
             if form is not None and Row.STATE <= form.x < Row.STATE + 3:
-                self._bind(tables, plan)
+                for table in tables:
+                    self._bindings.bind(table, plan)
             for table in tables:
                 among = table.present
                 if form is not None and form.x not in (Row.GRAD, Row.DIRECTION):
@@ -174,12 +138,8 @@ class Engine:
                 table.choose_perturbed(plan.perturb, among)
         if self.method.has_direction:
             choose_directions(tables, self.method, further)
-        self._bind_for_ascent(tables, plan)
-
-    def _bind_for_ascent(self, tables: Sequence[TensorTable], plan: Plan) -> None:
         for table in tables:
-            if table.stochastic or table.has_masters or self.method.state_name is not None:
-                self._bind([table], plan, masters=True)
+            self._bindings.bind_for_ascent(table, plan)
 
     def _plan_ascents(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> list[Ascent]:
         number = plan.micro_batch * self.method.ascents + self.ascents
@@ -188,26 +148,11 @@ class Engine:
         if self.method.ascent_form(further) is not None:
             self._norm = None
             return self._coefficients.ascents(backends, tables, options, plan.step, further)
-        norms = self._norms(backends, tables, options)
+        norms = self._coefficients.norms(backends, tables, options)
         self._norm = next(iter(norms.values()))
         if self.method.needs_first_grads:
             self._coefficients.note_norms(norms)
         return [Ascent(options, norms[table.device]) for table in tables]
-
-    def _norms(
-        self, backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[AscentOptions]
-    ) -> dict[torch.device, Tensor]:
-        """The norm of the whole model's gradient, on each of the tables' devices."""
-        if not (self.sums.has_shard_groups or any(table.sharding for table in tables)):
-            return grad_norms(backends, tables, options)
-        home = home_of([table.device for table in tables])
-        squares: dict[Sharding, Tensor] = {}
-        for sharding in dict.fromkeys(table.sharding for table in tables):
-            mine = [(b, t) for b, t in zip(backends, tables, strict=True) if t.sharding == sharding]
-            norms = grad_norms([b for b, _ in mine], [t for _, t in mine], options)
-            squares[sharding] = next(iter(norms.values())).to(home, non_blocking=True).square()
-        norm = self.sums.total(squares, home).sqrt()
-        return {table.device: norm.to(table.device, non_blocking=table.device.type != "cpu") for table in tables}
 
     def may_have_grads(self, present: Iterable[Any]) -> bool:
         """Whether any of ``present`` is true, or another rank may have gradients and count on this one."""
@@ -249,10 +194,11 @@ class Engine:
         with self.tables.holding_grads():
             tables = self.tables.read_grads(plan.groups)
             set_displacements(tables, tensors)
-            self._bind_for_ascent(tables, plan)
+            for table in tables:
+                self._bindings.bind_for_ascent(table, plan)
             options = plan.ascent_options
             self.is_displaced = True
-            self._perturb(tables, [_whole_direction(table, options) for table in tables])
+            self._perturb(tables, [whole_direction(table, options) for table in tables])
         clear_weight_caches()
 
     def refuse_displaced(self) -> None:
@@ -297,7 +243,7 @@ class Engine:
             for table in tables:
                 table.choose_perturbed(plan.perturb, table.present)
             options = [AscentOptions(0.0, adaptive=False, maximize=False)] * len(plan.groups)
-            norms = self._norms([self._backend(table) for table in tables], tables, options)
+            norms = self._coefficients.norms([self._backend(table) for table in tables], tables, options)
         return next((norm for device, norm in norms.items() if device.type != "cpu"), next(iter(norms.values())))
 
     @torch.no_grad()
@@ -308,12 +254,13 @@ class Engine:
             base_step()
         with self.tables.holding_grads():
             self._read_grads_again()
-            tables, wanted = list(self.tables), []
-            for table in tables:
-                among = _would_move(table, plan) if self.method.state_name is not None else ()
-                mine = self._wanted(plan, (), table.present, among)
-                wanted.append((mine, table.slots.bind(table, plan.state, mine)))
-            self._publish(tables, plan, wanted)
+            keepers = [self._bindings.keepers(table, plan, ascended=False) for table in self.tables]
+            bindings = [
+                self._bindings.bind(table, plan, moments=table.present, method=mine)
+                for table, mine in zip(self.tables, keepers, strict=True)
+            ]
+            self._bindings.publish(plan, bindings)
+        self.is_initial = True
 
     @torch.no_grad()
     def descend(self, plan: Plan, base_step: Callable[[], None]) -> None:
@@ -323,6 +270,7 @@ class Engine:
             plan: the plan.
             base_step: the base's own step, which runs if there is no fused update.
         """
+        self.is_initial = False
         with self.tables.holding_grads():
             self._read_grads_again()
             tables = list(self.tables)
@@ -330,8 +278,13 @@ class Engine:
                 table.gather()
             overflow = plan.update is None and plan.found_inf is not None and float(plan.found_inf) != 0
             descents = None if overflow else self._plan_descents(tables, plan)
-            wanted = self._bind_all(tables, plan, descents)
-            self._publish(tables, plan, wanted)
+            keeps = descents is not None and descents[0].form.keeps
+            keepers = [self._bindings.keepers(table, plan, self.ascents > 0) if keeps else () for table in tables]
+            bindings = [
+                self._bindings.bind(table, plan, table.perturbed, table.present, mine)
+                for table, mine in zip(tables, keepers, strict=True)
+            ]
+            self._bindings.publish(plan, bindings)
             if plan.update is not None:
                 self._update(tables, plan, descents)
                 self._end_step()
@@ -339,8 +292,8 @@ class Engine:
             moves = self._prepare_base(tables, descents)
             self._end_step()
         if not overflow:
-            with self._hiding_method_state(plan.state):
-                _unscale(plan)
+            with self._bindings.hiding_method_state(plan.state):
+                plan.unscale_grads()
                 base_step()
                 for param, move in moves:
                     param.sub_(move)
@@ -351,16 +304,22 @@ class Engine:
         if form is None:
             return None
         if self.method.state_name is not None:
-            self._bind(tables, plan, method=form.keeps)
+            for table in tables:
+                kept = self._bindings.keepers(table, plan, self.ascents > 0) if form.keeps else ()
+                self._bindings.bind(table, plan, method=kept)
         if form.keeps and self.ascents == 0:
             for table in tables:
                 table.take_grads_for_first_ones()
         backends = [self._backend(table) for table in tables]
-        scales = [to_table_device(plan.grad_scale, table) for table in tables]
+        scales = [plan.scaler_scalars(table)[0] for table in tables]
         lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
-        return self._coefficients.descents(
+        descents = self._coefficients.descents(
             backends, tables, plan.ascent_options, plan.step, lrs, self.ascents > 0, scales
         )
+        if form.keeps and self.ascents == 0 and plan.grad_scale is not None:
+            for descent, scale in zip(descents or (), scales, strict=True):
+                divide_kept(descent, scale)
+        return descents
 
     def _update(self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None) -> None:
         update = plan.update
@@ -368,7 +327,7 @@ class Engine:
         options = [update.options(group) for group in plan.groups]
         for index, table in enumerate(tables):
             descent = None if descents is None else descents[index]
-            scalars = to_table_device(plan.grad_scale, table), to_table_device(plan.found_inf, table)
+            scalars = plan.scaler_scalars(table)
             self._backend(table).restore_and_update_(table, update.kind, options, descent, *scalars)
             table.is_perturbed = False
             table.scatter(table.written, state=True)
@@ -395,64 +354,18 @@ class Engine:
                     moves.append((as_real(table.locals[i]), move))
         return moves
 
-    # ---- state ----
-
-    def _bind(self, tables: Sequence[TensorTable], plan: Plan, *, masters: bool = False, method: bool = False) -> None:
-        for table in tables:
-            kept = self._keepers(table, plan) if method else ()
-            table.slots.bind(table, plan.state, self._wanted(plan, table.perturbed if masters else (), (), kept))
-
-    def _wanted(self, plan: Plan, masters: Sequence[int], moments: Sequence[int], method: Sequence[int]) -> Wanted:
-        return Wanted(plan.state_names, self.method.state_name, masters, moments, method)
-
-    def _keepers(self, table: TensorTable, plan: Plan) -> Sequence[int]:
-        """The parameters that have method state: the perturbed ones, or those that an ascent would perturb."""
-        return table.perturbed if self.ascents > 0 else _would_move(table, plan)
-
-    def _bind_all(
-        self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None
-    ) -> list[tuple[Wanted, bool]]:
-        """Allocates what the update needs and ``state`` lacks."""
-        keeps = descents is not None and descents[0].form.keeps
-        result = []
-        for table in tables:
-            kept = self._keepers(table, plan) if keeps else ()
-            wanted = self._wanted(plan, table.perturbed, table.present, kept)
-            result.append((wanted, table.slots.bind(table, plan.state, wanted)))
-        return result
-
-    def _publish(self, tables: Sequence[TensorTable], plan: Plan, wanted: Sequence[tuple[Wanted, bool]]) -> None:
-        if not any(is_new for _, is_new in wanted):
-            return
-        for table, (mine, _) in zip(tables, wanted, strict=True):
-            table.slots.publish(table, plan.state, mine)
-        for table, (mine, _) in zip(tables, wanted, strict=True):
-            table.slots.note(table, plan.state, mine)
-
-    @contextmanager
-    def _hiding_method_state(self, state: OptimizerState) -> Iterator[None]:
-        """A block in which ``state`` holds the base's own entries alone: an empty one tells it of a first step."""
-        name = self.method.state_name
-        kept = {} if name is None else {p: e for p, e in state.items() if isinstance(e, dict) and name in e}
-        hidden = {param: entries.pop(str(name)) for param, entries in kept.items()}
-        try:
-            yield
-        finally:
-            for param, tensor in hidden.items():
-                state[param][str(name)] = tensor
-
     # ---- small things ----
 
     def _backend(self, table: TensorTable) -> Backend:
-        return operations(self.backend, table.device.type, table.has_own_grads)
+        return operations(self.backend, table.device.type, table.has_own_grads and not table.needs_lists)
 
     def _read_grads_again(self) -> None:
         for table in self.tables:
             table.check_first_grads()
         if self.tables.has_strange_grads():
             raise RuntimeError(
-                "a parameter that was frozen in the first pass, and cannot be trained as it is, has a gradient in the "
-                "second; call restore() to give the ascent up"
+                "a parameter that was frozen in the first pass has a gradient in the second; call restore() to give "
+                "the ascent up, and change requires_grad between steps"
             )
         for table in self.tables:
             if not table.read_grads():
@@ -472,40 +385,6 @@ class Engine:
         clear_weight_caches()
 
 
-def _would_move(table: TensorTable, plan: Plan) -> list[int]:
-    perturb = plan.perturb
-    return [i for i in table.present if perturb[table.groups[i]]]
-
-
 def _for_ascent(options: AscentOptions, number: int) -> AscentOptions:
     """The options with random numbers of their own for each ascent of a step."""
     return options._replace(rounding_seed=ascent_seed(options.rounding_seed, number)) if number else options
-
-
-def _whole_direction(table: TensorTable, options: Sequence[AscentOptions]) -> Ascent:
-    """``w <- w + d`` for every parameter that has a direction d."""
-    shape = len(table.params), len(AscentCoefficients)
-    coefficients = torch.zeros(shape, dtype=torch.float64, device=table.device)
-    coefficients[:, AscentCoefficients.A].fill_(1.0)
-    return Ascent(options, form=AscentForm(x=Row.DIRECTION), coefficients=coefficients)
-
-
-def _unscale(plan: Plan) -> None:
-    if plan.grad_scale is None:
-        return
-    inverse = plan.grad_scale.double().reciprocal().float()
-    for group in plan.groups:
-        for param in group["params"]:
-            grad = local_of(param.grad)
-            if grad is not None:
-                grad.mul_(inverse.to(grad.device))
-
-
-def to_table_device(scalar: Any, table: TensorTable) -> Tensor | None:
-    """GradScaler's scalar on the table's device."""
-    if scalar is None:
-        return None
-    # A number where the scaler saw no gradient at all.
-    scalar = whole_of(scalar)
-    tensor = scalar if isinstance(scalar, Tensor) else torch.tensor(scalar, dtype=torch.float32, device="cpu")
-    return tensor.to(table.device, torch.float32, non_blocking=table.device.type != "cpu").reshape(())

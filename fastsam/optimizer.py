@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
-from fastsam.bases import check_base, complete_base, note_step, run_step
+from fastsam.bases import check_base, complete_base
 from fastsam.distributed import ShardGroups, check_missing_grads, check_shards
 from fastsam.engine import Engine
 from fastsam.groups import (
@@ -27,20 +27,19 @@ from fastsam.groups import (
 )
 from fastsam.last_ascent import LastAscent, average, record
 from fastsam.micro_batches import GradientSums
+from fastsam.phases import Closure, StepPhases
 from fastsam.policy import Policy
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.parallel_models import ParallelModel
 from fastsam.schedules import RhoSchedule, Schedule, check_schedule
-from fastsam.wrapper import BaseWrapper, refuse_groups_of_others
-
-Closure = Callable[[], Any]
+from fastsam.wrapper import refuse_groups_of_others
 
 PLAIN = methods.SAM()
 
 
-class FastSAM(BaseWrapper):
+class FastSAM(StepPhases):
     r"""Sharpness-Aware Minimization over any base optimizer, as fused multi-tensor operations.
 
     Every step moves from the weights to the worst point nearby, takes the gradient there, restores the weights, and
@@ -119,9 +118,9 @@ class FastSAM(BaseWrapper):
 
     Detached tensors, on the device (reading them waits for it). With ``closures=`` the means over the micro-batches; in
     distributed training the losses are this rank's. Without ``replay_rng=True`` the difference of the losses contains
-    that of two dropout masks. None in two-phase use, with ``ascent_closure=`` (the losses are of different data), after
-    a step without an ascent, with methods that have no pass at w, and if the closure does not return its loss. In a
-    captured step the tensors belong to the graph: each replay writes them.
+    that of two dropout masks. None in two-phase use without :meth:`note_losses`, with ``ascent_closure=`` (the losses
+    are of different data), after a step without an ascent, with methods that have no pass at w, and if the closure does
+    not return its loss. In a captured step the tensors belong to the graph: each replay writes them.
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class FastSAM(BaseWrapper):
         check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
         self.backend = backend
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
-        self._policy.check(method)
+        self._policy.check(method, local_ascent)
         self._parallel = ParallelModel(model, local_ascent, method)
         if local_ascent and self._policy.statistics is not None:
             raise ValueError(f"local_ascent=True is not possible with {schedule}: the ranks might decide differently")
@@ -197,10 +196,9 @@ class FastSAM(BaseWrapper):
 
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()``, returns the loss; called once per
-                pass, with gradients enabled. Between the passes gradients are set to None (views
-                of a buffer: to zeros) whatever it does.
-                While the weights are perturbed it is the second pass (a wrapper's closure that does nothing is allowed:
-                the gradients are there then).
+                pass, with gradients enabled. Between the passes gradients are set to None (views of a buffer: to
+                zeros) whatever it does. While the weights are perturbed it is the second pass (a wrapper's closure
+                that does nothing is allowed: the gradients are there then).
             ascent_closure: takes ``closure``'s place in all passes but the last of a step with an ascent (a part of the
                 batch; or the whole data set: n-SAM).
             closures: in the place of ``closure``, one for each micro-batch: each has an ascent and a second pass of its
@@ -215,8 +213,11 @@ class FastSAM(BaseWrapper):
             ValueError: ``closures`` is empty, given beside another, or not possible with the method.
             Exception: whatever a closure raises; the weights, the state and ``perturbed`` are then as before the step.
         """
-        self._engine.refuse_displaced()
-        self.last_ascent = None
+        engine = self._engine
+        engine.refuse_displaced()
+        has_begun = (engine.perturbed or engine.is_single) and not engine.is_running
+        if not has_begun:
+            self.last_ascent = None
         if closures is not None:
             if closure is not None or ascent_closure is not None:
                 raise ValueError("step(): closures stands for closure and ascent_closure, it cannot be beside them")
@@ -226,11 +227,15 @@ class FastSAM(BaseWrapper):
                 raise RuntimeError("step(): ascent_closure needs a closure for the second pass beside it")
             self._finish()
             return None
-        if (self._engine.perturbed or self._engine.is_single) and not self._engine.is_running:
+        if has_begun:
             return self._finish_with(closure)
         self._check_closure_step()
         if not self.method.needs_first_pass:
             return self._step_of_one_pass(closure)
+        return self._step_of_two_passes(closure, ascent_closure)
+
+    def _step_of_two_passes(self, closure: Closure, ascent_closure: Closure | None) -> Any:
+        """First pass at w; norm, perturb; second pass at w + e; restore, update."""
         first = self._parallel.locally(ascent_closure or closure)
         ascends = self._ascends_now()
         states = self._generator_states()
@@ -333,6 +338,7 @@ class FastSAM(BaseWrapper):
             self._refuse_perturbed("first_step()")
         is_first = not engine.perturbed
         if self.method.needs_first_pass and is_first and not self._has_gradients():
+            check_missing_grads(self._parameters())
             raise RuntimeError("no parameter has a gradient; call backward() first")
         if is_first and not self._still_ascends(self._ascends_now()):
             engine.is_single = True
@@ -341,6 +347,17 @@ class FastSAM(BaseWrapper):
         if zero_grad:
             self._clear_grads()
         return self.method.needs_first_pass
+
+    def note_losses(self, loss: Any, perturbed_loss: Any, scale: Tensor | None = None) -> None:
+        """In two-phase use, before the update: the losses of both passes, for :attr:`last_ascent`.
+
+        Args:
+            loss: the first pass's.
+            perturbed_loss: the last pass's.
+            scale: the factor of the gradients that :meth:`first_step` was given (a GradScaler's), if there is one.
+        """
+        norm = self._engine.grad_norm
+        self.last_ascent = record(loss, perturbed_loss, norm if norm is None or scale is None else norm / scale)
 
     @untraced
     def second_step(self, zero_grad: bool = False) -> None:
@@ -395,123 +412,3 @@ class FastSAM(BaseWrapper):
         finally:
             if self._engine.perturbed:
                 self._bring_back()
-
-    # ---- the two phases ----
-
-    def _bring_back(self) -> None:
-        with DeferredInterrupts():
-            self._engine.restore()
-            self._restore_statistics()
-        self._parallel.note_writes()
-
-    def _ascend_all_the_way(self, ascent_closure: Closure, micro_batch: int = 0) -> None:
-        self._ascend(micro_batch)
-        for _ in range(1, self.method.ascents):
-            self._clear_grads()
-            self._engine.run(ascent_closure)
-            self._ascend(micro_batch)
-        self._clear_grads()
-
-    def _ascend(self, micro_batch: int = 0) -> None:
-        """Norm, perturb."""
-        self._complete_groups()
-        for group in self.param_groups:
-            self._check_group(group)
-        if self.method.needs_first_pass:
-            self._parallel.check_first_pass()
-        if self._statistics is not None and self.method.needs_first_pass and not self._engine.perturbed:
-            self._statistics.save()
-        try:
-            with DeferredInterrupts():
-                self._engine.ascend(self._plan(micro_batch))
-            self._parallel.note_writes()
-        except BaseException:
-            if not self._engine.perturbed:
-                self._restore_statistics()
-            raise
-        if self.method.needs_first_grads:
-            self._clear_grads()
-
-    def _descend(self) -> None:
-        """Restore, update."""
-        self._complete_groups()
-        plan = self._plan()
-        if not self._engine.perturbed:
-            self._engine.begin_without_ascent(plan)
-        with DeferredInterrupts():
-            self._engine.descend(plan, lambda: run_step(self.base_optimizer))
-            note_step(self.base_optimizer)
-            self._count_step()
-            self._restore_statistics()
-        self._parallel.note_writes()
-        self._engine.accumulation.end_step(self._parameters())
-
-    def _finish(self) -> None:
-        """The update of two-phase use."""
-        engine = self._engine
-        try:
-            if not (engine.perturbed or engine.is_single):
-                if self._is_initialized_by_this():
-                    engine.initialize_state(self._plan(), lambda: run_step(self.base_optimizer))
-                    return
-                raise RuntimeError(
-                    "step() needs a closure; in a loop without one, or in a wrapper that calls the closure itself "
-                    "(opacus, GradScaler), call first_step() after the first backward and second_step() (or step()) "
-                    "after the second. A tool that steps by itself, such as a learning-rate finder, takes "
-                    "optimizer.base_optimizer"
-                )
-            engine.check_writes()
-            if engine.perturbed and engine.ascents < self.method.ascents:
-                raise RuntimeError(
-                    f"{self.method} ascends {self.method.ascents} times: call first_step() after each of so many "
-                    f"backward passes; this step has had {engine.ascents}"
-                )
-            self._descend()
-        except BaseException:
-            self._forget_scaler()
-            raise
-
-    def _finish_with(self, closure: Closure) -> Any:
-        """``closure`` as the second pass of two-phase use, and the update."""
-        loss = self._engine.run(closure)
-        self._finish()
-        return loss
-
-    @contextmanager
-    def _undone_by_exceptions(self) -> Iterator[None]:
-        """A block whose exceptions restore the weights."""
-        try:
-            yield
-        except BaseException:
-            self.restore()
-            raise
-
-    def _check_closure_step(self) -> None:
-        self._refuse_perturbed("step(closure)")
-        if "found_inf" in self._engine.scaler:
-            self._forget_scaler()
-            raise RuntimeError(
-                "GradScaler.step(optimizer, closure) is not supported: scale, backward, optimizer.first_step(), scale, "
-                "backward again, then scaler.step(optimizer) without a closure"
-            )
-
-    def _run_first(self, closure: Closure) -> Any:
-        with self._engine.accumulation.watching(self._parameters()):
-            return self._engine.run(closure)
-
-    def _run_second(self, closure: Closure) -> Any:
-        loss = self._engine.run(closure)
-        if not self._has_gradients():
-            raise RuntimeError(
-                "no parameter has a gradient after the second pass: the closure of step() must call backward() each "
-                "time it is called. If the gradients were computed outside of it, call first_step() and second_step()"
-            )
-        return loss
-
-    def _still_ascends(self, ascends: bool) -> bool:
-        """Whether a step that :meth:`_ascends_now` says yes to has an ascent after all, by its gradients."""
-        if (statistics := self._policy.statistics) is None:
-            return ascends
-        with DeferredInterrupts():
-            statistics.observe(self._engine.measure(self._plan()), self._step_count())
-        return ascends and statistics.ascends_after_first_pass()

@@ -45,8 +45,13 @@ class Policy:
             return False
         return any(group["perturb"] and not _is_zero(rho_in(group, step)) for group in groups)
 
-    def check(self, method: Method) -> None:
-        """Raises ValueError if the method cannot follow the schedule."""
+    def check(self, method: Method, local_ascent: bool = False) -> None:
+        """Raises ValueError if the schedule cannot be followed."""
+        if self.statistics is not None and local_ascent:
+            raise ValueError(
+                f"schedule={self.schedule} is not possible with local_ascent=True: ranks with gradients of their own "
+                "would decide differently"
+            )
         if self.statistics is not None and not method.needs_first_pass:
             raise ValueError(f"schedule={self.schedule} decides by the gradient at w, which {method} does not compute")
 
@@ -115,6 +120,11 @@ class Statistics:
         finite = torch.isfinite(new_variance)
         new_mean, new_variance = torch.where(finite, new_mean, mean), torch.where(finite, new_variance, variance)
         self._next = _Observation(new_mean, new_variance, _Flag(ascends | ~finite))
+
+    @property
+    def has_observed(self) -> bool:
+        """Whether this step's gradients have been taken into account."""
+        return self._next is not None
 
     def ascends_after_first_pass(self) -> bool:
         """The decision that belongs to this step, for ``delay=0``; else True."""

@@ -68,7 +68,7 @@ def sam_step(
             loss = loss_fn(model, batch)
         mean = loss / len(batches)
         (mean if scaler is None else scaler.scale(mean)).backward()
-        return loss.detach()
+        return mean.detach()
 
     def clip() -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -83,7 +83,7 @@ def sam_step(
             losses.append(passes.first(partial(backward, batch)))
     passes.repeat(no_sync)
     passes.update()
-    return torch.stack(losses).mean()
+    return torch.stack(losses).sum()
 
 
 class Passes:
@@ -122,21 +122,25 @@ class Passes:
         self._scaler = scaler
         self.clip = clip
         self._repeats: list[tuple[Callable[[], Any], GeneratorStates | None]] = []
+        self._losses: list[Any] = []
         self._has_begun = False
 
     def first(self, compute_gradients: Callable[[], Result]) -> Result:
         """Runs a micro-batch for the first time.
 
         Args:
-            compute_gradients: the forward and backward pass, which adds to the gradients. It runs again in
-                :meth:`repeat`, so it must hold its own micro-batch and not read it from a variable of the loop.
+            compute_gradients: the forward and backward pass, which adds to the gradients and returns the micro-batch's
+                part of the step's loss, for ``optimizer.last_ascent`` (or None). It runs again in :meth:`repeat`, so it
+                must hold its own micro-batch and not read it from a variable of the loop.
 
         Returns:
             What ``compute_gradients`` returns.
         """
         self.record(compute_gradients)
         with self.undone_by_exceptions():
-            return compute_gradients()
+            result = compute_gradients()
+        self.note_loss(result)
+        return result
 
     def record(self, compute_gradients: Callable[[], Any]) -> None:
         """Announces a micro-batch whose first pass the loop runs itself; comes before its forward pass.
@@ -151,13 +155,22 @@ class Passes:
         if needs_first_pass:
             self._repeats.append((compute_gradients, self._generator_states()))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether micro-batches of a step have been recorded that :meth:`repeat` has not run yet."""
+        return self._has_begun
+
+    def note_loss(self, loss: Any) -> None:
+        """A micro-batch's part of the first pass's loss, where the loop runs that itself."""
+        self._losses.append(loss)
+
     def repeat(self, no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         """Perturbs the weights and computes the gradients there; comes after the last micro-batch's backward pass.
 
         Args:
             no_sync: a context manager around every micro-batch but the last, in which gradients are not reduced.
         """
-        repeats = [self._replayed(*each) for each in self._repeats]
+        repeats, losses = [self._replayed(*each) for each in self._repeats], self._losses
         self.forget()
         if not self.optimizer.method.needs_first_pass:
             return
@@ -165,10 +178,13 @@ class Passes:
             for _ in range(self.optimizer.method.ascents):
                 if not self._ascend():
                     return
+                perturbed = []
                 for left, compute_gradients in zip(reversed(range(len(repeats))), repeats, strict=True):
                     with no_sync() if left else nullcontext():
-                        compute_gradients()
-            if self._length_matters and self._scaler is not None and self.clip is None:
+                        perturbed.append(compute_gradients())
+            is_unscaled = self.optimizer.depends_on_length
+            self._note_losses(losses, perturbed, is_unscaled)
+            if is_unscaled and self._scaler is not None and self.clip is None:
                 self._scaler.unscale_(self._stepped)  # as the first pass's; a loop that clips does it itself
 
     def update(self) -> None:
@@ -189,7 +205,7 @@ class Passes:
 
     def forget(self) -> None:
         """Forgets the recorded micro-batches."""
-        self._repeats, self._has_begun = [], False
+        self._repeats, self._losses, self._has_begun = [], [], False
 
     def undone_by_exceptions(self) -> AbstractContextManager[None]:
         """A block whose exceptions restore the weights and end the step."""
@@ -198,7 +214,7 @@ class Passes:
     def _ascend(self) -> bool:
         """``first_step()``; gradients on whose length the method depends are unscaled and clipped before."""
         optimizer, scaler = self.optimizer, self._scaler
-        if not (self._length_matters and optimizer.ascends_next):
+        if not optimizer.depends_on_length:
             return optimizer.first_step()
         if scaler is not None:
             scaler.unscale_(self._stepped)
@@ -206,15 +222,28 @@ class Passes:
             self.clip()
         goes_on = optimizer.first_step()
         if scaler is not None:
-            # The same scale: a scaler unscales the gradients of an optimizer once between two updates.
-            device = optimizer.param_groups[0]["params"][0].device
-            scaler.update(scaler.scale(torch.ones((), device=device)))
+            self._let_unscale_again(scaler, is_last=not goes_on)
         return goes_on
 
-    @property
-    def _length_matters(self) -> bool:
-        method = self.optimizer.method
-        return method.depends_on_length or method.needs_first_grads
+    def _note_losses(self, losses: list[Any], perturbed: list[Any], is_unscaled: bool) -> None:
+        if len(losses) == len(perturbed) and all(isinstance(loss, Tensor) for loss in [*losses, *perturbed]):
+            is_scaled = self._scaler is not None and not is_unscaled
+            loss, perturbed_loss = (torch.stack([part.detach() for part in each]).sum() for each in (losses, perturbed))
+            self.optimizer.note_losses(loss, perturbed_loss, self._scale() if is_scaled else None)
+
+    def _scale(self) -> Tensor:
+        """The scaler's scale, on the device."""
+        assert self._scaler is not None
+        device = self.optimizer.param_groups[0]["params"][0].device
+        return self._scaler.scale(torch.ones((), device=device))
+
+    def _let_unscale_again(self, scaler: GradScaler, is_last: bool) -> None:
+        """A scaler unscales an optimizer's gradients once between two updates: an update to the same scale."""
+        scale = self._scale()
+        scaler.update(scale)
+        if is_last:  # the step has no ascent: the loop takes these gradients for scaled ones
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch._foreach_mul_([p.grad for p in params if p.grad is not None], scale)
 
     def _generator_states(self) -> GeneratorStates | None:
         optimizer = self.optimizer

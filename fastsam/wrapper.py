@@ -15,7 +15,7 @@ from fastsam import methods
 from fastsam.backends import resolve
 from fastsam.bases import FUSED, FusedUpdate, fused_update
 from fastsam.checkpoint import STEP_COUNT, LoadHooks, complete_saved
-from fastsam.engine import Engine, Plan
+from fastsam.engine import Engine
 from fastsam.groups import (
     GROUP_OPTIONS,
     check_parameters,
@@ -29,9 +29,7 @@ from fastsam.groups import (
 from fastsam.policy import Policy
 from fastsam.precision import check_precision
 from fastsam.runtime.batch_norm import RunningStatistics
-from fastsam.runtime.replay_rng import GeneratorStates
 from fastsam.runtime.scaler import ScalerAttribute
-from fastsam.schedules import is_schedule
 
 _living: weakref.WeakSet[BaseWrapper] = weakref.WeakSet()
 
@@ -85,16 +83,6 @@ class BaseWrapper(Optimizer):
         """The method, which cannot be changed: its state would be of no use to another."""
         return self._engine.method
 
-    @property
-    def ascends_next(self) -> bool:
-        """Whether the coming step has an ascent, as far as is known before its first pass."""
-        return self._ascends_now()
-
-    @property
-    def replay_rng(self) -> bool:
-        """Whether both passes have the same random numbers."""
-        return self._replay_rng
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; what it does not set is taken from the constructor's options.
 
@@ -124,7 +112,8 @@ class BaseWrapper(Optimizer):
             before(self)
         self._complete_groups()
         saved = self.base_optimizer.state_dict()
-        complete_saved(saved, self.method, FUSED.get(type(self.base_optimizer)), self._step_count())
+        update, is_initial = FUSED.get(type(self.base_optimizer)), self._engine.is_initial
+        complete_saved(saved, self.method, update, self._step_count(), is_initial=is_initial)
         self._policy.save(saved.get("param_groups", ()))
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, saved)
@@ -226,63 +215,6 @@ class BaseWrapper(Optimizer):
     def _step_count(self) -> int:
         # A group that was added later, or put first, has no count yet.
         return max((int(group.get(STEP_COUNT, 0)) for group in self.param_groups), default=0)
-
-    def _generator_states(self) -> GeneratorStates | None:
-        return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None
-
-    def _plan(self, micro_batch: int = 0) -> Plan:
-        step, scaler = self._step_count(), self._engine.scaler
-        scale, found_inf = scaler.get("grad_scale"), scaler.get("found_inf")
-        rho_scale = self._policy.rho_scale(step)
-        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch, rho_scale)
-
-    def _forget_scaler(self) -> None:
-        # GradScaler.step takes these back itself, but not after an exception: the next step would use them again.
-        self._engine.scaler.clear()
-
-    def _ascends_now(self) -> bool:
-        """Whether this step has an ascent, as far as is known before its first pass."""
-        self._complete_groups()
-        return self._policy.ascends(self._step_count(), self.param_groups, self.method)
-
-    def _count_step(self) -> None:
-        self._engine.is_single = False
-        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
-        self._policy.commit()
-        if self._policy.counts_steps or self.method.counts_steps or schedules:
-            count = self._step_count() + 1
-            for group in self.param_groups:
-                group[STEP_COUNT] = count
-
-    def _restore_statistics(self) -> None:
-        if self._statistics is not None:
-            self._statistics.restore()
-
-    def _is_initialized_by_this(self) -> bool:
-        """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""
-        lrs = [group.get("lr") for group in self.param_groups]
-        on_host = all(lr.device.type == "cpu" if isinstance(lr, Tensor) else lr is not None for lr in lrs)
-        return (
-            not any(self.state.values())
-            and on_host
-            and all(float(lr or 0) == 0 for lr in lrs)
-            and self._has_gradients()
-        )
-
-    def _has_gradients(self) -> bool:
-        return self._engine.may_have_grads(p.grad is not None for p in self._parameters())
-
-    def _clear_grads(self) -> None:
-        """Sets gradients to None, or to zeros where they are views of a buffer, which are to remain the gradients."""
-        in_buffers = {id(param) for param in self._engine.tables.in_buffers}
-        for param in self._parameters():
-            grad = param.grad
-            if grad is None or id(param) not in in_buffers:
-                param.grad = None
-                continue
-            if grad.requires_grad:
-                param.grad = grad = grad.detach()
-            grad.zero_()
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._engine.perturbed:

@@ -13,7 +13,16 @@ import torch
 # The tests import the modules beside this file by their names; --import-mode=importlib puts no folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite(
-    "checks", "fuzz_machine", "fuzz_surroundings", "oracle", "problem", "scene", "trajectory"
+    "checks",
+    "expected",
+    "fuzz_machine",
+    "fuzz_surroundings",
+    "oracle",
+    "problem",
+    "scaled_loops",
+    "scene",
+    "trained",
+    "trajectory",
 )
 importlib.import_module("triton_interpreter").set_up()
 

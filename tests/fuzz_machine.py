@@ -5,6 +5,7 @@ mixes up state is found before the oracle starts from it.
 """
 
 import copy
+import dataclasses
 import math
 
 import oracle
@@ -171,7 +172,9 @@ class Machine:
 
     def step(self, operation):
         way = operation.way
-        first = Gradients(self, operation.first)
+        # A step without an ascent has one pass, and the base applies whatever it finds.
+        drawn = operation.first if self.ascends() else dataclasses.replace(operation.first, poison=None)
+        first = Gradients(self, drawn)
         second = Gradients(self, operation.second, SCALE if way == "scaled" else 1.0)
         if way == "overflow":
             second.poison(math.inf)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastsam import optimizer as optimizer_module
+from fastsam import phases
 from fastsam.backends import (
     BACKENDS,
     BackendUnavailable,
@@ -61,7 +61,7 @@ WORK_FILES = ("tables", "backends")
 publish_state = (StateSlots, "publish")
 # Those that compute a method's coefficients in each phase.
 coefficient_phases = [(Coefficients, "ascents"), (Coefficients, "descents")]
-base_step = (optimizer_module, "run_step")
+base_step = (phases, "run_step")
 
 
 def update_operations(operations) -> list[tuple[object, str]]:

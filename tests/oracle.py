@@ -44,9 +44,6 @@ def perturbed(w, g, grad_norm, rho, adaptive=False, maximize=False):
     return w - e if maximize else w + e
 
 
-climbed = perturbed
-
-
 def sam_weights(weights, g, groups):
     """The perturbed weights; a group's ``perturb=False`` leaves its tensor out of the norm, too."""
     inside = [i for i, group in enumerate(groups) if group.get("perturb", True)]
@@ -170,6 +167,12 @@ def friendly(weights, gradient, groups, memory, sigma=1.0):
     m = friendly_average(g, memory)
     d = [x - sigma * a for x, a in zip(g, m, strict=True)]
     return gradient(added(weights, [group["rho"] * x / length(d) for group, x in zip(groups, d, strict=True)]))
+
+
+def gradient_norm_penalty(weights, gradient, groups, memory, alpha=0.8):
+    """Zhao et al. 2022 (arXiv:2202.03599), algorithm 1."""
+    g, g_p = both_gradients(weights, gradient, groups)
+    return [(1 - alpha) * x + alpha * p for x, p in zip(g, g_p, strict=True)]
 
 
 def vasso_average(g, memory, theta=0.9):

@@ -113,7 +113,7 @@ struct UpdateFunctor : FunctorTraits {
 
 // ---- chunks ----
 
-// Where one chunk of a tensor that is updated lies. What was perturbed comes from its backup: with masters, from the master.
+// Where one chunk of a tensor that is updated lies. What was perturbed comes from its backup; with masters, from these.
 template <typename scalar_t, typename stored_t>
 struct Place {
   scalar_t* param;

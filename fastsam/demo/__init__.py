@@ -23,7 +23,6 @@ from fastsam.demo.methods import LEARNING_RATES, Method, rows
 from fastsam.demo.options import Options
 from fastsam.demo.report import results_table, sweep_table
 from fastsam.demo.train import Run, train_model
-from fastsam.sharpness.landscape import filter_normalized, loss_line
 
 # What the demo imports, and the distributions that have it.
 EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
@@ -92,6 +91,8 @@ def _profiles(
 
     The loss is over all training images, wrong labels included, and batch norm uses their statistics at each point.
     """
+    from fastsam.sharpness import filter_normalized, loss_line
+
     return {
         method: [
             loss_line(

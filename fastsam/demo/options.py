@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -61,37 +61,41 @@ class Options:
     quick: bool = False
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the demo's options to a parser; their defaults are those of :class:`Options`."""
+Chosen = TypeVar("Chosen", bound=Options)
+
+
+def add_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Adds the demo's options but those of ``without`` to a parser; their defaults are those of :class:`Options`."""
 
     def add(name: str, description: str, **settings: Any) -> None:
-        parser.add_argument(name, help=description, **settings)
+        if name not in without:
+            parser.add_argument(name, help=description, **settings)
 
     add(
         "--noise",
         "share of the training labels that are replaced by a wrong one (default: %(default)s)",
-        type=_number("in [0, 1]", lambda x: 0 <= x <= 1),
+        type=number("in [0, 1]", lambda x: 0 <= x <= 1),
         metavar="SHARE",
     )
-    add("--rho", "radius of FastSAM's neighbourhood (default: %(default)s)", type=_number(">= 0", lambda x: x >= 0))
+    add("--rho", "radius of FastSAM's neighbourhood (default: %(default)s)", type=number(">= 0", lambda x: x >= 0))
     add(
         "--seeds",
         "runs of each method; a seed determines the split, the wrong labels, the initial weights and the order "
         "of the batches, the same for every method (default: %(default)s)",
-        type=_count,
+        type=count,
         metavar="N",
     )
     add(
         "--epochs",
         "passes over the 900 training images; SGD also runs with twice as many (default: %(default)s)",
-        type=_count,
+        type=count,
         metavar="N",
     )
-    add("--batch-size", "images per step (default: %(default)s)", type=_count, metavar="N")
+    add("--batch-size", "images per step (default: %(default)s)", type=count, metavar="N")
     add(
         "--lr",
         "initial learning rate of every method (default: each one's best, see --sweep)",
-        type=_number("> 0", lambda x: x > 0),
+        type=number("> 0", lambda x: x > 0),
     )
     add("--device", "torch device to train on (default: %(default)s)", type=_device)
     add("--backend", "FastSAM's backend (default: %(default)s, the fastest that can run)", choices=("auto", *BACKENDS))
@@ -105,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mixup",
         "also train SGD and FastSAM on mixtures of two images and their labels, with weights from Beta(ALPHA, ALPHA) "
         "(default: %(default)s, no mixtures)",
-        type=_number(">= 0", lambda x: x >= 0),
+        type=number(">= 0", lambda x: x >= 0),
         metavar="ALPHA",
     )
     add("--swa", "also average FastSAM's weights over the last quarter of the epochs", action="store_true")
@@ -126,10 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**vars(Options()))
 
 
-def to_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser) -> Options:
-    """Checks combinations of options; ends with a usage error if the backend or the output cannot be used."""
-    values = {name: getattr(namespace, name) for name in Options.__dataclass_fields__}
-    options = Options(**values | ({"seeds": 1, "epochs": 2} if namespace.quick else {}))
+def to_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser, kind: type[Chosen]) -> Chosen:
+    """The options of class ``kind``; ends with a usage error if the backend or the output cannot be used."""
+    values = {name: getattr(namespace, name) for name in kind.__dataclass_fields__}
+    options = kind(**values | ({"seeds": 1, "epochs": 2} if namespace.quick else {}))
     if options.output.suffix.lower() != ".png":
         parser.error(f"argument --output: must end in .png, got '{options.output}'")
     if not os.access(options.output.absolute().parent, os.W_OK):
@@ -141,7 +145,9 @@ def to_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser) -
     return options
 
 
-def _number(condition: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+def number(condition: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A parser of numbers for which ``holds`` is true."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -154,7 +160,8 @@ def _number(condition: str, holds: Callable[[float], bool]) -> Callable[[str], f
     return parse
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A parser of whole numbers >= 1."""
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
     return int(text)

@@ -35,7 +35,7 @@ def results_table(results: Mapping[Method, Sequence[Run]], options: Options) -> 
         f"{options.noise:.0%} of the training labels wrong; {options.seeds} seeds, {options.epochs} epochs, batches "
         f"of {options.batch_size};\nFastSAM: rho {options.rho:g}, backend {options.backend}; on {options.device}"
     )
-    return f"{caption}\n\n{_aligned(rows, heading_lines=2)}"
+    return f"{caption}\n\n{aligned(rows, heading_lines=2)}"
 
 
 def sweep_table(accuracies: Mapping[Method, Mapping[float, float]]) -> str:
@@ -45,10 +45,10 @@ def sweep_table(accuracies: Mapping[Method, Mapping[float, float]]) -> str:
     for method, by_rate in accuracies.items():
         best = max(by_rate.values())
         rows.append((method.name, *(f"{value:.1f}{'*' if value == best else ' '}" for value in by_rate.values())))
-    return _aligned(rows, heading_lines=1)
+    return aligned(rows, heading_lines=1)
 
 
-def _aligned(rows: Sequence[Sequence[str]], heading_lines: int) -> str:
+def aligned(rows: Sequence[Sequence[str]], heading_lines: int) -> str:
     """The first column to the left, the others to the right, a rule below the headings."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

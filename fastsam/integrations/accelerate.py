@@ -65,13 +65,13 @@ class SAMBackward:
             The first pass's loss, detached.
         """
         compute_loss = partial(loss_fn, *inputs, **named_inputs)
-        loss = self._passes.first(partial(self._compute_gradients, compute_loss))
+        part = self._passes.first(partial(self._compute_gradients, compute_loss))
         if self._accelerator.sync_gradients:
             self._passes.repeat(partial(self._accelerator.no_sync, self._model))
-        return loss
+        return part * self._accelerator.gradient_accumulation_steps
 
     @torch.enable_grad()
     def _compute_gradients(self, compute_loss: Callable[[], Tensor]) -> Tensor:
         loss = compute_loss()
         self._accelerator.backward(loss)
-        return loss.detach()
+        return loss.detach() / self._accelerator.gradient_accumulation_steps

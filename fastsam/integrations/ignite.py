@@ -60,13 +60,13 @@ def create_sam_trainer(
     passes = Passes(unwrap(optimizer), scaler=scaler, clip=clip, stepped=optimizer)
     no_sync = getattr(model, "no_sync", nullcontext)
 
-    def compute_gradients(x: Any, y: Any) -> tuple[Any, Tensor]:
+    def compute_gradients(x: Any, y: Any, keep: Callable[[Any], Any] = lambda predictions: None) -> Tensor:
         with autocast or nullcontext():
             predictions = model(x)
-            loss = loss_fn(predictions, y)
-        part = loss / gradient_accumulation_steps
+            part = loss_fn(predictions, y) / gradient_accumulation_steps
+        keep(predictions)
         (part if scaler is None else scaler.scale(part)).backward()
-        return predictions, loss.detach()
+        return part.detach()
 
     def update(engine: Engine, batch: Any) -> Any:
         number = engine.state.iteration
@@ -76,11 +76,15 @@ def create_sam_trainer(
         model.train()
         x, y = prepare_batch(batch, device=device, non_blocking=False)
         is_last = number % gradient_accumulation_steps == 0
+        kept: list[Any] = []  # the predictions of the first pass alone
         with nullcontext() if is_last else no_sync():
-            predictions, loss = passes.first(partial(compute_gradients, x, y))
+            passes.record(partial(compute_gradients, x, y))
+            with passes.undone_by_exceptions():
+                loss = compute_gradients(x, y, kept.append)
+        passes.note_loss(loss)
         if is_last:
             passes.repeat(no_sync)
             passes.update()
-        return output_transform(x, y, predictions, loss)
+        return output_transform(x, y, kept[0], loss * gradient_accumulation_steps)
 
     return Engine(update)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from fastsam.integrations import unwrap
 from fastsam.optimizer import FastSAM
+from fastsam.sharpness import Monitor
 from fastsam.training import Passes
 
 
@@ -79,6 +81,13 @@ class FastSAMCallback(Callback):
             inputs = (batch, batch_idx) if self._takes_index else (batch,)
             self._passes.record(partial(_compute_gradients, trainer, pl_module, inputs))
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remembers the loss of a micro-batch after which there is no update yet."""
+        if self._passes is not None and self._passes.is_open:
+            self._passes.note_loss(outputs["loss"] if outputs else None)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restores the weights, which methods of one pass perturb from the first micro-batch on."""
         self._is_resumed = self._passes is not None and self._passes.optimizer.perturbed
@@ -109,6 +118,7 @@ class FastSAMCallback(Callback):
         sam = passes.optimizer
         with passes.undone_by_exceptions(), _unscaled_by_lightning(trainer, pl_module, sam):
             loss = optimizer_closure()
+            passes.note_loss(loss)
             if any(p.grad is not None for group in sam.param_groups for p in group["params"]):
                 passes.repeat(getattr(trainer.strategy, "block_backward_sync", nullcontext))
             else:  # training_step has skipped the batch
@@ -118,14 +128,64 @@ class FastSAMCallback(Callback):
         sam.restore()  # after an overflow Lightning may leave the update out
 
 
-def _compute_gradients(trainer: Trainer, pl_module: LightningModule, inputs: tuple[Any, ...]) -> None:
+class SharpnessMonitor(Callback):
+    """Logs sharpness with the trainer's loggers, as ``sharpness/ascent`` and so on.
+
+    Args:
+        every: in which steps.
+        measures: see :class:`fastsam.sharpness.Monitor`. ``"ascent"`` is the last step's ``L(w + e) - L(w)`` on its own
+            batch (this rank's) and costs nothing; it needs :class:`FastSAMCallback` before this callback.
+        loss_fn, data: for the other measures, as for the monitor, with the LightningModule as the model.
+        **options: more of the monitor's options.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        measures: Sequence[str] = ("ascent",),
+        *,
+        loss_fn: Callable[..., Any] | None = None,
+        data: Any = None,
+        **options: Any,
+    ) -> None:
+        self._every, self._measures = every, measures
+        self._loss_fn, self._data, self._options = loss_fn, data, options
+        self.monitor: Monitor | None = None
+        """What measures, while training runs; ``monitor.history`` has all records."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to measure."""
+
+        def log(record: dict[str, float]) -> None:
+            values = {f"sharpness/{name}": value for name, value in record.items() if name != "step"}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+
+        arguments = unwrap(trainer.optimizers[0]), pl_module, self._loss_fn, self._data
+        options = {"every": self._every, "measures": self._measures, **self._options}
+        self.monitor = Monitor(*arguments, log=log, **options)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the measurements."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ends the measurements."""
+        self.on_train_end(trainer, pl_module)
+
+
+def _compute_gradients(trainer: Trainer, pl_module: LightningModule, inputs: tuple[Any, ...]) -> Tensor | None:
     """One micro-batch as Lightning's loop does it, without logging."""
     strategy = trainer.strategy
     with torch.enable_grad(), _without_logging(pl_module):
         output = strategy.training_step(*inputs)
         loss = output["loss"] if isinstance(output, Mapping) else output
-        if loss is not None:
-            strategy.backward(loss / trainer.accumulate_grad_batches, None)
+        if loss is None:
+            return None
+        loss = loss / trainer.accumulate_grad_batches
+        strategy.backward(loss, None)
+        return loss.detach()
 
 
 @contextmanager

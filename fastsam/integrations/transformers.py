@@ -55,13 +55,21 @@ class SAMTrainerMixin:
             self._passes.repeat(partial(trainer.accelerator.no_sync, model))
         return loss
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs; with the training loss also the last step's ``sharpness``, ``L(w + e) - L(w)`` on its batch."""
+        found = self._passes.optimizer.last_ascent if self._passes is not None else None
+        if found is not None and "loss" in logs:
+            logs = {**logs, "perturbed_loss": float(found.perturbed_loss), "sharpness": float(found.sharpness)}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
 
 class SAMTrainer(SAMTrainerMixin, Trainer):
     """``transformers.Trainer`` whose steps are SAM's, with the same arguments and ``TrainingArguments``.
 
     The optimizer that the arguments ask for (``optim``, ``learning_rate``, ``weight_decay``, ...) becomes FastSAM's
     base. Accumulation, clipping, mixed precision, DDP, FSDP2, gradient checkpointing, ``torch_compile`` and resuming
-    work as with ``Trainer``; the logged loss is the first pass's, the logged norm the second's.
+    work as with ``Trainer``. Logged are the first pass's loss, the second's gradient norm, and on this process the last
+    step's ``perturbed_loss`` and ``sharpness``.
 
     Example::
 

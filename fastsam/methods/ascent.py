@@ -38,6 +38,7 @@ class SAM(Method):
     p: float = 2.0
     inner_steps: int = 1
     inner_lr: float | None = None
+    depends_on_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check("p", self.p, "in (1, inf]", self.p > 1)
@@ -92,6 +93,7 @@ class ASAM(Method):
 
     eta: float = 0.01
     uses_shapes: ClassVar[bool] = True
+    depends_on_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check("eta", self.eta, ">= 0 and finite", 0 <= self.eta < math.inf)
@@ -146,7 +148,6 @@ class AMP(Method):
     inner_steps: int = 1
     inner_lr: float = 1.0
     eps: float = 0.5
-    depends_on_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("inner_steps", self.inner_steps)
@@ -183,6 +184,7 @@ class AWP(Method):
     gamma: float = 0.01
     reads_each_dot: ClassVar[bool] = True
     uses_shapes: ClassVar[bool] = True
+    depends_on_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check("gamma", self.gamma, ">= 0 and finite", 0 <= self.gamma < math.inf)
@@ -200,7 +202,8 @@ class RandomSAM(Method):
     r"""Ascends in a random direction: ``e = rho * z / ||z||`` with z from N(0, I); one pass per step.
 
     The "average-direction" of Wen et al., ICLR 2023, https://arxiv.org/abs/2211.05729. z depends on ``seed``, the
-    number of the step and the device. As with :class:`MomentumSAM`, ``first_step()`` comes before the forward pass.
+    number of the step, the parameter and the element: it is the same on every device and for every sharding. As with
+    :class:`MomentumSAM`, ``first_step()`` comes before the forward pass.
     """
 
     seed: int = 0

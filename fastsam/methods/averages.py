@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fastsam.arguments import check
@@ -56,7 +55,7 @@ class FriendlySAM(Method):
 class VaSSO(Method):
     r"""Variance-suppressed sharpness: ascends by an average of gradients, ``e = rho * d / ||d||``.
 
-    ``d <- (1 - theta) * d + theta * g``; d starts as the first g (where it is 0, it starts anew). Li and Giannakis,
+    ``d <- (1 - theta) * d + theta * g``; d starts as the first g. Li and Giannakis,
     NeurIPS 2023, https://arxiv.org/abs/2309.15639. With a ``GradScaler`` the first pass's
     gradients must have one scale in all steps: unscale both passes.
     """
@@ -69,21 +68,18 @@ class VaSSO(Method):
     def __post_init__(self) -> None:
         check("theta", self.theta, "in (0, 1]", 0 < self.theta <= 1)
 
-    def _of_grad(self, dots: Tensor) -> Tensor:
-        """The coefficient of g in d, for each parameter; that of the old d is the rest of 1."""
-        return 1 - (1 - self.theta) * dots[:, 2].sign()
+    def _of_grad(self, total: Tensor) -> Tensor:
+        """The coefficient of g in the new d, that of the old one being the rest of 1: while that is 0, g itself."""
+        return 1 - (1 - self.theta) * total[2].sign()
 
     def ascent_form(self, further: bool) -> AscentForm:
         return AscentForm(y=Row.METHOD_STATE)
 
-    def weigh(self, dots: Tensor, facts: Facts) -> Tensor:
-        a = self._of_grad(dots)
-        squares = torch.stack([a.square(), 2 * a * (1 - a), (1 - a).square()], dim=1)
-        return dots * squares
-
     def ascent_terms(self, dots: Dots, facts: Facts, further: bool) -> AscentTerms:
-        a = self._of_grad(dots.each)
-        scale = facts.rho / (dots.total.sum().clamp(min=0).sqrt() + TINY)
+        a = self._of_grad(dots.total)
+        squares, product, others = dots.total.unbind()
+        length = a.square() * squares + 2 * a * (1 - a) * product + (1 - a).square() * others
+        scale = facts.rho / (length.clamp(min=0).sqrt() + TINY)
         return AscentTerms(scale * a, scale * (1 - a))
 
     def descent_form(self, ascended: bool) -> DescentForm:
@@ -93,5 +89,5 @@ class VaSSO(Method):
         return not ascended
 
     def descent_terms(self, dots: Dots, facts: Facts, ascended: bool) -> DescentTerms:
-        a = self._of_grad(dots.each if facts.ascent is None else facts.ascent.each)
+        a = self._of_grad(dots.total if facts.ascent is None else facts.ascent.total)
         return DescentTerms(keep_first=a, keep_state=1 - a)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,7 +32,6 @@ class Direction(Method):
     """
 
     fn: DirectionFunction | None = None
-    depends_on_length: ClassVar[bool] = True  # for all that is known of fn
 
     def __post_init__(self) -> None:
         if self.fn is None and type(self).direction is Direction.direction:

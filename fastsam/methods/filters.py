@@ -55,6 +55,7 @@ class ZSharp(Direction):
     """
 
     q: float = 0.95
+    depends_on_length: ClassVar[bool] = False
     uses_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -85,6 +86,7 @@ class GCSAM(Direction):
     so. Written in plain PyTorch: it needs memory for d.
     """
 
+    depends_on_length: ClassVar[bool] = False
     uses_shapes: ClassVar[bool] = True
 
     def direction(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:

@@ -101,8 +101,8 @@ class Method:
     """Whether the ascent needs the gradient at w; if not, it comes before the only pass of the step."""
     needs_first_grads: ClassVar[bool] = False
     """Whether the descent needs the first pass's gradients."""
-    depends_on_length: ClassVar[bool] = False
-    """Whether the ascent depends on the length of the gradients, and not on their direction alone."""
+    depends_on_length: ClassVar[bool] = True
+    """Whether a step depends on the length of the first pass's gradients; False: on their direction alone."""
     state_name: ClassVar[str | None] = None
     """The name in ``state`` of what is kept from step to step; descents that keep it also do so without an ascent."""
     reads_each_dot: ClassVar[bool] = False

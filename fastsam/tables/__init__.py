@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from fastsam.distributed import Sharding, local_of
 from fastsam.precision import Precision, precision_of
 from fastsam.runtime.streams import StreamGuard
-from fastsam.tables.memory import check_disjoint, check_parameter, find_shared, may_move
+from fastsam.tables.memory import check_disjoint, check_parameter, may_move
 from fastsam.tables.signature import identities
 from fastsam.tables.state import Wanted
 from fastsam.tables.table import Member, TensorTable, taking_part
@@ -44,7 +44,7 @@ class TensorTables:
         """The tables for the parameters as they are now, with their present gradients."""
         self._streams.free()
         members = [(identities(g["params"]), g.get("rounding"), g.get("master_weights")) for g in groups]
-        usual = members == self._members and not self.has_strange_grads()
+        usual = members == self._members and not any(map(may_move, self._frozen))
         if not (usual and all(table.read_grads() for table in self._tables)):
             self.drop()
             self._tables, self._frozen = _build(groups, self._sharding_of)
@@ -62,7 +62,7 @@ class TensorTables:
         return [table.params[i] for table in self._tables for i in table.gradients.in_buffers]
 
     def has_strange_grads(self) -> bool:
-        """Whether a parameter has a gradient that was frozen and could not be trained when the tables were built."""
+        """Whether a parameter has a gradient that was frozen when the tables were built, and so is in none."""
         return any(param.grad is not None for param in self._frozen)
 
     @contextmanager
@@ -84,39 +84,23 @@ class TensorTables:
 def _build(
     groups: Sequence[Mapping[str, Any]], sharding_of: Callable[[Tensor], Sharding]
 ) -> tuple[list[TensorTable], list[Tensor]]:
-    """The tables, and the frozen parameters that cannot be in one."""
+    """The tables, and the frozen parameters, which are in none.
+
+    Raises:
+        TypeError, ValueError: a parameter that is not frozen, or has a gradient, cannot be trained.
+    """
     buckets: dict[tuple[torch.device, torch.dtype, Precision, Sharding], list[Member]] = {}
     params = [(param, index) for index, group in enumerate(groups) for param in group["params"]]
-    frozen = _find_untrainable([param for param, _ in params])
+    frozen = [param for param, _ in params if not may_move(param)]
     for position, (param, group_index) in enumerate(params):
-        if is_lazy(param) or position in frozen:
+        if not may_move(param):
+            continue
+        check_parameter(param, position)
+        if is_lazy(param):
             continue
         dtype = param.dtype.to_real() if param.is_complex() else param.dtype
         device = local_of(param).device  # a mesh names no number of an accelerator
         key = device, dtype, precision_of(groups[group_index], dtype), sharding_of(param)
         buckets.setdefault(key, []).append(Member(position, param, group_index))
-    tables = [TensorTable(key[0], key[1], members, *key[2:]) for key, members in buckets.items()]
-    return tables, [params[position][0] for position in sorted(frozen)]
-
-
-def _find_untrainable(params: Sequence[Tensor]) -> set[int]:
-    """The positions of frozen parameters of any kind that FastSAM cannot train, or that share another one's memory.
-
-    Raises:
-        TypeError, ValueError: one that is not frozen, or has a gradient, cannot be trained.
-    """
-    found = set()
-    for position, param in enumerate(params):
-        try:
-            check_parameter(param, position)
-        except (TypeError, ValueError):
-            if may_move(param):
-                raise
-            found.add(position)
-    check_disjoint(params)
-    left = [i for i, param in enumerate(params) if i not in found and not is_lazy(param)]
-    while (pair := find_shared([local_of(params[i]) for i in left])) is not None:
-        position = next(left[i] for i in pair if not may_move(params[left[i]]))
-        found.add(position)
-        left.remove(position)
-    return found
+    check_disjoint([param for param, _ in params])
+    return [TensorTable(key[0], key[1], members, *key[2:]) for key, members in buckets.items()], frozen

@@ -14,6 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from fastsam import FastSAM, methods
 
+pytestmark = pytest.mark.face
+
 every_base = pytest.mark.parametrize("base", FUSED_BASES)
 every_param_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 every_grad_dtype = pytest.mark.parametrize("grad_dtype", DTYPES, ids=[f"{name}-grads" for name in DTYPE_IDS])
@@ -45,8 +47,8 @@ def take_steps(optimizer, params, dtypes, *, steps=3):
         optimizer.first_step()
         norm = oracle.norm(start, first, [group["adaptive"]] * len(params))
         for param, w, g in zip(params, start, first, strict=True):
-            climbed = oracle.climbed(w, g, norm, group["rho"], group["adaptive"])
-            assert_within(param.detach(), climbed, w, f"climb {step}")
+            perturbed = oracle.perturbed(w, g, norm, group["rho"], group["adaptive"])
+            assert_within(param.detach(), perturbed, w, f"perturbation {step}")
         for param, grad in zip(params, second, strict=True):
             give_grad(param, grad)
         optimizer.second_step()
@@ -116,7 +118,7 @@ def take_one_step(optimizer, params, dtypes, number):
         if len(passes) == 2:
             norm = oracle.norm(start, grads, [False] * len(params))
             for param, w, g in zip(params, start, passes[0], strict=True):
-                assert_within(param.detach(), oracle.climbed(w, g, norm, group["rho"]), w, f"climb {number}")
+                assert_within(param.detach(), oracle.perturbed(w, g, norm, group["rho"]), w, f"perturbation {number}")
 
     optimizer.step(closure)
     for param, w, g, old in zip(params, start, grads, state, strict=True):
@@ -157,8 +159,8 @@ def test_a_method_that_needs_both_gradients(backend, device, wide_pass):
         give_grad(param, second.clone())
         optimizer.second_step()
         weight = gamma / (1 - gamma)
-        at_w, at_climbed = lr * (1 - weight) * first.double(), lr * weight * second.double()
-        assert_within(param.detach(), w.double() - at_w - at_climbed, w, f"{step}", at_w.abs() + at_climbed.abs())
+        at_w, at_perturbed = lr * (1 - weight) * first.double(), lr * weight * second.double()
+        assert_within(param.detach(), w.double() - at_w - at_perturbed, w, f"{step}", at_w.abs() + at_perturbed.abs())
 
 
 @every_base
@@ -196,7 +198,7 @@ def test_parameters_of_every_dtype_have_one_norm(backend, device):
     optimizer.first_step(zero_grad=False)
     norm = oracle.norm(start, grads, [False] * len(params))
     for param, w, g in zip(params, start, grads, strict=True):
-        assert_within(param.detach(), oracle.climbed(w, g, norm, 0.5), w)
+        assert_within(param.detach(), oracle.perturbed(w, g, norm, 0.5), w)
     optimizer.restore()
     assert_same_bits([p.detach() for p in params], start)
 
@@ -209,7 +211,7 @@ def test_complex_parameters(backend, device):
     optimizer.first_step(zero_grad=False)
     real = torch.view_as_real
     norm = oracle.norm([real(start)], [real(grad)], [False])
-    assert_within(real(param.detach()), oracle.climbed(real(start), real(grad), norm, 0.5), real(start))
+    assert_within(real(param.detach()), oracle.perturbed(real(start), real(grad), norm, 0.5), real(start))
     optimizer.second_step()
     assert_within(real(param.detach()), real(start).double() - 0.1 * real(grad), real(start))
 
@@ -238,7 +240,7 @@ def test_strided_parameters_and_gradients(backend, device, dtype):
     give_grad(param, transposed)
     optimizer.first_step(zero_grad=False)
     norm = oracle.norm([start], [transposed], [False])
-    assert_within(param.detach(), oracle.climbed(start, transposed, norm, 0.5), start)
+    assert_within(param.detach(), oracle.perturbed(start, transposed, norm, 0.5), start)
     optimizer.second_step()
     assert_within(param.detach(), start.double() - 0.1 * transposed.double(), start)
     canaries.assert_alive()
@@ -294,7 +296,7 @@ def test_squares_that_float32_cannot_hold(backend, device, dtype, size, adaptive
     param = make_param((40, 25), dtype, device)
     if size < 1:
         with torch.no_grad():
-            param.mul_(0 if not adaptive else 1)  # so that a climb of 1e-13 shows
+            param.mul_(0 if not adaptive else 1)  # so that a perturbation of 1e-13 shows
     start = param.detach().clone()
     grad = values((40, 25), torch.float64, device, 1).mul_(size).to(grad_dtype)
     optimizer = FastSAM([param], rho=2.0, lr=0.0, adaptive=adaptive, backend=backend)
@@ -302,7 +304,7 @@ def test_squares_that_float32_cannot_hold(backend, device, dtype, size, adaptive
     optimizer.first_step()
     norm = oracle.norm([start], [grad], [adaptive])
     assert 20 * size < norm < 100 * size
-    assert_within(param.detach(), oracle.climbed(start, grad, norm, 2.0, adaptive), start)
+    assert_within(param.detach(), oracle.perturbed(start, grad, norm, 2.0, adaptive), start)
     if size > 1 and not adaptive:
         e, g = (param.detach().double() - start.double()).flatten(), grad.double().flatten()
         assert float(e.norm()) == pytest.approx(2.0, rel=0.01)
@@ -318,7 +320,7 @@ def test_low_precision_gradients_as_large_and_as_small(backend, device, size):
     param.grad = grad
     optimizer.first_step()
     norm = oracle.norm([param], [grad], [False])
-    assert_within(param.detach(), oracle.climbed(torch.zeros_like(param), grad, norm, 2.0), torch.zeros_like(param))
+    assert_within(param.detach(), oracle.perturbed(torch.zeros_like(param), grad, norm, 2.0), torch.zeros_like(param))
     assert param.detach().count_nonzero() == 1000
 
 
@@ -335,7 +337,7 @@ def test_gradients_beyond_float16(backend, device, base):
     optimizer.first_step(zero_grad=False)
     norm = oracle.norm(start, grads, [False] * 2)
     for param, w, g in zip(params, start, grads, strict=True):
-        assert_within(param.detach(), oracle.climbed(w, g, norm, 0.5), w)
+        assert_within(param.detach(), oracle.perturbed(w, g, norm, 0.5), w)
     optimizer.grad_scale = torch.tensor(2.0**20, device=device)
     optimizer.found_inf = torch.tensor(0.0, device=device)
     optimizer.second_step()

@@ -96,3 +96,45 @@ def test_one_scale_in_both_passes_is_enough(backend, device, name):
         plain.plain_step(step)
         for ours, theirs in zip(detached(scaled.params), detached(plain.params), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=["fused", "unfused"])
+@pytest.mark.parametrize("name", ["friendly", "vasso"])
+def test_averages_in_steps_without_ascent_are_unscaled(backend, device, name, base):
+    """Nobody unscales a step of one pass; its update and the average do."""
+    options = {"method": METHODS[name].method, "schedule": lambda step: step > 1}
+    scaled, plain = (Run(device, backend, scaler, **options) for scaler in (growing(device), None))
+    if base is not torch.optim.SGD:
+        for run in (scaled, plain):
+            run.optimizer = FastSAM(run.params, base, lr=0.01, rho=0.1, backend=backend, **options)
+    for step in range(2):
+        scaled.backward(step)
+        assert scaled.optimizer.first_step() is False
+        scaled.scaler.step(scaled.optimizer)
+        scaled.scaler.update()
+        plain.plain_step(step)
+    scaled.unscaled_step(2)
+    plain.plain_step(2)
+    assert_same_bits(detached(scaled.params), detached(plain.params))
+    for one, other in zip(scaled.params, plain.params, strict=True):
+        assert_same_bits(*(r.optimizer.state[p]["fastsam_average"] for r, p in ((scaled, one), (plain, other))))
+
+
+def test_statistics_of_steps_without_ascent_are_unscaled(device):
+    """With ``delay=1`` it is known before the first pass that there is no ascent, and nobody unscales."""
+    schedule = schedules.AESAM(12, lambda1=0.5, lambda2=0.5)
+    scaled, plain = (Run(device, "auto", scaler, schedule=schedule) for scaler in (growing(device), None))
+    ascended = []
+    for step in range(12):
+        scaled.backward(step)
+        if scaled.optimizer.ascends_next:
+            scaled.scaler.unscale_(scaled.optimizer)
+        ascended.append(scaled.optimizer.first_step())
+        if ascended[-1]:
+            scaled.scaler.update()
+            scaled.backward(step)
+        scaled.scaler.step(scaled.optimizer)
+        scaled.scaler.update()
+        assert plain.plain_step(step) == ascended[-1]
+        assert_same_bits(detached(scaled.params), detached(plain.params))
+    assert 1 < sum(ascended) < 11

@@ -82,6 +82,26 @@ def test_trajectory_is_papers(backend, device, name, case, run):
     assert_same_trajectory(actual, expected_trajectory(name, run, device), 1e-8 if adamw else 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (methods.UnifiedSAM(lam=0), functools.partial(oracle.unified_sam, lam=0)),
+        (methods.UnifiedSAM(lam=1), oracle.sam),
+        (methods.LESAM(), oracle.lesam()),
+        (methods.VaSSO(theta=1.0), oracle.sam),
+        (methods.ZSharp(q=0.5), functools.partial(oracle.zsharp, q=0.5)),
+        (methods.ESAM(beta=1.0), oracle.sam),
+        (methods.WSAM(gamma=0.8 / 1.8, decouple=False), oracle.gradient_norm_penalty),
+    ],
+    ids=["USAM", "SAM", "LESAM", "VaSSO", "ZSharp", "ESAM", "GNP"],
+)
+def test_other_options(device, method, expected):
+    """At the ends of their ranges methods are other methods."""
+    network = Network(device, 22)
+    actual = train(network, "reference", ALIKE, 6, method=method)
+    assert_same_trajectory(actual, follow_oracle(network, expected, ALIKE, steps=6), 1e-9)
+
+
 @every_method
 def test_one_step_in_float32(backend, device, name, case):
     """Within a few roundings of what float64 makes of the same numbers."""
@@ -507,6 +527,13 @@ OUT_OF_RANGE = {
     "eps": lambda: methods.AMP(eps=-1),
     "seed": lambda: methods.RandomSAM(seed=-1),
     "rho_max": lambda: methods.RhoByLR(-1, 0.1),
+    "theta": lambda: methods.VaSSO(theta=0),
+    "lam": lambda: methods.UnifiedSAM(lam=1.5),
+    "sigma": lambda: methods.LESAM(sigma=0),
+    "decay": lambda: methods.LESAM(total_steps=10, decay=2),
+    "total_steps": lambda: methods.LESAM(total_steps=0),
+    "beta": lambda: methods.ESAM(beta=0),
+    "q": lambda: methods.ZSharp(q=1),
 }
 
 

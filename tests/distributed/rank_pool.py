@@ -25,8 +25,8 @@ class RankPool:
         self.world = world
         self._ranks = []
 
-    def run(self, function, *args):
-        """Calls ``function(*args)`` on every rank and returns what they return.
+    def run(self, function, *args, **options):
+        """Calls ``function(*args, **options)`` on every rank and returns what they return.
 
         The function is one of a module that can be imported by its name, in this folder. If a rank fails, so does this
         call, with the traceback of the first, and the next call starts new processes: the others may wait for it.
@@ -34,7 +34,7 @@ class RankPool:
         if not self._ranks:
             self._start()
         for _, pipe in self._ranks:
-            pipe.send((function.__module__, function.__name__, args))
+            pipe.send((function.__module__, function.__name__, args, options))
         results = [self._receive(rank) for rank in range(self.world)]
         failures = [text for is_error, text in results if is_error]
         if failures:
@@ -75,9 +75,9 @@ def _serve(rank, world, port, pipe):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
     while True:
-        module, name, args = pipe.recv()
+        module, name, args, options = pipe.recv()
         torch.manual_seed(0)
         try:
-            pipe.send((False, getattr(importlib.import_module(module), name)(*args)))
+            pipe.send((False, getattr(importlib.import_module(module), name)(*args, **options)))
         except BaseException:
             pipe.send((True, f"rank {rank}: {traceback.format_exc()}"))

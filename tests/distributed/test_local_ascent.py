@@ -4,7 +4,7 @@ import local_ascents
 import pytest
 from registry import METHODS
 
-ALLOWED = {name for name, case in METHODS.items() if name.startswith(("sam", "asam", "amp", "awp"))}
+ALLOWED = {name for name, case in METHODS.items() if case.method.allows_local_ascent}
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])

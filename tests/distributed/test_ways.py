@@ -5,7 +5,7 @@ import ways
 from registry import BASES, METHODS
 
 # What flat shards do not allow: both treat matrices differently from vectors.
-BY_SHAPE = ("asam", "awp")
+BY_SHAPE = ("asam", "awp", "vasso", "zsharp", "gcsam")
 ONE_METHOD_EACH = {
     "fsdp2": tuple(METHODS),
     "fsdp2_columns": ("sam", "awp"),

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 from checks import DTYPE_IDS, DTYPES, assert_same_bits, assert_within, values
-from scene import Scene, assert_whole_step
+from expected import assert_whole_step
+from scene import Scene
 
 from fastsam import FastSAM, methods
 from fastsam.backends import load
@@ -210,19 +211,19 @@ def test_a_captured_step_replays_as_it_would_have_run(backend, base, options, pr
     assert_same_bits([*model.parameters()], [*eager_model.parameters()])
 
 
-@pytest.mark.parametrize("seen", ["climb", "update"])
+@pytest.mark.parametrize("seen", ["perturbation", "update"])
 def test_every_replay_draws_numbers_of_its_own(backend, seen):
     """From the same weights and gradients: the steps are counted on the device."""
     weight = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16, device="cuda"))
-    climbed = torch.empty_like(weight)
-    # Both the climb and the update are by 2**-10: an eighth of the spacing above 1, a quarter of that below.
+    perturbed = torch.empty_like(weight)
+    # Both the perturbation and the update are by 2**-10: an eighth of the spacing above 1, a quarter of that below.
     grad = torch.full_like(weight, 2.0**-10)
     optimizer = FastSAM([weight], lr=1.0, rho=2.0**-4, backend=backend, rounding="stochastic")
     weight.grad = grad
 
     def step():
         optimizer.first_step(zero_grad=False)
-        climbed.copy_(weight.detach())
+        perturbed.copy_(weight.detach())
         optimizer.second_step()
 
     step()
@@ -234,7 +235,7 @@ def test_every_replay_draws_numbers_of_its_own(backend, seen):
         with torch.no_grad():
             weight.fill_(1)
         graph.replay()
-        results.append({"climb": climbed, "update": weight.detach()}[seen].clone())
+        results.append({"perturbation": perturbed, "update": weight.detach()}[seen].clone())
     assert all(len(result.unique()) == 2 for result in results)
     assert not any(torch.equal(results[i], results[i - 1]) for i in range(3))
 
@@ -393,7 +394,7 @@ def test_more_elements_than_32_bits_count(backend, device):
     weight.grad = torch.ones_like(weight)
     optimizer = FastSAM([weight], lr=0.5, rho=math.sqrt(size), backend=backend)
     optimizer.first_step(zero_grad=False)
-    assert bool((weight.detach() == 2).all()), "every element climbs by 1"
+    assert bool((weight.detach() == 2).all()), "every element is perturbed by 1"
     optimizer.restore()
     assert bool((weight.detach() == 1).all())
     optimizer.first_step(zero_grad=False)
@@ -404,7 +405,7 @@ def test_more_elements_than_32_bits_count(backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @every_base
 def test_agrees_with_reference_over_a_step(backend, device, base, options, dtype):
-    """And so with every other backend: within the design's tolerance after the climb and the update."""
+    """And so with every other backend: within the design's tolerance after the perturbation and the update."""
 
     def run(name):
         params = [

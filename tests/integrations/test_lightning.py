@@ -7,7 +7,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from setting import RHO, by_norm, by_value, in_steps, make_loader, make_model, mse, train_by_hand
 
 from fastsam import FastSAM, methods
-from fastsam.integrations.lightning import FastSAMCallback
+from fastsam.integrations.lightning import FastSAMCallback, SharpnessMonitor
 from fastsam.training import sam_step
 
 EPOCHS = 2
@@ -44,13 +44,12 @@ def trainer_of(*, epochs=EPOCHS, callbacks=None, **options):
     return lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         callbacks=[FastSAMCallback()] if callbacks is None else callbacks,
-        **options,
+        **{"devices": 1, **options},
     )
 
 
@@ -221,6 +220,50 @@ def test_the_log_has_the_first_passs_losses():
     loss_fn = lambda model, batch: mse(model(batch[0]), batch[1])  # noqa: E731
     losses = [sam_step(model, loss_fn, micro_batches, optimizer) for micro_batches in in_steps(BATCHES, 2)]
     torch.testing.assert_close(trainer.callback_metrics["loss"], sum(losses) / len(losses), rtol=1e-5, atol=0)
+
+
+class Records(lightning.pytorch.loggers.logger.DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.records = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.records.setdefault(step, {}).update(metrics)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "scaler"])
+def test_the_sharpness_is_logged(scaled):
+    logger, monitor = Records(), SharpnessMonitor(every=1)
+    options = {"plugins": scaler_plugin(), "accumulate_grad_batches": 2} if scaled else {"accumulate_grad_batches": 2}
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        logger=logger,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[FastSAMCallback(), monitor],
+        **options,
+    )
+    trainer.fit(Module(), make_loader())
+    model = make_model()
+    optimizer = FastSAM(model.parameters(), rho=RHO, lr=0.1, momentum=0.9)
+    for record, micro_batches in zip(monitor.monitor.history, in_steps(BATCHES, 2), strict=True):
+
+        def closure(micro_batches=micro_batches):
+            optimizer.zero_grad()
+            total = sum(mse(model(x), y) for x, y in micro_batches) / len(micro_batches)
+            total.backward()
+            return total
+
+        optimizer.step(closure)
+        ours = [record[name] for name in ("loss", "perturbed_loss", "grad_norm", "ascent")]
+        last = optimizer.last_ascent
+        theirs = [float(x) for x in (last.loss, last.perturbed_loss, last.grad_norm, last.sharpness)]
+        assert ours == pytest.approx(theirs, abs=1e-2 if scaled else 1e-6)
+    logged = [metrics["sharpness/ascent"] for metrics in logger.records.values() if "sharpness/ascent" in metrics]
+    assert logged == [record["ascent"] for record in monitor.monitor.history]
 
 
 def test_skipped_batches():

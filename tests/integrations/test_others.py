@@ -5,6 +5,7 @@ import io
 import pickle
 from functools import partial
 
+import fastai.callback.schedule  # noqa: F401  # adds fit_one_cycle to Learner
 import numpy as np
 import pytest
 import torch

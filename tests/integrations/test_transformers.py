@@ -197,7 +197,10 @@ def test_the_first_passs_loss_is_logged(tmp_path):
     trainer.train()
     with torch.no_grad():
         expected = float(bert().train()(**trainer.steps[0][0]).loss)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(expected, abs=1e-4)
+    assert logged["sharpness"] == pytest.approx(logged["perturbed_loss"] - expected, abs=1e-4)
+    assert logged["sharpness"] > 0
 
 
 def test_an_exception_restores_the_weights(tmp_path):

@@ -14,23 +14,30 @@ def results(tmp_path_factory):
 
 
 def weights_of(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    params = model if isinstance(model, list) else model.parameters()
+    return torch.cat([p.detach().flatten() for p in params])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2], ids=["", "accumulation"])
-@pytest.mark.parametrize("client", two_ranks.CASES)
-def test_ddp(table, results, client, accumulate):
-    answers = results[client, accumulate]
+@pytest.mark.parametrize("case", two_ranks.CASES, ids=" ".join)
+def test_two_ranks(table, results, case, accumulate):
+    client, parallel = case
+    answers = results[case, accumulate]
     for answer in answers:
         assert not isinstance(answer, str), answer
     if client == "Transformers":
-        import test_transformers
+        from test_transformers import gpt2, token_loss
+        from test_transformers import train_by_hand as train_transformer
 
         models = [model for model, _ in answers]
         steps = [[b for rank in step for b in rank] for step in zip(*(steps for _, steps in answers), strict=True)]
-        expected = test_transformers.train_by_hand(test_transformers.bert(), steps)
+        expected = train_transformer(gpt2(), steps, loss=token_loss)
     else:
         models = answers
         expected = train_by_hand(in_steps(BATCHES, accumulate))
     assert torch.equal(*map(weights_of, models))
-    table.compare(client, "DDP, 2 ranks" + (accumulate > 1) * ", accumulation", models[0], expected)
+    table.compare(client, f"{parallel}, 2 ranks" + (accumulate > 1) * ", accumulation", models[0], expected)
+
+
+def test_fsdp2_of_transformers(table):
+    table.not_run("Transformers", "FSDP2", "needs GPUs; Accelerate's part of it ran, see Accelerate")

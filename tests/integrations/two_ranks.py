@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from setting import BATCH, RHO, make_data, make_model, mse
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -48,9 +49,8 @@ def training_loop(rank, folder, accumulate=1):
 def lightning_ddp(rank, folder, accumulate=1):
     from test_lightning import Module, trainer_of
 
-    trainer = trainer_of(
-        epochs=1, strategy="ddp", devices=WORLD, accumulate_grad_batches=accumulate, use_distributed_sampler=False
-    )
+    options = {"strategy": "ddp", "devices": WORLD, "accumulate_grad_batches": accumulate}
+    trainer = trainer_of(epochs=1, use_distributed_sampler=False, **options)
     module = Module()
     trainer.fit(module, loader_of(rank))
     return module.net
@@ -76,10 +76,10 @@ def accelerate_ddp(rank, folder, accumulate=1):
 
 def transformers_ddp(rank, folder, accumulate=1):
     """Returns the weights, and this rank's micro-batches of each step."""
-    from test_transformers import bert, trainer_of
+    from test_transformers import gpt2, trainer_of
 
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulate, "num_train_epochs": 1}
-    trainer = trainer_of(folder, bert(), **options)
+    trainer = trainer_of(folder, gpt2(), language=True, **options)
     trainer.train()
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     return trainer.model, trainer.steps
@@ -114,18 +114,85 @@ def timm_ddp(rank, folder, accumulate=1):
     return model.module
 
 
+def shard(model, mesh=None):
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(model):
+    """The whole weights of a sharded model."""
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def training_loop_fsdp2(rank, folder, accumulate=1):
+    model = shard(make_model())
+    optimizer = optimizer_for(model)
+    batches = batches_of(rank)
+    for i in range(0, len(batches), accumulate):
+        sam_step(model, lambda m, b: mse(m(b[0]), b[1]), batches[i : i + accumulate], optimizer)
+    return whole(model)
+
+
+def accelerate_fsdp2(rank, folder, accumulate=1):
+    """Accelerate's FSDP2 asks for an accelerator in ``prepare``: here its parts, in the same order."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedType
+
+    from fastsam.integrations.accelerate import SAMBackward
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    model = make_model()
+    model, optimizer = accelerator._prepare_fsdp2(model, optimizer_for(model))
+    optimizer = AcceleratedOptimizer(optimizer, device_placement=False)
+    backward = SAMBackward(accelerator, model, optimizer)
+    for x, y in batches_of(rank):
+        with accelerator.accumulate(model):
+            backward(lambda x, y: mse(model(x), y), x, y)
+            optimizer.step()
+            optimizer.zero_grad()
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return whole(model)
+
+
+def lightning_fsdp2(rank, folder, accumulate=1):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from test_lightning import Module, trainer_of
+
+    class Sharded(Module):
+        def configure_model(self):
+            shard(self.net, self.device_mesh["data_parallel"])
+
+    strategy = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+    options = {"strategy": strategy, "devices": WORLD, "accumulate_grad_batches": accumulate}
+    trainer = trainer_of(epochs=1, use_distributed_sampler=False, **options)
+    module = Sharded()
+    trainer.fit(module, loader_of(rank))
+    return whole(module.net)
+
+
 CASES = {
-    "sam_step": training_loop,
-    "Lightning": lightning_ddp,
-    "Accelerate": accelerate_ddp,
-    "Transformers": transformers_ddp,
-    "ignite": ignite_ddp,
-    "timm": timm_ddp,
+    ("sam_step", "DDP"): training_loop,
+    ("sam_step", "FSDP2"): training_loop_fsdp2,
+    ("Accelerate", "DDP"): accelerate_ddp,
+    ("Accelerate", "FSDP2"): accelerate_fsdp2,
+    ("Transformers", "DDP"): transformers_ddp,
+    ("ignite", "DDP"): ignite_ddp,
+    ("timm", "DDP"): timm_ddp,
+    ("Lightning", "DDP"): lightning_ddp,
+    ("Lightning", "FSDP2"): lightning_fsdp2,
 }
 
 
 def run_all(folder):
-    """Every case with and without accumulation: ``{(client, accumulate): [each rank's result or traceback]}``."""
+    """Every case with and without accumulation: ``{(case, accumulate): [each rank's result or traceback]}``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -143,13 +210,13 @@ def _run(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     answers = {}
-    for client, function in CASES.items():
+    for case, function in CASES.items():
         for accumulate in (1, 2):
             try:
                 answer = function(rank, tempfile.mkdtemp(dir=folder), accumulate)
             except Exception:
                 answer = traceback.format_exc()
-            answers[client, accumulate] = answer
+            answers[case, accumulate] = answer
     torch.save(answers, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -6,7 +6,8 @@ import cuda_on_cpu
 import pytest
 import torch
 from checks import Canaries, assert_same_bits
-from operations import test_operations, test_stochastic_rounding, test_whole_steps
+from expected import assert_updated, assert_whole_step
+from operations import test_perturb, test_reductions, test_stochastic_rounding, test_update, test_whole_steps
 from operations.test_stochastic_rounding import weights_and_steps
 from operations.test_whole_steps import threads  # noqa: F401
 from scene import (
@@ -17,8 +18,6 @@ from scene import (
     STORED,
     UPDATES,
     Scene,
-    assert_updated,
-    assert_whole_step,
     combination,
     descent_by,
     norm_of,
@@ -32,7 +31,7 @@ from fastsam.precision import Precision
 from fastsam.spec import Ascent, AscentOptions, Row, Update
 from fastsam.tables import Member, TensorTable
 
-for module in (test_operations, test_whole_steps, test_stochastic_rounding):
+for module in (test_reductions, test_perturb, test_update, test_whole_steps, test_stochastic_rounding):
     for name, function in inspect.getmembers(module, inspect.isfunction):
         if name.startswith("test_"):
             # By a name of its own: some tests of different modules are called the same.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import assert_same_bits
 from golden import LOW, expect, rounded
-from scene import CHUNK, descent_coefficients, norm_of
+from scene import descent_coefficients, norm_of
 
 from fastsam.precision import Precision, ascent_seed
 from fastsam.spec import (
@@ -71,10 +71,7 @@ KEYS = [(0, 0, 0), (0xFFFFFFFF, 3, 1999), (12345, 70000, 2)]
 every_key = pytest.mark.parametrize(("seed", "step", "position"), KEYS, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(operations, monkeypatch):
-    if hasattr(operations, "CHUNK_SIZE"):
-        monkeypatch.setattr(operations, "CHUNK_SIZE", CHUNK)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.mark.parametrize("masters", [False, True], ids=["no-masters", "masters"])

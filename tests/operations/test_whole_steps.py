@@ -4,7 +4,8 @@ import pytest
 import torch
 import triton_interpreter
 from checks import assert_same_bits
-from scene import ASCENTS, UPDATES, Scene, assert_whole_step, descent_by, every_stored, update_
+from expected import assert_whole_step
+from scene import ASCENTS, UPDATES, Scene, descent_by, every_stored, update_
 
 from fastsam.backends import native_table
 from fastsam.spec import Ascent, AscentOptions, Row

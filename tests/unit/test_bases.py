@@ -32,9 +32,9 @@ OPTIONS = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
 }
 REFUSED = {
-    "Adadelta": "its rho is not the climb's",
+    "Adadelta": "its rho is not the perturbation's",
     "LBFGS": "it calls the closure itself, many times",
-    "SparseAdam": "it takes sparse gradients only, which a climb cannot use",
+    "SparseAdam": "it takes sparse gradients only, which a perturbation cannot use",
 }
 NOT_HERE = {
     "Optimizer": "what all are derived from",
@@ -170,8 +170,8 @@ def test_rho_0_is_the_base_alone(backend, device, name, base, use):
 
 
 @pytest.mark.parametrize(("name", "base"), ALL.items(), ids=ALL)
-def test_a_step_is_the_climb_and_the_bases_own_update(backend, device, name, base):
-    """With the gradients of the climbed weights, which are measured here; over three steps."""
+def test_a_step_is_the_perturbation_and_the_bases_own_update(backend, device, name, base):
+    """With the gradients of the perturbed weights, which are measured here; over three steps."""
     cls, options = base
     mine, theirs = Matrices(device), Matrices(device)
     optimizer = FastSAM(mine.params, cls, rho=0.3, backend=backend, **options)

@@ -18,11 +18,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PARTS = (slice(0, 4), slice(4, 16))  # of unlike size: the step's loss is the average over both
 GROUP = {"rho": 0.3, "lr": 0.02, "momentum": 0.9}
+SCALE = 1024.0
 CLIP = 0.2  # less than most norms here
 STEPS = 3
 
 
-def scaler_of(scale=1024.0):
+def scaler_of(scale=SCALE):
     return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
 
 
@@ -51,7 +52,12 @@ def train(network, groups, *, scale=None, clip=None, dtype=torch.float64, adamw=
 
 
 @pytest.mark.parametrize(
-    ("scale", "clip"), [(None, None), (1024.0, None), (1024.0, CLIP)], ids=["plain", "scaled", "clipped"]
+    ("scale", "clip"),
+    [
+        pytest.param(None, None, id="plain", marks=pytest.mark.thorough),
+        pytest.param(SCALE, None, id="scaled", marks=pytest.mark.thorough),
+        pytest.param(SCALE, CLIP, id="scaled and clipped"),
+    ],
 )
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_is_the_methods_over_all_micro_batches(name, scale, clip):
@@ -61,7 +67,7 @@ def test_a_step_is_the_methods_over_all_micro_batches(name, scale, clip):
     assert_same_trajectory(trajectory, expected, rtol=1e-11)
 
 
-@pytest.mark.parametrize("scale", [None, 1024.0], ids=["unscaled", "scaled"])
+@pytest.mark.parametrize("scale", [None, SCALE], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_adamw_with_an_interval(dtype, scale):
     network, groups = Network("cpu"), [{"rho": 0.3, "lr": 0.01}] * len(Network.SHAPES)
@@ -69,6 +75,11 @@ def test_adamw_with_an_interval(dtype, scale):
     expected = follow_oracle(network, oracle.at_intervals(oracle.sam, 2), groups, adamw=True, gradient=gradient)
     trajectory = train(network, groups, scale=scale, clip=CLIP, dtype=dtype, adamw=True, interval=2)
     assert_same_trajectory(trajectory, expected, rtol=1e-11 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gsam", "amp"])
+def test_scaled_gradients_that_are_not_clipped(name):
+    test_a_step_is_the_methods_over_all_micro_batches(name, SCALE, None)
 
 
 # ---- a module ----
@@ -171,6 +182,22 @@ def test_an_exception_leaves_everything_as_it_was(method, number):
     assert not optimizer.perturbed
     torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
     sam_step(model, loss_fn, batches(), optimizer)
+
+
+@pytest.mark.parametrize("scaler", [None, scaler_of()], ids=["plain", "scaler"])
+def test_both_losses_and_the_norm_are_noted(scaler):
+    model, optimizer = make()
+    sam_step(model, loss_fn, batches(), optimizer, scaler=scaler)
+    expected, other = make()
+
+    def closure():
+        other.zero_grad()
+        loss = sum(loss_fn(expected, batch) for batch in batches()) / 2
+        loss.backward()
+        return loss
+
+    other.step(closure)
+    torch.testing.assert_close(optimizer.last_ascent, other.last_ascent)
 
 
 def test_random_numbers_are_replayed_if_the_optimizer_says_so():

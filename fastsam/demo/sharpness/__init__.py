@@ -1,0 +1,1 @@
+"""``python -m fastsam sharpness``: how sharp the minima of SGD and of FastSAM are."""
