@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from fastsam.kernels.maths import power
 
 

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from fastsam.kernels.rounding import random_bits, random_stream, stochastically_rounded
 
 
