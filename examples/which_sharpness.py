@@ -3,10 +3,10 @@
     python examples/which_sharpness.py [--output which-sharpness.png]
 
 Wen, Ma and Li (ICLR 2023, https://arxiv.org/abs/2211.05729) prove that near a manifold of minimisers SAM drifts along
-the manifold: with full batches towards a small lambda_1, with batches of one sample (1-SAM) towards a small trace of
-the Hessian. Here the manifold is a line: two samples have the losses ``f_k(u) * v_k^2 / 2``, so that every ``(u, 0,
-0)`` is a minimiser of loss 0, and the Hessian of their mean there has the eigenvalues ``f_1(u) / 2, f_2(u) / 2``.
-With ``f_1 = e^u, f_2 = 4 e^(-4u)`` the larger one is smallest at u = ln(4) / 5, and their sum at u = ln(16) / 5.
+it: with full batches towards a small lambda_1, with batches of one sample (1-SAM) towards a small trace of the Hessian.
+Here the manifold is a line: two samples have the losses ``f_k(u) * v_k^2 / 2``, so that every ``(u, 0, 0)`` is a
+minimiser of loss 0, and the Hessian of their mean there has the eigenvalues ``f_1(u) / 2`` and ``f_2(u) / 2``. With
+``f_1 = e^u`` and ``f_2 = 4 e^(-4u)`` the larger one is smallest at u = ln(4) / 5, and their sum at u = ln(16) / 5.
 Gradient descent without SAM stays near where it reaches the line.
 
 Needs matplotlib for the picture.
