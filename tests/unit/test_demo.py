@@ -143,7 +143,8 @@ def test_methods_learning_rates_are_in_sweep():
 # ---- the command ----
 
 
-def test_command_prints_table_and_draws_png(tmp_path, capsys):
+def test_command_prints_table_and_draws_png(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "RADII", demo.RADII[::3])
     picture = tmp_path / "demo.png"
     assert command_line.main(["demo", "--quick", "--batch-size", "450", "--output", str(picture)]) == 0
     printed = capsys.readouterr()

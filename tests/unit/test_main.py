@@ -49,8 +49,11 @@ def test_help_of_demo_has_every_option_and_its_default(capsys):
         command_line.main(["demo", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for name, default in vars(Options()).items():
-        assert f"--{name.replace('_', '-')}" in printed
-        assert default in (None, False) or f"default: {default}" in printed or f"default: only {default}" in printed
+        option = name.replace("_", "-")
+        assert (f"--no-{option}" if default is True else f"--{option}") in printed
+        assert (
+            default in (None, False, True) or f"default: {default}" in printed or f"default: only {default}" in printed
+        )
     assert "==SUPPRESS==" not in printed
     assert "None" not in printed
 
