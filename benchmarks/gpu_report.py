@@ -43,7 +43,7 @@ WORKERS = 8
 
 # First what only hardware can show, then every backend's contract; those that are there.
 HARDWARE_TESTS = ("gpu",)
-CONTRACT_TESTS = ("operations", "unit/test_triton_kernels.py", "contract")
+CONTRACT_TESTS = ("operations", "unit/test_triton_kernels.py", "unit/test_triton_numbers.py", "contract")
 PACKAGES = ("torch", "triton", "pytest", "pytest-xdist", "pytest-timeout", "pytest-benchmark", "hypothesis", "numpy")
 PACKAGES += ("matplotlib", "timm", "transformers", "pytorch_optimizer", "heavyball", "setuptools", "ninja")
 TOOLS = {

@@ -26,7 +26,7 @@ TensorTable read_table(const Tensor& addresses, const Tensor& tensors, const Ten
   TensorTable table = read_tensors(addresses, tensors, chunk_size, dtype, positions.has_value(), masters);
   if (positions.has_value()) {
     check_cpu(*positions, ScalarType::Long, "positions");
-    STD_TORCH_CHECK(positions->numel() == table.tensor_count, "fastsam: positions must be [n]");
+    STD_TORCH_CHECK(positions->numel() == 2 * table.tensor_count, "fastsam: positions must be [2, n]");
     table.positions = positions->const_data_ptr<int64_t>();
   }
   check_cpu(chunks, ScalarType::Long, "chunks");

@@ -84,10 +84,13 @@ struct Nearest {
 template <typename scalar_t, int kResults>
 struct Stochastic {
   RandomKey keys[kResults];
+  int64_t offset;
   uint32_t first;
 
-  FASTSAM_HOST_DEVICE static Stochastic make(double seed, float steps, int64_t position, Draw draw) {
+  // offset: of the tensor's first element in the whole parameter, of which the tensor may be a shard.
+  FASTSAM_HOST_DEVICE static Stochastic make(double seed, float steps, int64_t position, int64_t offset, Draw draw) {
     Stochastic rounding{};
+    rounding.offset = offset;
     for (int result = 0; result < kResults; ++result) {
       rounding.keys[result] =
           RandomKey::make(static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<int64_t>(steps)),
@@ -103,8 +106,8 @@ struct Stochastic {
   // For elements that are counted from `element` of the tensor on. They must not reach over a multiple of 2^32.
   FASTSAM_HOST_DEVICE Stochastic at(int64_t element) const {
     Stochastic rounding = *this;
-    for (RandomKey& key : rounding.keys) key = key.at(element);
-    rounding.first = static_cast<uint32_t>(element);
+    for (RandomKey& key : rounding.keys) key = key.at(offset + element);
+    rounding.first = static_cast<uint32_t>(offset + element);
     return rounding;
   }
 };

@@ -23,8 +23,10 @@ struct TensorTable {
   int64_t tensor_count;
   int64_t chunk_count;
   int64_t chunk_size;
-  int64_t work;              // of all chunks together
-  const int64_t* positions;  // of the tensors in the parameter groups; null: everything is rounded to nearest
+  int64_t work;  // of all chunks together
+  // [2, n]: of the tensors in the parameter groups, and of their first elements in the whole parameters, of which they
+  // may be shards; null: everything is rounded to nearest.
+  const int64_t* positions;
   bool has_masters;
 
   bool has(int64_t row, int64_t tensor) const { return addresses[row * tensor_count + tensor] != 0; }

@@ -12,6 +12,7 @@ import fastsam
 from fastsam import demo, doctor
 from fastsam.demo import options as demo_options
 from fastsam.demo.sharpness import options as sharpness_options
+from fastsam.doctor import ranks
 
 DEMO = """\
 Train a small CNN on scikit-learn's 1,797 scanned digits, 900 of them to train on with part of their labels wrong: with
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(sharpness_options.to_options(namespace, sharpness_parser))
     if namespace.command == "doctor":
-        return doctor.run(as_json=namespace.json)
+        return ranks.run() if namespace.distributed else doctor.run(as_json=namespace.json)
     parser.print_help()
     return 0
 
@@ -90,6 +91,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argpar
         "doctor", help="what works on this machine, and why the rest does not", description=DOCTOR
     )
     doctor_parser.add_argument("--json", action="store_true", help="print the report as JSON, for a bug report")
+    doctor_parser.add_argument(
+        "--distributed", action="store_true", help="check training over several ranks; run it under torchrun"
+    )
     commands.add_parser("bench", help="measure the optimizers (in a checkout)", description=BENCH)
     return parser, demo_parser, sharpness_parser
 

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsam.backends.rounding import PIECE, make_keys, random_words
 from fastsam.distributed import is_distributed, local_of, placed_like
 from fastsam.methods import Method
+from fastsam.spec import DRAWS
 from fastsam.tables import TensorTable
-from fastsam.tables.memory import allocate_like, as_real
+from fastsam.tables.memory import as_real
+
+# The last two draws of a parameter, which rounding does not use.
+_NOISE_DRAWS = (DRAWS - 2, DRAWS - 1)
 
 
 def draw_noise(tables: Sequence[TensorTable], seed: int, step: int) -> None:
-    """Gives every parameter of every table a direction drawn from N(0, I)."""
-    for number, table in enumerate(tables):
-        directions = allocate_like(table.values, zero=False)
-        memory = directions[0].untyped_storage().nbytes() // table.dtype.itemsize
-        generator = torch.Generator(table.device)
-        # 32 bits: the CPU's generator reads no more of a seed.
-        generator.manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77 + number * 0xC2B2AE3D) % 2**32)
-        directions[0].as_strided((memory,), (1,), 0).normal_(generator=generator)
-        table.set_directions(list(directions))
+    """Gives every parameter of every table a direction drawn from N(0, I).
+
+    The numbers are hashes, as those of stochastic rounding are: the same for every device, backend and sharding.
+    """
+    for table in tables:
+        directions: list[Any] = [torch.empty_like(value) for value in table.values]
+        for i, direction in enumerate(directions):
+            memory = direction.as_strided((direction.numel(),), (1,))
+            for start in range(0, len(memory), PIECE):
+                piece = memory[start : start + PIECE]
+                piece.copy_(_normal(table, i, start, len(piece), seed, step))
+        table.set_directions(directions)
+
+
+def _normal(table: TensorTable, i: int, start: int, count: int, seed: int, step: int) -> Tensor:
+    """Numbers from N(0, 1) by Box and Muller's method; in float64, so that rounding them hides how log and cos differ.
+
+    Where a device has no float64 (MPS), they are those of float32.
+    """
+    dtype = torch.float32 if table.device.type == "mps" else torch.float64
+    number = torch.full((), step, dtype=torch.int64, device=table.device)
+    uniform = []
+    for draw in _NOISE_DRAWS:
+        keys = make_keys(seed, number, table.positions[i], draw)
+        words = random_words(keys, table.places[i], start, count)
+        uniform.append((words.to(dtype) + 0.5) * 2.0**-32)
+    radius, angle = (-2 * uniform[0].log()).sqrt(), 2 * math.pi * uniform[1]
+    return (radius * angle.cos()).to(torch.float32)
 
 
 def choose_directions(tables: Sequence[TensorTable], method: Method, further: bool) -> None:

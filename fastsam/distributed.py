@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -109,6 +109,53 @@ def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
 def whole_of(value: Any) -> Any:
     """A DTensor's whole value, the same on every rank; any other object itself. All ranks must call this."""
     return value.full_tensor() if is_distributed(value) else value
+
+
+# ---- where a shard lies in its parameter ----
+
+
+class Place(NamedTuple):
+    """Which elements of a whole parameter a local tensor has; all are counted in memory order."""
+
+    offset: int = 0
+    """The first one's number."""
+    axes: tuple[tuple[int, int], ...] = ()
+    """Of a shard whose elements are not consecutive: for each of its dimensions, the outermost in memory first, the
+    length here and how far apart neighbours are in the whole parameter."""
+
+    def elements(self, start: int, count: int, device: torch.device) -> Tensor:
+        """The numbers, in the whole parameter, of the local elements ``start ... start + count - 1``: int64."""
+        left = torch.arange(start, start + count, dtype=torch.int64, device=device)
+        if not self.axes:
+            return left + self.offset
+        numbers = torch.full_like(left, self.offset)
+        for length, distance in reversed(self.axes):
+            numbers += left % length * distance
+            left = left // length
+        return numbers
+
+
+def place_of(param: Any) -> Place:
+    """Where this rank's shard of a parameter lies; a plain tensor is taken to be whole."""
+    if not is_distributed(param) or param.numel() == 0:
+        return Place()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, origin = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if 0 in shape:
+        return Place()
+    order = sorted(range(param.dim()), key=lambda dim: (-param.stride(dim), dim))
+    distances, distance = {}, 1
+    for dim in reversed(order):
+        distances[dim] = distance
+        distance *= param.shape[dim]
+    offset = sum(origin[dim] * distances[dim] for dim in order)
+    axes = tuple((shape[dim], distances[dim]) for dim in order if shape[dim] > 1)
+    consecutive, expected = True, 1
+    for length, apart in reversed(axes):
+        consecutive = consecutive and apart == expected
+        expected = length * apart
+    return Place(offset) if consecutive else Place(offset, axes)
 
 
 # ---- shards that are not DTensors ----

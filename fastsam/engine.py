@@ -357,7 +357,7 @@ class Engine:
     # ---- small things ----
 
     def _backend(self, table: TensorTable) -> Backend:
-        return operations(self.backend, table.device.type, table.has_own_grads)
+        return operations(self.backend, table.device.type, table.has_own_grads and not table.needs_lists)
 
     def _read_grads_again(self) -> None:
         for table in self.tables:

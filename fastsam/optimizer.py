@@ -157,7 +157,7 @@ class FastSAM(StepPhases):
         own = with_defaults({"params": []}, own, base)
         del own["params"]
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
-        if method is PLAIN and interval == 1 and model is None and not replay_rng:
+        if method is PLAIN and interval == 1 and schedule is None and model is None and not replay_rng:
             refuse_groups_of_others(params)
         check_parameters(groups)
         check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)

@@ -134,7 +134,8 @@ def perturb_kernel(
         options_ptr: ``(groups, FIELDS)`` entries: rho, adaptive, maximize, rounding_seed.
         norm_ptr: float64, ``||g||``; None: by coefficients.
         coefficients_ptr: float64 ``(tensor_count, COLUMNS)``; None: by the norm.
-        positions_ptr: int64 ``(tensor_count,)``, in the flattened parameter groups; None: rounding is to nearest.
+        positions_ptr: int64 ``(2, tensor_count)``: in the flattened parameter groups, and of the first elements in
+            the whole parameters; None: rounding is to nearest.
         tensor_count: of the table.
         DTYPE: of the table.
         KEPT: float32 where there are masters, else ``DTYPE``: what backups and state are in.
@@ -166,7 +167,8 @@ def perturb_kernel(
         if positions_ptr is not None:
             seed = read_number(options_ptr, group * FIELDS + 3)
             step = read_step(addresses_ptr, tensor, tensor_count)
-            stream = random_stream(seed, tl.load(positions_ptr + tensor), step, start)
+            counted = start + tl.load(positions_ptr + tensor_count + tensor)
+            stream = random_stream(seed, tl.load(positions_ptr + tensor), step, counted)
         addresses = param, backup, x, y
         dtypes: tl.constexpr = (DTYPE, KEPT, X_DTYPE, Y_DTYPE)
         if norm_ptr is not None:

@@ -289,7 +289,8 @@ def restore_and_update_kernel(
         grad_scale_ptr: float32, what gradients are divided by.
         found_inf_ptr: float32; not 0: nothing is updated.
         coefficients_ptr: float64 ``(tensor_count, COLUMNS)``; None: the gradient is used as it is.
-        positions_ptr: int64 ``(tensor_count,)``, in the flattened parameter groups; None: rounding is to nearest.
+        positions_ptr: int64 ``(2, tensor_count)``: in the flattened parameter groups, and of the first elements in
+            the whole parameters; None: rounding is to nearest.
         finished_ptr: int32, 0.
         tensor_count: of the table.
         DTYPE: of the table.
@@ -345,7 +346,8 @@ def restore_and_update_kernel(
             if positions_ptr is not None:
                 # The seed is the last option.
                 seed = read_number(options_ptr, group * FIELDS + FIELDS - 1)
-                stream = random_stream(seed, tl.load(positions_ptr + tensor), step, start)
+                counted = start + tl.load(positions_ptr + tensor_count + tensor)
+                stream = random_stream(seed, tl.load(positions_ptr + tensor), step, counted)
             if KEEPS:
                 method_state = tl.where(takes_part, method_state, 0)
                 first = tl.where(takes_part, first, 0)

@@ -118,7 +118,8 @@ void with_rounding(const TensorTable& table, Draw draw, const Body& body) {
   if constexpr (kIsNarrow<scalar_t>) {
     if (table.positions != nullptr) {
       return body([&, draw](int64_t tensor, double seed) {
-        return Stochastic<scalar_t, kResults>::make(seed, table.step(tensor), table.positions[tensor], draw);
+        const int64_t offset = table.positions[table.tensor_count + tensor];
+        return Stochastic<scalar_t, kResults>::make(seed, table.step(tensor), table.positions[tensor], offset, draw);
       });
     }
   }

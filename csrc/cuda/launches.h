@@ -34,7 +34,9 @@ struct DeviceTable {
   const int64_t* addresses;  // [kRows, tensor_count]; the rows of a step are not read
   const int64_t* chunks;     // [count, 4]: tensor, first element, length, parameter group
   int64_t tensor_count;
-  const int64_t* positions;  // of the tensors in the parameter groups; null: everything is rounded to nearest
+  // [2, n]: of the tensors in the parameter groups, and of their first elements in the whole parameters, of which they
+  // may be shards; null: everything is rounded to nearest.
+  const int64_t* positions;
 };
 
 // Addresses of a launch's tensors in the rows that are new in every step; 0: absent. Methods have more of them.

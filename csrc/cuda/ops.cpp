@@ -74,8 +74,9 @@ class Operation {
                     rows, ", 4]");
     call.device = {device_pointer<int64_t>(*device_addresses, ScalarType::Long, "device_addresses", device, kRows * n),
                    chunks.const_data_ptr<int64_t>(), n,
-                   positions.has_value() ? device_pointer<int64_t>(*positions, ScalarType::Long, "positions", device, n)
-                                         : nullptr};
+                   positions.has_value()
+                       ? device_pointer<int64_t>(*positions, ScalarType::Long, "positions", device, 2 * n)
+                       : nullptr};
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastsam: this PyTorch has no CUDA streams");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

@@ -21,7 +21,8 @@ __device__ __forceinline__ auto make_rounding(const DeviceTable& table, const De
                                               Draw draw) {
   if constexpr (kStochastic) {
     using Rounding = Stochastic<scalar_t, kResults>;
-    return Rounding::make(seed, read_step(table, chunk), table.positions[chunk.tensor], draw).at(chunk.start);
+    const int64_t *position = table.positions + chunk.tensor, offset = position[table.tensor_count];
+    return Rounding::make(seed, read_step(table, chunk), *position, offset, draw).at(chunk.start);
   } else {
     return Nearest<scalar_t>{};
   }

@@ -39,7 +39,7 @@ class DeviceTable:
         chunks: int64 ``(count, 4)``: tensor, first element, length, parameter group. There is a row, of length 0, even
             if no tensor has an element.
         bounds: int64 ``(n + 1,)``: the first chunk of each tensor.
-        positions: int64 ``(n,)``, the table's; None where nothing is rounded stochastically.
+        positions: int64 ``(2 * n,)``, the table's ``random_places()``; None where nothing is rounded stochastically.
         tensor_counters: int32 ``(n,)``, 0, for programs to count themselves by, to be used within :meth:`counting`.
     """
 
@@ -52,11 +52,11 @@ class DeviceTable:
         self._uploads = Uploads(self._device)
         count = len(table.params)
         chunks, bounds = _cut(table, chunk_size)
-        positions = torch.tensor(table.positions if table.stochastic else [], dtype=torch.int64, device="cpu")
-        sent = self._uploads.send(torch.cat([chunks.flatten(), bounds, positions]))
+        places = table.random_places() if table.stochastic else torch.empty(0, dtype=torch.int64, device="cpu")
+        sent = self._uploads.send(torch.cat([chunks.flatten(), bounds, places.flatten()]))
         self.chunks = sent[: chunks.numel()].view_as(chunks)
         self.bounds = sent[chunks.numel() : chunks.numel() + count + 1]
-        self.positions = sent[-count:] if table.stochastic else None
+        self.positions = sent[-2 * count :] if table.stochastic else None
         self._counters = torch.zeros(1 + count, dtype=torch.int32, device=self._device)
         self._finished, self.tensor_counters = self._counters[0], self._counters[1:]
         self._was_cut_off = False

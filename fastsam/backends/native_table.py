@@ -35,7 +35,7 @@ class HostTable:
     """
 
     def __init__(self, table: TensorTable) -> None:
-        positions = torch.tensor(table.positions, dtype=torch.int64, device="cpu") if table.stochastic else None
+        positions = table.random_places() if table.stochastic else None
         chunks = table.chunks(CHUNK_SIZE)
         cut = chunks, CHUNK_SIZE
         self._arguments = table.addresses, table.tensors, *cut, table.dtype, None, positions, table.has_masters

@@ -1,7 +1,8 @@
 """From float32 to 16 bits in plain PyTorch: stochastic rounding, and masters that follow their parameters.
 
 A random number is a hash of (seed, step, parameter, draw, element) in integer arithmetic: the same on every device and
-backend, nothing is stored, and no order matters. The mixing function is lowbias32 (Chris Wellons,
+backend, nothing is stored, and no order matters. Elements are counted over the whole parameter, of which a rank may
+hold a shard: sharding does not change the numbers. The mixing function is lowbias32 (Chris Wellons,
 https://nullprogram.com/blog/2018/07/31/).
 """
 
@@ -13,11 +14,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastsam.distributed import Place
 from fastsam.spec import DRAWS
 from fastsam.tables import TensorTable
 from fastsam.tables.memory import same_order
 
-# Elements whose random numbers are made at a time; a power of two, so that no piece crosses a multiple of 2**32.
+# Elements whose random numbers are made at a time.
 PIECE = 2**22
 
 _MASK = 0xFFFFFFFF
@@ -49,9 +51,12 @@ def make_keys(seed: int, step: Word, position: int, draw: int) -> tuple[Word, Wo
     return mix(mix(step ^ mix(seed ^ 0x9E3779B9)) ^ word), mix(step ^ mix(mix(seed ^ 0xC2B2AE35) ^ word))
 
 
-def random_words(keys: tuple[Tensor, Tensor], start: int, count: int) -> Tensor:
-    """For the elements ``start ... start + count - 1`` in memory order; they do not cross a multiple of 2**32."""
-    low, high = start & _MASK, start >> 32
+def random_words(keys: tuple[Tensor, Tensor], place: Place, start: int, count: int) -> Tensor:
+    """For the elements ``start ... start + count - 1`` of a shard, in memory order, at ``place`` in its parameter."""
+    low, high = place.offset + start & _MASK, place.offset + start >> 32
+    if place.axes or low + count > 2**32:
+        elements = place.elements(start, count, keys[0].device)
+        return mix(mix(elements & _MASK ^ keys[0]) ^ (keys[1] + (elements >> 32) * 0x9E3779B1 & _MASK))
     elements = torch.arange(low, low + count, dtype=torch.int64, device=keys[0].device)
     return mix(mix(elements ^ keys[0]) ^ (keys[1] + high * 0x9E3779B1 & _MASK))
 
@@ -102,7 +107,7 @@ def round_for(table: TensorTable, i: int, x: Tensor, draw: int, seed: int) -> Te
     for start in range(0, x.numel(), PIECE):
         count = min(PIECE, x.numel() - start)
         piece, target = (t.as_strided((count,), (1,), t.storage_offset() + start) for t in (x, result))
-        target.copy_(round_stochastically(piece, random_words(keys, start, count), table.dtype))
+        target.copy_(round_stochastically(piece, random_words(keys, table.places[i], start, count), table.dtype))
     return result
 
 

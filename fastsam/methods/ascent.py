@@ -202,7 +202,8 @@ class RandomSAM(Method):
     r"""Ascends in a random direction: ``e = rho * z / ||z||`` with z from N(0, I); one pass per step.
 
     The "average-direction" of Wen et al., ICLR 2023, https://arxiv.org/abs/2211.05729. z depends on ``seed``, the
-    number of the step and the device. As with :class:`MomentumSAM`, ``first_step()`` comes before the forward pass.
+    number of the step, the parameter and the element: it is the same on every device and for every sharding. As with
+    :class:`MomentumSAM`, ``first_step()`` comes before the forward pass.
     """
 
     seed: int = 0

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from fastsam import methods
+from fastsam.distributed import is_distributed, whole_of
 from fastsam.optimizer import FastSAM
+from fastsam.runtime.parallel_models import ParallelModel
 from fastsam.runtime.replay_rng import GeneratorStates
 from fastsam.sharpness.ranks import Ranks
 from fastsam.sharpness.vectors import Vector
@@ -44,6 +46,9 @@ class Objective:
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction | None, data: Any, *, train: bool = False) -> None:
         _check_arguments(model, loss_fn, data)
+        # FSDP keeps some unsharded weights after a forward pass: stale ones, and not the parameters that are perturbed.
+        self._parallel = ParallelModel(model, local_ascent=False, method=methods.SAM())
+        self._parallel.note_writes()
         params = [p for p in model.parameters() if p.requires_grad]
         if not params:
             raise ValueError("model has no parameter that requires a gradient: there is nothing to perturb")
@@ -55,7 +60,7 @@ class Objective:
         self.params = params
         self.ranks = Ranks(model, params)
         # Only its exact perturbation is used: it never takes a step.
-        self._optimizer = FastSAM(params, lr=0.0)
+        self._optimizer = FastSAM(params, model=model, lr=0.0)
 
     # ---- what is held still ----
 
@@ -158,6 +163,7 @@ class Objective:
                 sums.add_(torch.stack([loss.detach().double() * size, torch.full_like(sums[0], size)]))
 
         self._states.replayed(run)()
+        self._parallel.note_writes()
         loss, size = self.ranks.sum(sums).tolist()
         if size == 0:
             raise ValueError("data is empty: it gave no batch")
@@ -176,8 +182,7 @@ class Objective:
             loss, size = self.loss_fn(output, target), float(_size_of(batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"the loss must be a tensor of one element, got {type(loss).__name__}; use its mean")
-        loss = loss.full_tensor() if isinstance(loss, DTensor) else loss
-        return loss.reshape(()), size
+        return whole_of(loss).reshape(()), size
 
 
 def normalized_logits(loss_fn: LossFunction) -> LossFunction:
@@ -222,7 +227,7 @@ def _float_copy(model: nn.Module, params: Sequence[Tensor], *, is_closure: bool)
     why = "a half-precision model is measured on a float32 copy"
     if is_closure:
         raise ValueError(f"{why}, which a closure does not use; pass model, loss_fn and data")
-    if any(isinstance(p, DTensor) for p in params):
+    if any(map(is_distributed, params)):
         raise ValueError(f"{why}, which a sharded model has not; keep its parameters in float32 (MixedPrecisionPolicy)")
     return copy.deepcopy(model).float()
 

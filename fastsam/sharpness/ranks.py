@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from fastsam.distributed import is_distributed
 
 Result = TypeVar("Result")
 
@@ -20,7 +21,7 @@ class Ranks:
     """
 
     def __init__(self, model: nn.Module | None, params: Sequence[Tensor]) -> None:
-        meshes = [p.device_mesh for p in params if isinstance(p, DTensor)]
+        meshes: list[Any] = [p.device_mesh for p in params if is_distributed(p)]  # type: ignore[attr-defined]
         self.sharded = bool(meshes)
         self._groups: list[Any] = []
         if meshes:

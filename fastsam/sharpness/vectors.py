@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fastsam.distributed import placed_like, whole_of
 
 Vector = list[Tensor]
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
     """``<x, y>``, summed in float64."""
-    return sum(_number((x * y).sum(dtype=torch.float64)) for x, y in zip(xs, ys, strict=True))
+    return sum(float(whole_of((x * y).sum(dtype=torch.float64))) for x, y in zip(xs, ys, strict=True))
 
 
 def norm(xs: Sequence[Tensor]) -> float:
@@ -43,7 +44,7 @@ def normal(params: Sequence[Tensor], generator: torch.Generator) -> Vector:
 
 def flatten(xs: Sequence[Tensor]) -> Tensor:
     """All elements as one float64 tensor on the CPU."""
-    return torch.cat([_whole(x).detach().reshape(-1).to("cpu", torch.float64) for x in xs])
+    return torch.cat([whole_of(x).detach().reshape(-1).to("cpu", torch.float64) for x in xs])
 
 
 def unflatten(flat: Tensor, params: Sequence[Tensor]) -> Vector:
@@ -57,17 +58,6 @@ def size(params: Sequence[Tensor]) -> int:
     return sum(p.numel() for p in params)
 
 
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def _number(x: Tensor) -> float:
-    return float(_whole(x).item())
-
-
 def _placed(whole: Tensor, param: Tensor) -> Tensor:
     """``whole``, which is the same on all ranks, with the dtype, device and placements of ``param``."""
-    moved = whole.to(param.device, param.dtype)
-    if not isinstance(param, DTensor):
-        return moved
-    return distribute_tensor(moved, param.device_mesh, param.placements, src_data_rank=None)
+    return placed_like(param, whole.to(param.device, param.dtype))

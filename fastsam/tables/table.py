@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastsam.distributed import Sharding, is_distributed, local_of
+from fastsam.distributed import Place, Sharding, is_distributed, local_of, place_of
 from fastsam.precision import Precision
 from fastsam.runtime.streams import current_stream
 from fastsam.spec import NONE, ROWS, STATE_SLOTS, AscentForm, DescentForm, Row
@@ -118,6 +119,20 @@ class TensorTable:
         """The parameters' memory."""
         values: list[Tensor] = self.rows[Row.PARAM]
         return values
+
+    @functools.cached_property
+    def places(self) -> list[Place]:
+        """Where each parameter's shard lies in it, for random numbers."""
+        return [place_of(param) for param in self.params]
+
+    @functools.cached_property
+    def needs_lists(self) -> bool:
+        """Whether a shard's elements are not consecutive in its parameter and need random numbers: kernels count up."""
+        return self.stochastic and any(place.axes for place in self.places)
+
+    def random_places(self) -> Tensor:
+        """Int64 ``(2, n)``, for random numbers: :attr:`positions`, and the numbers of the shards' first elements."""
+        return torch.tensor([self.positions, [place.offset for place in self.places]], dtype=torch.int64, device="cpu")
 
     @property
     def grads(self) -> Tensors:

@@ -8,7 +8,7 @@ from registry import every_base, low_dtypes
 from scaled_loops import SCALE, scaled_step, scaler_for
 from torch.nn.utils import clip_grad_norm_
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.face, pytest.mark.usefixtures("one_thread")]
 
 
 @every_base

@@ -16,7 +16,7 @@ from fastsam.closures import esam_closures
 
 VOCABULARY, LENGTH, BATCH, LR, RHO = 7, 4, 3, 0.1, 0.2
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.face, pytest.mark.usefixtures("one_thread")]
 
 
 class LanguageModel(nn.Module):

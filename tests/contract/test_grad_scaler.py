@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fastsam import FastSAM
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.face, pytest.mark.usefixtures("one_thread")]
 
 
 class Poison:

@@ -14,6 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from fastsam import FastSAM, methods
 
+pytestmark = pytest.mark.face
+
 every_base = pytest.mark.parametrize("base", FUSED_BASES)
 every_param_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 every_grad_dtype = pytest.mark.parametrize("grad_dtype", DTYPES, ids=[f"{name}-grads" for name in DTYPE_IDS])

@@ -9,6 +9,8 @@ from registry import METHODS
 
 from fastsam import methods
 
+pytestmark = pytest.mark.face
+
 
 @pytest.fixture
 def problem(device):

@@ -7,7 +7,7 @@ from problem import Problem
 from registry import every_base, every_fused_base, low_dtypes
 from scaled_loops import plain_step, scaled_backward, scaled_step, scaler_for
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.face, pytest.mark.usefixtures("one_thread")]
 
 
 # ---- low-precision parameters ----

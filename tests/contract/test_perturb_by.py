@@ -11,6 +11,8 @@ from torch import nn
 
 from fastsam import FastSAM, methods
 
+pytestmark = pytest.mark.face
+
 
 @pytest.fixture
 def problem(device):

@@ -11,6 +11,8 @@ from problem import Snapshot, assert_same_state, state_of
 from registry import FUSED_VARIANTS, PRECISIONS, every_precision, every_variant, low_dtypes
 from trained import MASTER, assert_rounded, two_variants
 
+pytestmark = pytest.mark.face
+
 
 def through_a_file(saved):
     file = io.BytesIO()

@@ -12,6 +12,8 @@ from trained import MASTER, two_variants
 
 from fastsam import FastSAM, davda54
 
+pytestmark = pytest.mark.face
+
 # ---- memory ----
 
 

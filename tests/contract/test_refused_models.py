@@ -9,6 +9,8 @@ from torch import nn
 
 from fastsam import FastSAM
 
+pytestmark = pytest.mark.face
+
 
 class Bag(nn.Module):
     """An embedding whose gradient can be sparse, beside a dense weight."""

@@ -15,6 +15,8 @@ from trajectory import STEPS, Network, assert_same_trajectory, closure_for, deta
 from fastsam import FastSAM, methods, schedules
 from fastsam.davda54 import SAM as OldSAM
 
+pytestmark = pytest.mark.face
+
 RATES = [0.05, 0.1, 0.02, 0.1, 0.05]
 GROUPS = [{"rho": 0.1, "lr": lr, "momentum": 0.9, "weight_decay": 0.01} for lr in RATES]
 COMPOSED = ["sam", "gsam", "friendly", "vasso", "stable", "lesam", "zsharp", "momentum"]

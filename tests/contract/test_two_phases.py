@@ -9,6 +9,8 @@ from torch import nn
 
 from fastsam import FastSAM
 
+pytestmark = pytest.mark.face
+
 
 @every_base
 def test_two_phases_are_closure_step(backend, device, base):

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastsam import FastSAM
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.face, pytest.mark.usefixtures("one_thread")]
 
 
 def versions(tensors):

@@ -104,7 +104,7 @@ class Call:
             "chunk_size": CHUNK,
             "dtype": low,
             "device_addresses": None,
-            "positions": torch.tensor([5, -(2**40)]) if "stochastic" in mode else None,
+            "positions": torch.tensor([[5, -(2**40)], [0, 0]]) if "stochastic" in mode else None,
             "masters": masters,
             **specific_arguments(use),
         }

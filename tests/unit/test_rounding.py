@@ -10,6 +10,7 @@ from scene import STOCHASTIC, Scene, norm_of
 
 from fastsam.backends import reference
 from fastsam.backends.rounding import make_keys, random_words, round_stochastically
+from fastsam.distributed import Place
 from fastsam.precision import ascent_seed
 from fastsam.spec import DRAWS, STATE_SLOTS, Ascent, AscentOptions, Draw
 
@@ -22,14 +23,14 @@ def test_golden_numbers(key, number):
     *words, element = key
     seed, step, position, draw = words
     keys = make_keys(seed, torch.tensor(step), position, draw)
-    assert int(random_words(keys, element, 1)) == number
+    assert int(random_words(keys, Place(), element, 1)) == number
 
 
 def test_the_bits_are_fair():
     """Every bit is set half of the time, whichever of the key's words counts."""
     n = 1 << 16
-    elements = random_words(make_keys(3, torch.tensor(5), 7, 1), 0, n)
-    steps = random_words(make_keys(3, torch.arange(n), 7, 1), 0, 1)
+    elements = random_words(make_keys(3, torch.tensor(5), 7, 1), Place(), 0, n)
+    steps = random_words(make_keys(3, torch.arange(n), 7, 1), Place(), 0, 1)
     for words in (elements, steps):
         share = torch.stack([(words >> bit & 1).double().mean() for bit in range(32)])
         assert (share - 0.5).abs().max() < 5 * 0.5 / math.sqrt(n)

@@ -1,0 +1,69 @@
+"""Random numbers that do not depend on the sharding: the same gradients give the same bits."""
+
+import torch
+import torch.distributed as dist
+import ways
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from fastsam import FastSAM, methods
+from fastsam.distributed import place_of, whole_of
+
+SHAPES = {"rows": (7, 5), "columns": (3, 6), "middle": (3, 4, 5), "vector": (9,), "scalar": ()}
+
+
+def placements_of(shape, kind):
+    if kind == "columns":
+        return [Shard(1 if len(shape) > 1 and shape[1] % dist.get_world_size() == 0 else 0)] if shape else [Replicate()]
+    return [Shard(0)] if shape else [Replicate()]
+
+
+def make(kind, dtype):
+    """Parameters and gradients of all shapes, whole or distributed: the same numbers."""
+    generator = torch.Generator().manual_seed(1)
+    params, grads = [], []
+    for shape in SHAPES.values():
+        for tensors in (params, grads):
+            whole = torch.randn(shape, generator=generator).to(dtype)
+            if kind != "whole":
+                mesh = ways.mesh_of(dist.get_world_size())
+                whole = distribute_tensor(whole, mesh, placements_of(shape, kind), src_data_rank=None)
+            tensors.append(whole)
+    return [torch.nn.Parameter(p) for p in params], grads
+
+
+def steps(kind, backend, method, dtype, **options):
+    """Weights and state after three steps with given gradients, and the perturbed weights, whole."""
+    params, grads = make(kind, dtype)
+    optimizer = FastSAM(params, torch.optim.AdamW, rho=0.5, lr=0.1, method=method, backend=backend, **options)
+    found = []
+    for _ in range(3):
+        for phase in (optimizer.first_step, optimizer.second_step):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad.clone()
+            phase()
+            found += [whole_of(param.detach()).clone() for param in params]
+    state = [t for param in params for t in optimizer.state[param].values()]
+    return [*found, *map(whole_of, state)]
+
+
+def same_bits(kind, backend, method_name, dtype_name, **options):
+    """Whether distributed and whole parameters get the same bits.
+
+    The norm is summed in another order. Gradients of powers of two have the same norm in every order.
+    """
+    dtype, method = getattr(torch, dtype_name), getattr(methods, method_name)()
+    distributed = steps(kind, backend, method, dtype, **options)
+    whole = steps("whole", "reference", method, dtype, **options)
+    return [torch.equal(one, other) for one, other in zip(distributed, whole, strict=True)]
+
+
+def places(kind):
+    """Whether ``place_of`` finds each local element where it is in the whole parameter."""
+    right = []
+    for shape in SHAPES.values():
+        numbers = torch.arange(max(1, torch.Size(shape).numel())).reshape(shape)
+        mesh = ways.mesh_of(dist.get_world_size())
+        tensor = distribute_tensor(numbers, mesh, placements_of(shape, kind), src_data_rank=None)
+        local = tensor.to_local()
+        right.append(torch.equal(place_of(tensor).elements(0, local.numel(), local.device), local.flatten()))
+    return right

@@ -1,0 +1,34 @@
+"""Stochastic rounding and random directions: 1, 2 and 4 ranks give the same bits from the same gradients."""
+
+import pytest
+import random_numbers
+
+ROUNDED = {"rounding": "stochastic", "rounding_seed": 11}
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_places_of_shards(ranks, kind):
+    for right in ranks(random_numbers.places, kind):
+        assert all(right)
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference", "triton"])
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_stochastic_rounding_does_not_depend_on_the_sharding(ranks, kind, backend):
+    for same in ranks(random_numbers.same_bits, kind, backend, "SAM", "bfloat16", **ROUNDED):
+        assert all(same)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_random_directions_do_not_depend_on_the_sharding(ranks, kind, dtype):
+    for same in ranks(random_numbers.same_bits, kind, "reference", "RandomSAM", dtype):
+        assert all(same)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", ["native", "foreach"])
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_on_four_ranks(four_ranks, kind, backend):
+    for same in four_ranks(random_numbers.same_bits, kind, backend, "SAM", "bfloat16", **ROUNDED):
+        assert all(same)
