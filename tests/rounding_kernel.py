@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from fastsam.kernels.rounding import random_bits, random_stream, stochastically_rounded
 
 
