@@ -52,10 +52,10 @@ sharpness: $(EXTENSION)  ## How sharp the minima of SGD and FastSAM are: a table
 	$(BIN)/python -m fastsam sharpness $(ARGS)
 
 test: $(EXTENSION)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
-	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --sample $(SAMPLE) $(ARGS)
+	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --sample $(SAMPLE) $(ARGS)
 
 test-all: $(EXTENSION)  ## All tests: every combination
-	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --thorough $(ARGS)
+	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --thorough $(ARGS)
 
 bench: $(EXTENSION)  ## The benchmarks, on the GPU or on THREADS=2 threads; ARGS="--device cpu"
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)

@@ -62,7 +62,6 @@ class VaSSO(Method):
 
     theta: float = 0.9
     needs_first_grads: ClassVar[bool] = True
-    reads_each_dot: ClassVar[bool] = True
     state_name: ClassVar[str | None] = "fastsam_average"
 
     def __post_init__(self) -> None:

@@ -130,3 +130,12 @@ def test_language_model_example_trains_by_every_method(device, one_thread):
     losses = {name: names["train_model"](*method, 0, 4, 0.05) for name, method in names["METHODS"].items()}
     assert all(3 < loss < 6 for loss in losses.values())
     assert len(set(losses.values())) >= 3
+
+
+def test_which_sharpness_drifts_as_the_theorems_say(one_thread):
+    """A part of the way: both leave the start, along the line, in their own directions; descent alone stays."""
+    names = example("which_sharpness")
+    train, start = names["train"], names["START"][0]
+    single, alone = train(names["RHO"], True, 1500)[-1], train(0.0, False, 300)[-1]
+    assert abs(single - names["SMALLEST_TRACE"]) < 0.1
+    assert abs(alone - start) < 0.1

@@ -22,20 +22,10 @@ for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
 def pytest_ignore_collect(config):
     if not any("integrations" in argument for argument in config.args):
         return True
+    from setting import define_torchvision_operators
+
     define_torchvision_operators()
     return None
-
-
-def define_torchvision_operators():
-    """torchvision's wheel is built for CUDA; without two operators, which nothing here calls, it cannot be imported."""
-    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
-
-
-_KEPT = []
 
 
 @pytest.fixture

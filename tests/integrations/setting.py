@@ -13,6 +13,18 @@ TOLERANCE = 1e-6
 """The largest difference of a weight after the training, in float32."""
 
 
+_LIBRARIES = []
+
+
+def define_torchvision_operators():
+    """torchvision's wheel is built for CUDA; without two operators, which nothing here calls, it cannot be imported."""
+    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)  # a library's operators live as long as it does
+
+
 def make_model(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(12, 17), nn.Tanh(), nn.Linear(17, 3))

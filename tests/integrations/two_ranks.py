@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from setting import BATCH, RHO, make_data, make_model, mse
+from setting import BATCH, RHO, define_torchvision_operators, make_data, make_model, mse
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -202,9 +202,7 @@ def run_all(folder):
 
 
 def _run(rank, port, folder):
-    import conftest
-
-    conftest.define_torchvision_operators()
+    define_torchvision_operators()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     torch.set_num_threads(1)

@@ -10,8 +10,10 @@ import torch
 
 from fastsam import FastSAM, demo
 from fastsam import __main__ as command_line
+from fastsam.demo.averaging import WeightAverage
 from fastsam.demo.data import TRAIN_SIZE, load_noisy_digits
-from fastsam.demo.methods import FAMILY, LEARNING_RATES, METHODS, chosen
+from fastsam.demo.methods import AVERAGED, FAMILY, LEARNING_RATES, METHODS, MIXED, chosen, rows
+from fastsam.demo.mixup import mix, plain
 from fastsam.demo.model import make_cnn
 from fastsam.demo.options import FAMILY_NAMES, Options
 from fastsam.demo.report import results_table, sweep_table
@@ -141,7 +143,8 @@ def test_methods_learning_rates_are_in_sweep():
 # ---- the command ----
 
 
-def test_command_prints_table_and_draws_png(tmp_path, capsys):
+def test_command_prints_table_and_draws_png(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "RADII", demo.RADII[::3])
     picture = tmp_path / "demo.png"
     assert command_line.main(["demo", "--quick", "--batch-size", "450", "--output", str(picture)]) == 0
     printed = capsys.readouterr()
@@ -260,3 +263,83 @@ def test_member_of_family_trains(name):
     (split,) = [load_noisy_digits(0.4, 0, torch.device("cpu"))]
     runs = demo.train_all([FAMILY[name]], [split], options)[FAMILY[name]]
     assert runs[0].test_accuracy[-1] > 5
+
+
+# ---- mixtures, averaged weights ----
+
+
+def test_mixtures():
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(6, 1, 8, 8), torch.arange(6)
+    mixture = mix(images, labels, 1.0, generator)
+    assert 0 < mixture.share < 1
+    assert mixture.others.sort().values.tolist() == labels.tolist()
+    expected = mixture.share * images + (1 - mixture.share) * images[mixture.others]
+    torch.testing.assert_close(mixture.images, expected)
+    model = make_cnn(0).eval()
+    soft = mixture.share * torch.eye(10)[labels] + (1 - mixture.share) * torch.eye(10)[mixture.others]
+    torch.testing.assert_close(mixture.loss(model), torch.nn.functional.cross_entropy(model(expected), soft))
+    unmixed = plain(images, labels)
+    assert unmixed.images is images
+    torch.testing.assert_close(unmixed.loss(model), torch.nn.functional.cross_entropy(model(images), labels))
+    assert [len(part.labels) for part in mixture.split(4)] == [4, 2]
+    shares = [mix(images, labels, 0.2, generator).share for _ in range(300)]
+    assert sum(shares) / 300 == pytest.approx(0.5, abs=0.08)
+    assert sum(0.1 < share < 0.9 for share in shares) < 150, "Beta(0.2, 0.2) is near 0 or 1"
+
+
+def test_both_passes_see_one_mixture():
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_cnn(0)
+
+        def forward(self, images):
+            seen.append(images)
+            return self.net(images)
+
+    model = Watched()
+    optimizer = FastSAM(model.parameters(), rho=0.1, lr=0.1)
+    mixture = mix(torch.rand(4, 1, 8, 8), torch.arange(4), 1.0, torch.Generator().manual_seed(0))
+    from fastsam.demo import train
+
+    data = load_noisy_digits(0.4, 0)
+    train._step(MIXED[1], model, optimizer, mixture, data, train._Stopwatch(torch.device("cpu")))
+    first, second = seen
+    assert first is second
+
+
+def test_rows():
+    assert rows(Options()) == METHODS
+    assert rows(Options(mixup=0.2, swa=True)) == (*METHODS, *MIXED, AVERAGED)
+    assert [method.name for method in MIXED] == ["SGD + Mixup", "FastSAM + Mixup"]
+
+
+@pytest.mark.parametrize("method", [MIXED[1], AVERAGED], ids=lambda method: method.name)
+def test_added_rows_train(method):
+    run = train_quietly(method, dataclasses.replace(TINY, epochs=4, mixup=0.2))
+    assert len(run.test_accuracy) == 4
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+def test_average_is_of_the_last_epochs():
+    data, model = load_noisy_digits(0.4, 0), make_cnn(0)
+    optimizer = FastSAM(model.parameters(), rho=0.1, lr=0.1)
+    average = WeightAverage(model, optimizer, 8, data, 100)
+    taken = []
+    for epoch in range(8):
+        with torch.no_grad():
+            model[0].weight.fill_(float(epoch))
+        solution = average.after_epoch(epoch)
+        taken.append(solution is not model)
+    assert taken == [False] * 6 + [True] * 2
+    assert solution[0].weight.unique().tolist() == [6.5]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_network_without_batch_norm():
+    model = make_cnn(0, batch_norm=False)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert model[0].bias is not None

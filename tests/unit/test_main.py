@@ -15,7 +15,7 @@ from fastsam.demo.options import Options
 def test_without_arguments_lists_commands(capsys):
     assert command_line.main([]) == 0
     alone = capsys.readouterr().out
-    assert all(command in alone for command in ("demo", "doctor", "bench"))
+    assert all(command in alone for command in ("demo", "sharpness", "doctor", "bench"))
     with pytest.raises(SystemExit) as exit_:
         command_line.main(["--help"])
     assert exit_.value.code == 0
@@ -36,7 +36,7 @@ def test_unknown_command_is_named(capsys):
     assert "'demonstrate'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["demo", "sharpness", "doctor", "bench"])
 def test_help_of_command(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         command_line.main([command, "--help"])
@@ -49,8 +49,11 @@ def test_help_of_demo_has_every_option_and_its_default(capsys):
         command_line.main(["demo", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for name, default in vars(Options()).items():
-        assert f"--{name.replace('_', '-')}" in printed
-        assert default in (None, False) or f"default: {default}" in printed or f"default: only {default}" in printed
+        option = name.replace("_", "-")
+        assert (f"--no-{option}" if default is True else f"--{option}") in printed
+        assert (
+            default in (None, False, True) or f"default: {default}" in printed or f"default: only {default}" in printed
+        )
     assert "==SUPPRESS==" not in printed
     assert "None" not in printed
 
