@@ -19,13 +19,20 @@ for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def pytest_ignore_collect(config):
-    if not any("integrations" in argument for argument in config.args):
-        return True
-    from setting import define_torchvision_operators
+def _is_named(config):
+    return any("integrations" in argument for argument in config.args)
 
-    define_torchvision_operators()
-    return None
+
+def pytest_configure(config):
+    # Also in the process that only collects the workers' results: it imports the modules of warnings.
+    if _is_named(config):
+        from setting import define_torchvision_operators
+
+        define_torchvision_operators()
+
+
+def pytest_ignore_collect(config):
+    return None if _is_named(config) else True
 
 
 @pytest.fixture
