@@ -79,7 +79,7 @@ def test_run_is_measured(name):
     assert found.eigenvalues == sorted(found.eigenvalues, reverse=True)
     assert found.worst >= found.ascent > 0
     assert found.loss == pytest.approx(found.line[measure.RADII.index(0.0)], rel=1e-5)
-    assert len(found.epochs) == len(found.largest)
+    assert len(found.epochs) == len(found.rises)
     assert found.density is not None
 
 

@@ -44,7 +44,7 @@ def run(options: SharpnessOptions) -> int:
     results = measure_all(options)
     print(f"\n{measurements_table(results, options)}\n\n{verdict(results)}\n", flush=True)
     draw(results, options)
-    print(f"spectra, losses around the solutions, lambda_max while training: {options.output}")
+    print(f"spectra, losses around the solutions, sharpness while training: {options.output}")
     return 0
 
 
@@ -69,7 +69,10 @@ def _in_processes(
     context = get_context("spawn")
     passes = context.Queue()
     with ProcessPoolExecutor(options.processes, context, initializer=_begin, initargs=(passes,)) as pool:
-        futures: list[Future[Measured]] = [pool.submit(_measure, name, seed, options) for name, seed in jobs]
+        # The longest first: otherwise the last one would run alone for long.
+        order = sorted(jobs, key=lambda job: -total_passes(job[0], options))
+        found = {job: pool.submit(_measure, *job, options) for job in order}
+        futures: list[Future[Measured]] = [found[job] for job in jobs]
         try:
             while not all(future.done() for future in futures):
                 try:

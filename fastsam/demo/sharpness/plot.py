@@ -1,4 +1,4 @@
-"""The picture: spectra, the loss around the solutions, lambda_max while training."""
+"""The picture: spectra, the loss around the solutions, sharpness while training."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def draw(results: Mapping[str, Sequence[Measured]], options: SharpnessOptions) -
         for colour, (name, runs) in zip(COLOURS, results.items(), strict=False):
             _draw_spectrum(axes[0], runs[0], name, colour)
             _draw_range(axes[1], RADII, [run.line for run in runs], name, colour)
-            _draw_range(axes[2], runs[0].epochs, [run.largest for run in runs], name, colour)
+            _draw_range(axes[2], runs[0].epochs, [run.rises for run in runs], name, colour)
         axes[0].set(title="Hessian's spectrum (first seed)", xlabel="eigenvalue", yscale="log", ylim=(FLOOR, None))
         axes[0].set_ylabel("density")
         axes[1].set(title="Training loss around the solutions", xlabel="along a random filter-normalised direction")
         axes[1].set_ylabel("cross-entropy (mean and range)")
-        axes[2].set(title="lambda_max while training", xlabel="epoch", yscale="log")
-        axes[2].set_ylabel("largest eigenvalue (mean and range)")
+        axes[2].set(title="Ascent sharpness while training", xlabel="epoch", yscale="log")
+        axes[2].set_ylabel(f"rise within {options.radius:g} (mean and range)")
         axes[1].legend(frameon=False)
         for panel in axes:
             panel.grid(alpha=0.25)

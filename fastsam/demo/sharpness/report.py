@@ -59,5 +59,10 @@ def verdict(results: Mapping[str, Sequence[Measured]]) -> str:
 def _spread(values: Sequence[float]) -> str:
     mean = statistics.mean(values)
     if len(values) == 1:
-        return f"{mean:.3g}"
-    return f"{mean:.3g} +- {statistics.stdev(values):.2g}"
+        return _rounded(mean, 3)
+    return f"{_rounded(mean, 3)} +- {_rounded(statistics.stdev(values), 2)}"
+
+
+def _rounded(value: float, digits: int) -> str:
+    """To significant digits, without an exponent where the number is large."""
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
