@@ -21,7 +21,7 @@ import torch
 
 from fastsam import FastSAM
 
-STEPS = 20_000
+STEPS = 10_000
 EVERY = 100
 LR, RHO = 0.1, 0.1
 START = (1.0, 0.3, 0.3)
@@ -78,8 +78,9 @@ def draw(paths: dict[str, list[float]], output: str) -> None:
     right.axhline(SMALLEST_LARGEST, color="#D55E00", linestyle=":")
     right.axhline(SMALLEST_TRACE, color="#0072B2", linestyle=":")
     right.set(title="Where they drift (dotted: smallest lambda_1, smallest trace)", xlabel="step", ylabel="u")
+    left.legend(frameon=False)
+    right.legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.75))
     for axes in (left, right):
-        axes.legend(frameon=False)
         axes.grid(alpha=0.25)
     figure.savefig(output)
 

@@ -173,11 +173,13 @@ class Engine:
 
     def check_writes(self) -> None:
         """Raises RuntimeError if somebody else has written to a perturbed parameter."""
-        if not self.perturbed or (param := self._writes.find()) is None:
+        if not self.perturbed or not (written := set(self._writes.find())):
             return
         if any(table.changed() for table in self.tables):
             return  # other memory, which is refused by another message
-        name = next(t.name(i) for t in self.tables for i, mine in enumerate(t.params) if mine is param)
+        name = next((t.name(i) for t in self.tables for i in t.perturbed if t.params[i] in written), None)
+        if name is None:
+            return  # what does not move stays written
         raise RuntimeError(
             f"{name} was written to while it was perturbed, by another optimizer, say: the restore would undo that; "
             "call restore() to give the ascent up; the other one may step before first_step() or after second_step()"

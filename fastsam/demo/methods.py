@@ -140,8 +140,9 @@ FAMILY = {
 }
 """The methods that ``--method`` adds, by name.
 
-Each learning rate is the best of 1e-4, 3e-4, 1e-3, 3e-3 and 0.01, or of those listed, chosen as above (``--method gsam
---lr 0.01`` shows one); no other hyperparameter was tuned. ``--rho`` is FastSAM's; ASAM (which has other units),
+For the methods listed here, each learning rate is the best of 1e-4, 3e-4, 1e-3, 3e-3 and 0.01, or of those listed,
+chosen as above (``--method gsam --lr 0.01`` shows one); the others have FastSAM's, which is not their best. No other
+hyperparameter was tuned. ``--rho`` is FastSAM's; ASAM (which has other units),
 MomentumSAM and RandomSAM (whose directions are less steep) use five times as much. With 40% wrong labels, three seeds,
 in percent, at these rates:
 

@@ -19,7 +19,8 @@ _perturbing: dict[int, weakref.ref[ForeignWrites]] = {}
 class ForeignWrites:
     """Compares the version counters of a few parameters, evenly spaced, between the two phases of a step.
 
-    A parameter that is also written to between the steps is the model's own to write (an embedding with ``max_norm``).
+    A parameter that is also written to between the steps, when others are not, is the model's own to write (an
+    embedding with ``max_norm``).
     """
 
     def __init__(self) -> None:
@@ -52,16 +53,20 @@ class ForeignWrites:
         self._perturbed = list(map(_version, self._sample))
         _perturbing[id(self)] = self._me
 
-    def find(self) -> Tensor | None:
-        """A parameter that somebody else has written to since."""
+    def find(self) -> list[Tensor]:
+        """Parameters that somebody else has written to since."""
         now = list(map(_version, self._sample))
         if now == self._perturbed:
-            return None
-        for param, *versions in zip(self._sample, now, self._perturbed, self._found, self._left, strict=True):
-            version, perturbed, found, left = versions
-            if version != perturbed and found == left:
-                return param
-        return None
+            return []
+        writes = [version - perturbed for version, perturbed in zip(now, self._perturbed, strict=True)]
+        before = [found - left for found, left in zip(self._found, self._left, strict=True)]
+        # Some were written to between the steps more often than others; or there is nothing but embeddings.
+        usual, are_all_written = min(before), all(writes)
+        return [
+            param
+            for param, count, earlier in zip(self._sample, writes, before, strict=True)
+            if count and not (earlier > usual or (are_all_written and earlier > 0))
+        ]
 
     def end(self) -> None:
         """The step is over."""

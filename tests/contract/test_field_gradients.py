@@ -307,7 +307,8 @@ def test_two_optimizers_between_the_phases_are_refused(backend, other):
 
 
 @pytest.mark.parametrize("method", [methods.SAM(), methods.SAM(inner_steps=2), methods.MomentumSAM()], ids=str)
-def test_a_closure_that_writes_to_perturbed_weights_is_refused(backend, method):
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_closure_that_writes_to_perturbed_weights_is_refused(backend, method, steps):
     """One parameter of many: another optimizer's step in a closure would be undone by the restore."""
     params = [nn.Parameter(torch.ones(3)) for _ in range(20)]
     optimizer = FastSAM(params, lr=0.1, momentum=0.9, method=method, backend=backend)
@@ -319,12 +320,40 @@ def test_a_closure_that_writes_to_perturbed_weights_is_refused(backend, method):
         if writes and optimizer.perturbed:
             other.step()
 
-    optimizer.step(closure)
+    for _ in range(steps):
+        optimizer.step(closure)
     before = [param.detach().clone() for param in params]
     with pytest.raises(RuntimeError, match=r"parameter 13 \(shape \(3,\)\) was written to"):
         optimizer.step(lambda: closure(True))
     assert not optimizer.perturbed
     assert_equal(params, before)
+
+
+def test_what_is_not_perturbed_may_be_written_to(backend):
+    w, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([{"params": [w]}, {"params": [other], "perturb": False}], lr=0.1, backend=backend)
+
+    def closure():
+        w.grad = w.detach().clone()
+        with torch.no_grad():
+            other.mul_(2)
+
+    optimizer.step(closure)
+    assert torch.equal(other, torch.full((3,), 4.0))
+
+
+def test_a_write_is_refused_after_all_weights_were_loaded(backend):
+    params = [nn.Parameter(torch.zeros(3)) for _ in range(20)]
+    optimizer = FastSAM(params, lr=0.1, backend=backend)
+    nn.ParameterList(params).load_state_dict({str(i): torch.ones(3) for i in range(20)})
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.first_step(zero_grad=False)
+    torch.optim.SGD([params[13]], lr=0.1).step()
+    with pytest.raises(RuntimeError, match=r"parameter 13 \(shape \(3,\)\) was written to"):
+        optimizer.second_step()
+    optimizer.restore()
+    assert_equal(params, [torch.ones(3)] * 20)
 
 
 def test_an_embedding_may_renormalize_itself(backend):

@@ -171,6 +171,20 @@ def test_adams_bias_corrections_are_computed_in_double(operations, device, dtype
     assert_updated(scene, [options], before, [3])
 
 
+def test_a_nan_in_the_largest_second_moment_stays(operations, device):
+    """As in torch.maximum."""
+    options = UPDATES["adamw-amsgrad"]
+    scene = Scene([(40,)], torch.float32, device)
+    scene.begin_ascent()
+    perturb_everything(operations, scene, rho=0.0)
+    scene.give_state(options, [3])
+    largest = scene.table.rows[Row(Row.STATE + 2)][0]
+    largest[::3] = math.nan
+    was_nan = largest.isnan()
+    update_(operations, scene, [options])
+    assert_same_bits(largest.isnan(), was_nan)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_arithmetic_is_rounded_once(operations, device, dtype):
     """An update of a step that is lost if intermediate results are rounded to ``dtype``.

@@ -8,6 +8,7 @@ import os
 import random
 import time
 
+import fuzz_ranks
 import fuzz_surroundings
 import pytest
 from fuzz_machine import run
@@ -70,3 +71,10 @@ def test_programs(backend, device, operations, request, what):
         print(f"\n{backend}, {what}: {count} programs; next: seed {chosen}", end="", flush=True)
         seed(chosen)(search(ROUND, backend, operations))()
         count += ROUND.max_examples
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", ["reference", "foreach", "native"], indirect=True)
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_replicas(backend, tmp_path):
+    fuzz_ranks.run(backend, tmp_path, count=50)
