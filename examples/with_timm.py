@@ -15,7 +15,7 @@ from fastsam.demo.data import load_noisy_digits
 from fastsam.integrations.timm import SAMBackward, register
 
 
-def train(epochs=20, device="cpu"):
+def train(epochs=60, device="cpu"):
     """Returns the accuracy on the test digits."""
     torch.manual_seed(0)
     data = load_noisy_digits(noise=0.4, seed=0, device=device)
@@ -24,7 +24,7 @@ def train(epochs=20, device="cpu"):
 
     register()
     options = {"lr": 3e-3, "weight_decay": 0.05, "layer_decay": 0.9}
-    optimizer = create_optimizer_v2(model, "fastsam", base=torch.optim.AdamW, rho=0.1, **options)
+    optimizer = create_optimizer_v2(model, "fastsam", base=torch.optim.AdamW, rho=0.05, **options)
     schedule = CosineLRScheduler(optimizer, t_initial=epochs, warmup_t=2, warmup_lr_init=3e-4)
     backward = SAMBackward(optimizer, NativeScaler(device) if device == "cuda" else None)
 

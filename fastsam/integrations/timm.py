@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import OptimInfo
+from timm.optim import OptimInfo, list_optimizers
 from timm.optim._optim_factory import default_registry
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import Tensor
@@ -31,6 +31,8 @@ def register() -> None:
     ``base`` is SGD if not given. Weight-decay groups, ``layer_decay`` and ``"lookahead_fastsam"`` work as with timm's
     own optimizers; as there, bases with a momentum get ``momentum=0.9``.
     """
+    if "fastsam" in list_optimizers():
+        return
     description = "Sharpness-Aware Minimization over any optimizer"
     info = OptimInfo("fastsam", _create, description, has_eps=True, has_momentum=True, has_betas=True)
     default_registry.register(info)
