@@ -12,12 +12,12 @@ from torch import Tensor
 from fastsam.backends.rounding import PIECE, make_keys, random_words
 from fastsam.distributed import is_distributed, local_of, placed_like
 from fastsam.methods import Method
-from fastsam.spec import DRAWS
+from fastsam.spec import RANDOM_WORDS
 from fastsam.tables import TensorTable
 from fastsam.tables.memory import as_real
 
-# The last two draws of a parameter, which rounding does not use.
-_NOISE_DRAWS = (DRAWS - 2, DRAWS - 1)
+# The last two words of an element, which rounding does not use.
+_NOISE_WORDS = (RANDOM_WORDS - 2, RANDOM_WORDS - 1)
 
 
 def draw_noise(tables: Sequence[TensorTable], seed: int, step: int) -> None:
@@ -43,8 +43,8 @@ def _normal(table: TensorTable, i: int, start: int, count: int, seed: int, step:
     dtype = torch.float32 if table.device.type == "mps" else torch.float64
     number = torch.full((), step, dtype=torch.int64, device=table.device)
     uniform = []
-    for draw in _NOISE_DRAWS:
-        keys = make_keys(seed, number, table.positions[i], draw)
+    for word in _NOISE_WORDS:
+        keys = make_keys(seed, number, table.positions[i], word)
         words = random_words(keys, table.places[i], start, count)
         uniform.append((words.to(dtype) + 0.5) * 2.0**-32)
     radius, angle = (-2 * uniform[0].log()).sqrt(), 2 * math.pi * uniform[1]
