@@ -1,7 +1,7 @@
 // How a result becomes what is stored: rounded to nearest, or stochastically, up or down so that the mean is right.
 //
 // A random word is a function of what it is for: seed, step, tensor, word and element. It has no state, costs a few
-// integer operations, and is the same on every backend. Two draws share a word. All arithmetic on words wraps at 32 bits.
+// integer operations, and is the same on every backend. All arithmetic on words wraps at 32 bits.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,11 @@ struct RandomKey {
   FASTSAM_HOST_DEVICE uint32_t bits(uint32_t element) const { return mix(mix(element ^ low) ^ high); }
 };
 
+// Two draws share a word, of which the second turns the halves round: 16 bits decide nearly every rounding.
+FASTSAM_HOST_DEVICE uint32_t bits_of_draw(uint32_t word, uint32_t draw) {
+  return select(draw % 2 == 0, word, word >> 16 | word << 16);
+}
+
 // ---- rounding by a random number ----
 
 // x lies between two neighbours, and gets the one that is farther from 0 for as large a share of all `random` as x is
@@ -80,8 +85,7 @@ struct Nearest {
   FASTSAM_HOST_DEVICE Nearest at(int64_t) const { return *this; }
 };
 
-// Result k has draw kDraw + k: of an update, result 0 are the weights, and result 1 + k is slot k of the state. Of two
-// draws that share a word, the second turns its halves round: 16 bits decide nearly every rounding.
+// Result k has draw kDraw + k: of an update, result 0 are the weights, and result 1 + k is slot k of the state.
 template <typename scalar_t, uint32_t kDraw, int kResults>
 struct Stochastic {
   static constexpr int kWords = static_cast<int>((kDraw + kResults - 1) / 2 - kDraw / 2) + 1;
@@ -103,8 +107,8 @@ struct Stochastic {
 
   FASTSAM_HOST_DEVICE scalar_t operator()(float value, int result, int64_t element) const {
     const uint32_t draw = kDraw + result;
-    const uint32_t bits = keys[draw / 2 - kDraw / 2].bits(first + static_cast<uint32_t>(element));
-    return round_stochastically(value, select(draw % 2 == 0, bits, bits >> 16 | bits << 16), scalar_t{});
+    const uint32_t word = keys[draw / 2 - kDraw / 2].bits(first + static_cast<uint32_t>(element));
+    return round_stochastically(value, bits_of_draw(word, draw), scalar_t{});
   }
 
   // For elements that are counted from `element` of the tensor on. They must not reach over a multiple of 2^32.

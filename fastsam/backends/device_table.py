@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastsam.runtime import streams
 from fastsam.spec import ROWS, TENSOR_OPTIONS, Row
 from fastsam.tables import TensorTable
 
@@ -46,7 +47,7 @@ class DeviceTable:
     def __init__(self, table: TensorTable, chunk_size: int, rows: Iterable[int] = range(ROWS)) -> None:
         # The table itself is not kept: it keeps this, and a ring of the two would hold the backups' memory.
         self._device = table.device
-        if is_capturing(self._device):
+        if streams.is_capturing(self._device):
             refuse_capture("fastsam has not seen these parameters before")
         self._read_rows = tuple(rows)
         self._uploads = Uploads(self._device)
@@ -86,7 +87,7 @@ class DeviceTable:
             self._counters.zero_()
         yield self._finished
         # What is captured has not happened yet.
-        self._was_cut_off = was_cut_off and is_capturing(self._device)
+        self._was_cut_off = was_cut_off and streams.is_capturing(self._device)
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Tensor, Tensor]:
         """The addresses, int64 ``(ROWS, n)``, and the options, two words for each of ``(groups, fields)``.
@@ -96,7 +97,7 @@ class DeviceTable:
         """
         words = self._pack(options)
         name = type(options[0]).__name__ if options else ""
-        if is_capturing(self._device):
+        if streams.is_capturing(self._device):
             return self._read_in_graph(table, name, words)
         self._uploads.make_room_for_graphs(table.addresses.numel())
         self._send_rows(table)
@@ -270,11 +271,6 @@ def _cut(table: TensorTable, chunk_size: int) -> tuple[Tensor, Tensor]:
 
 def _as_tensor(words: bytes) -> Tensor:
     return torch.frombuffer(bytearray(words), dtype=torch.int64)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether work for ``device`` goes into a CUDA graph now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(reason: str) -> NoReturn:

@@ -1,9 +1,9 @@
 """From float32 to 16 bits in plain PyTorch: stochastic rounding, and masters that follow their parameters.
 
 A random word is a hash of (seed, step, parameter, word, element) in integer arithmetic: the same on every device and
-backend, nothing is stored, and no order matters. Two draws (``spec.Draw``) share a word. Elements are counted over the whole parameter, of which a rank may
-hold a shard: sharding does not change the numbers. The mixing function is lowbias32 (Chris Wellons,
-https://nullprogram.com/blog/2018/07/31/).
+backend, nothing is stored, and no order matters. Two draws (``spec.Draw``) share a word. Elements are counted over the
+whole parameter, of which a rank may hold a shard: sharding does not change the numbers. The mixing function is
+lowbias32 (Chris Wellons, https://nullprogram.com/blog/2018/07/31/).
 """
 
 from __future__ import annotations
