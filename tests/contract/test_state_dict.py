@@ -321,6 +321,21 @@ def test_state_that_was_reset_starts_anew(backend, device, variant, reset):
     assert_go_on_alike(backend, mine, optimizer, theirs, base)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_lazily_negated_state_tensor_is_updated(backend, device, size):
+    """One that somebody put there: its memory holds other numbers than it has."""
+    param = torch.nn.Parameter(torch.zeros(size, device=device))
+    optimizer = FastSAM([param], rho=0.0, lr=1.0, momentum=0.5, backend=backend)
+    buffer = torch.full((size,), 4.0, device=device)
+    optimizer.state[param]["momentum_buffer"] = torch._neg_view(buffer)
+    for expected in (-1.0, 0.5):
+        param.grad = torch.ones_like(param)
+        optimizer.step(lambda: param.sum())
+        assert optimizer.state[param]["momentum_buffer"].tolist() == [expected] * size
+    assert buffer.tolist() == [4.0] * size
+    assert param.tolist() == [0.5] * size
+
+
 def test_momentum_that_is_switched_on_later_starts_anew(backend, device):
     mine, theirs = Problem(device), Problem(device)
     options = {"lr": 0.1, "momentum": 0.0, "dampening": 0.5}
