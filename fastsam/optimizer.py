@@ -1,4 +1,4 @@
-"""FastSAM: arguments, the two phases of a step, closures."""
+"""FastSAM: arguments, the two phases of a step, closures. Half of this file is the public docstrings."""
 
 from __future__ import annotations
 
