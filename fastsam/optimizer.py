@@ -98,9 +98,9 @@ class FastSAM(StepPhases):
             parameter that is not its master's rounding (it was written to from outside) replaces it. Bases: SGD, Adam,
             AdamW.
         shard_groups: for parameters of which other ranks hold the rest and that are not DTensors (pipeline stages,
-            FSDP1, Megatron's tensor parallelism): the process groups over which the norm must be added up; one,
-            several, or a function of a parameter that returns some. DTensors (``fully_shard``, ``parallelize_module``)
-            need nothing.
+            FSDP1, Megatron's tensor parallelism, ZeroRedundancyOptimizer around this one): the process groups over
+            which the norm must be added up; one, several, or a function of a parameter that returns some. DTensors
+            (``fully_shard``, ``parallelize_module``) need nothing.
         local_ascent: with ``model``, a DistributedDataParallel module: each rank ascends by the gradient of its own
             batch (the paper's m-sharpness), so that ``step(closure)`` averages gradients once, not twice. Not possible
             with methods that use the first pass's gradients or norm in the descent.
