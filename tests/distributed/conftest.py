@@ -13,7 +13,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONP
 
 from rank_pool import RankPool
 
-
 ALL_TESTS = pytest.StashKey()
 
 
