@@ -33,10 +33,15 @@ from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.parallel_models import ParallelModel
+from fastsam.runtime.zero import drop_arguments, zero_around
 from fastsam.schedules import RhoSchedule, Schedule, check_schedule
 from fastsam.wrapper import refuse_groups_of_others
 
 PLAIN = methods.SAM()
+# Arguments of the constructor that are about the whole optimizer.
+NO_GROUP_OPTIONS = (
+    "method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"
+)  # fmt: skip
 
 
 class FastSAM(StepPhases):
@@ -156,15 +161,17 @@ class FastSAM(StepPhases):
         own |= {"rounding_seed": rounding_seed, "master_weights": master_weights}
         own = with_defaults({"params": []}, own, base)
         del own["params"]
+        zero = zero_around()
+        drop_arguments(zero, params, NO_GROUP_OPTIONS)
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
         if method is PLAIN and interval == 1 and schedule is None and model is None and not replay_rng:
             refuse_groups_of_others(params)
         check_parameters(groups)
-        check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
+        check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method, zero)
         self.backend = backend
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
         self._policy.check(method, local_ascent)
-        self._parallel = ParallelModel(model, local_ascent, method)
+        self._parallel = ParallelModel(model, local_ascent, method, zero)
         if local_ascent and self._policy.statistics is not None:
             raise ValueError(f"local_ascent=True is not possible with {schedule}: the ranks might decide differently")
         self._statistics = RunningStatistics(model) if model is not None else None

@@ -59,7 +59,8 @@ def test_the_most_important_comes_first() -> None:
     assert [test for test, _ in gpu[:3]] == ["test_operations"] * 3
     assert [case.model for case in parts[:5]] == ["ResNet-50", "ViT-B/16", "2,000 x 256", "Llama 1B", "ResNet-18"]
     assert [case.chunk_size for case in parts[5:]].count(None) == len(parts) - 5 - 3 * len(CHUNK_SIZES)
-    assert {test for test, _ in gpu} == {test for test, _ in plan("cpu", dry=True)}
+    # Ranks would need a GPU each.
+    assert {test for test, _ in gpu} == {test for test, _ in plan("cpu", dry=True)} - {"test_rank_costs"}
     for device, dry in (("cpu", False), ("cuda", False), ("cpu", True)):
         names = [f"{test} {case.id}" for test, case in plan(device, dry=dry, heavyball=True)]
         assert len(set(names)) == len(names)
