@@ -8,7 +8,16 @@ from typing import NamedTuple
 from benchmarks.implementations import FUSED_BASE, LOOP, PEER
 from benchmarks.methods import SAM
 from benchmarks.operations import KERNELS, fastest
-from benchmarks.records import CHANGING_LR, NEW_GRADIENTS, STATIC, HostTime, MethodCosts, OptimizerPart, Results
+from benchmarks.records import (
+    CHANGING_LR,
+    NEW_GRADIENTS,
+    STATIC,
+    WATCH,
+    HostTime,
+    MethodCosts,
+    OptimizerPart,
+    Results,
+)
 from benchmarks.records import TrainingStep as TrainingRecord
 from benchmarks.shapes import MODELS
 from benchmarks.training import FASTSAM, HALF_BATCH, IN_A_GRAPH, of_method
@@ -42,6 +51,7 @@ PEER_TOLERANCE = 0.10
 HOST_TENSORS = 161
 HOST_MICROSECONDS = {"native": 80.0, "triton": 120.0}
 CHANGING_LR_MICROSECONDS = 5.0
+WATCH_MICROSECONDS = 3.0
 NATIVE_FUSED_STEPS = 0.5
 
 
@@ -150,5 +160,7 @@ def _of_host_time(results: Results) -> Iterator[Verdict]:
         mine, fused = record.microseconds("native"), record.microseconds(FUSED_BASE)
         steps = None if mine is None or fused is None else mine / fused
         yield at_most(f"{record.name}: native, fused base steps of host time", steps, NATIVE_FUSED_STEPS, "")
+        watch = record.microseconds(WATCH, NEW_GRADIENTS)
+        yield at_most(f"{record.name}: {WATCH}", watch, WATCH_MICROSECONDS, "us")
     if not records:
         yield from (at_most(f"{backend}: host time", None, most, "us") for backend, most in HOST_MICROSECONDS.items())

@@ -15,6 +15,7 @@ from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.parallel_models import ParallelModel
 from fastsam.runtime.replay_rng import GeneratorStates
+from fastsam.runtime.scaler import name_way_to_clip
 from fastsam.schedules import is_schedule
 from fastsam.wrapper import BaseWrapper
 
@@ -152,8 +153,15 @@ class StepPhases(BaseWrapper):
             )
 
     def _run_first(self, closure: Closure) -> Any:
-        with self._engine.accumulation.watching(self._parameters()):
+        watch = self._engine.accumulation
+        watch.begin_closure(self._parameters())
+        try:
             return self._engine.run(closure)
+        except RuntimeError as error:
+            name_way_to_clip(error)
+            raise
+        finally:
+            watch.end_closure()
 
     def _run_second(self, closure: Closure) -> Any:
         loss = self._engine.run(closure)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,16 +29,8 @@ class AccumulationWatch:
         self._hook: Any = None
         self._found: Tensor | None = None
 
-    @contextmanager
-    def watching(self, params: Iterable[Tensor]) -> Iterator[None]:
-        """A block in which a step's first closure runs."""
-        self._begin(params)
-        try:
-            yield
-        finally:
-            self._end_closure()
-
-    def _begin(self, params: Iterable[Tensor]) -> None:
+    def begin_closure(self, params: Iterable[Tensor]) -> None:
+        """A step's first closure is about to run."""
         if self._is_over:
             return
         param = self._param
@@ -63,7 +54,8 @@ class AccumulationWatch:
 
         self._hook = param.register_hook(note)
 
-    def _end_closure(self) -> None:
+    def end_closure(self) -> None:
+        """It has run, or raised an exception."""
         unchanged, self._unchanged = self._unchanged, None
         if self._hook is None:
             # If the closure has written to it: zeros and a sum, or a sum alone?
