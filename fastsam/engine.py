@@ -74,6 +74,7 @@ class Engine:
         """These are the parameters, to which nobody else may write while they are perturbed."""
         self._watched_builds = self.tables.builds
         self._writes.watch(params)
+        self.accumulation.forget()
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls a closure with gradients enabled, and what it returns.

@@ -152,9 +152,10 @@ class StepPhases(BaseWrapper):
                 "backward again, then scaler.step(optimizer) without a closure"
             )
 
-    def _run_first(self, closure: Closure) -> Any:
+    def _run_first(self, closure: Closure, ascends: bool) -> Any:
         watch = self._engine.accumulation
-        watch.begin_closure(self._parameters())
+        if ascends:  # in a step of one pass accumulation is right
+            watch.begin_closure(self._parameters())
         try:
             return self._engine.run(closure)
         except RuntimeError as error:

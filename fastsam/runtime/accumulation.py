@@ -29,6 +29,10 @@ class AccumulationWatch:
         self._hook: Any = None
         self._found: Tensor | None = None
 
+    def forget(self) -> None:
+        """The parameters are others: the one that stood for all may be none of them."""
+        self._param, self._left = None, (None, 0)
+
     def begin_closure(self, params: Iterable[Tensor]) -> None:
         """A step's first closure is about to run."""
         if self._is_over:
