@@ -24,6 +24,8 @@ STATIC, NEW_GRADIENTS, CHANGING_LR = "static gradients", "new gradients", "new g
 # On several ranks.
 LOCAL, SHARDED = "FastSAM, a rank's shards alone", "FastSAM, DTensors"
 SHARDED_BASE, SHARDED_CLIP = "the base, fused, DTensors", "clip_grad_norm_, DTensors"
+# A part of step(closure) that the two phases do not have.
+WATCH = "watch for accumulated gradients"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +183,7 @@ class HostTime(Record):
     """What a step costs beside the arithmetic.
 
     Attributes:
-        times: parts are ``STATIC``, ``NEW_GRADIENTS``, ``CHANGING_LR``; until the calls have returned.
+        times: parts are ``STATIC``, ``NEW_GRADIENTS`` and, but of ``WATCH``, ``CHANGING_LR``; until the calls return.
         stubbed: the launches did nothing; else they were made, on an idle device.
         launches: by implementation, kernels and copies of a step with static gradients, by name.
         extra_copies: peak memory over that of the fused base alone, in copies of the parameters.

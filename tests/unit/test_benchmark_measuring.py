@@ -30,6 +30,7 @@ from benchmarks.records import (
     CHANGING_LR,
     NEW_GRADIENTS,
     STATIC,
+    WATCH,
 )
 from benchmarks.shapes import TINY, sizes
 
@@ -185,6 +186,7 @@ def test_host_time_without_launches() -> None:
     record = host_time(Device(), TINY, seconds=0.0)
     assert {FUSED_BASE, "native"} <= set(record.times)
     assert set(record.times["native"]) == {STATIC, NEW_GRADIENTS, CHANGING_LR}
+    assert set(record.times[WATCH]) == {STATIC, NEW_GRADIENTS}
     assert record.stubbed
     params = parameters()
     Gradients(SHAPES).hand_to(params)
