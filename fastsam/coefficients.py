@@ -16,6 +16,7 @@ from torch import Tensor
 from fastsam.backends import Backend, grad_norms
 from fastsam.distributed import GlobalSums, Sharding
 from fastsam.methods.method import AscentTerms, DescentTerms, Dots, Facts, Method
+from fastsam.runtime.graphs import is_capturing
 from fastsam.spec import Ascent, AscentCoefficients, AscentForm, AscentOptions, Descent, DescentCoefficients, Map, Row
 from fastsam.tables import TensorTable
 
@@ -219,7 +220,7 @@ class _Constants:
         plain = [None if _is_elsewhere(value) else float(value) for value in values]
         numbers = [sign * number for sign, number in zip(signs, plain, strict=True) if number is not None]
         # What a CUDA graph reads is made within it: what is kept here goes when a number changes.
-        keeps = len(numbers) == len(plain) and not _is_capturing(self.matrix.device)
+        keeps = len(numbers) == len(plain) and not is_capturing(self.matrix.device)
         if keeps and name in self._spread and self._spread[name][0] == numbers:
             return self._spread[name][1]
         result = torch.zeros_like(self.matrix)
@@ -296,10 +297,6 @@ def _all_finite(sums: Tensor) -> Tensor:
 def _is_elsewhere(value: float | Tensor) -> bool:
     """Whether reading the value would wait for an accelerator."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastsam import adaptive_policy
 from fastsam.backends import device_table, triton_gpu
 
 # What waits for an accelerator.
@@ -90,6 +91,6 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "interpreted", False)
     monkeypatch.setattr(kernels.Kernel, "prepare", prepare)
     monkeypatch.setattr(triton_gpu, "unsupported_reason", lambda request: "")
-    for module in (device_table, triton_gpu):
+    for module in (adaptive_policy, device_table, triton_gpu):
         monkeypatch.setattr(module, "is_capturing", lambda device: fake.capturing)
     return fake

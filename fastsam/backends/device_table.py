@@ -6,11 +6,12 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsam.runtime.graphs import is_capturing, refuse_capture
 from fastsam.spec import ROWS, TENSOR_OPTIONS, Row
 from fastsam.tables import TensorTable
 
@@ -270,19 +271,6 @@ def _cut(table: TensorTable, chunk_size: int) -> tuple[Tensor, Tensor]:
 
 def _as_tensor(words: bytes) -> Tensor:
     return torch.frombuffer(bytearray(words), dtype=torch.int64)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether work for ``device`` goes into a CUDA graph now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def refuse_capture(reason: str) -> NoReturn:
-    """Raises, and says what to do."""
-    raise RuntimeError(
-        f"this step cannot be captured into a CUDA graph: {reason}; run a step outside the capture first, and "
-        "capture the one after it"
-    )
 
 
 def fit_chunk_size(elements: int, smallest: int, largest: int) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastsam.backends import Request
-from fastsam.backends.device_table import DeviceTable, is_capturing, refuse_capture
+from fastsam.backends.device_table import DeviceTable
+from fastsam.runtime.graphs import is_capturing, refuse_capture
 from fastsam.spec import (
     PERTURBATION,
     AdamOptions,

@@ -70,7 +70,7 @@ def _in_processes(
     passes = context.Queue()
     with ProcessPoolExecutor(options.processes, context, initializer=_begin, initargs=(passes,)) as pool:
         # The longest first: otherwise the last one would run alone for long.
-        order = sorted(jobs, key=lambda job: -total_passes(*job, options))
+        order = sorted(jobs, key=lambda job: -total_passes(job[0], job[1], options))
         found = {job: pool.submit(_measure, *job, options) for job in order}
         futures: list[Future[Measured]] = [found[job] for job in jobs]
         try:
