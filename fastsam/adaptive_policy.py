@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.runtime.graphs import is_capturing, refuse_capture
+from fastsam.runtime import streams
 from fastsam.schedules import AESAM
 
 # What one tensor holds, so that a captured step can update it in place.
@@ -35,9 +35,9 @@ class Statistics:
         """The decision that belongs to the step before; with ``delay=0``, True."""
         if self.config.delay == 0 or self._state is None:
             return self.config.delay == 0 or bool(self._loaded[ASCENDS])
-        if is_capturing(self._state.device):
+        if streams.is_capturing(self._state.device):
             if self._known is None:
-                refuse_capture(
+                streams.refuse_capture(
                     "which kind of step this is to be is on the device",
                     "read optimizer.ascends_next before the capture",
                 )
@@ -71,8 +71,8 @@ class Statistics:
         assert self._decision is not None
         if self.config.delay == 1:
             return True
-        if is_capturing(self._state.device):
-            refuse_capture(f"{self.config} decides after the first pass", "use delay=1, which decides before")
+        if streams.is_capturing(self._state.device):
+            streams.refuse_capture(f"{self.config} decides after the first pass", "use delay=1, which decides before")
         return self._decision.read()
 
     def commit(self) -> None:
@@ -82,7 +82,7 @@ class Statistics:
         assert self._state is not None
         self._state.copy_(self._next)
         self._next = None
-        if not is_capturing(self._state.device):
+        if not streams.is_capturing(self._state.device):
             self._known = None
 
     def discard(self) -> None:
@@ -111,8 +111,8 @@ class Statistics:
 
     def _on(self, device: torch.device, dtype: torch.dtype, step: int) -> tuple[Tensor, _HostCopy]:
         if self._state is None or self._state.device != device:
-            if is_capturing(device):
-                refuse_capture("fastsam has taken no statistics of the gradients before")
+            if streams.is_capturing(device):
+                streams.refuse_capture("fastsam has taken no statistics of the gradients before")
             numbers = [*self.numbers(), float(step)][: STEP + 1]
             self._state = torch.zeros(STEP + 1, dtype=dtype, device=device)
             for place, number in enumerate(numbers):
@@ -134,7 +134,7 @@ class _HostCopy:
     def take(self, value: Tensor) -> None:
         """Begins to copy."""
         self._value.copy_(value, non_blocking=True)
-        if is_capturing(self._device):
+        if streams.is_capturing(self._device):
             self._is_in_graphs = True
         elif self._event is not None:
             self._event.record(torch.cuda.current_stream(self._device))

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastsam.backends import Backend, grad_norms
 from fastsam.distributed import GlobalSums, Sharding
 from fastsam.methods.method import AscentTerms, DescentTerms, Dots, Facts, Method
-from fastsam.runtime.graphs import is_capturing
+from fastsam.runtime import streams
+from fastsam.runtime.step_number import StepNumber
 from fastsam.spec import Ascent, AscentCoefficients, AscentForm, AscentOptions, Descent, DescentCoefficients, Map, Row
 from fastsam.tables import TensorTable
 
@@ -190,6 +191,7 @@ class _Constants:
         self._spread: dict[str, tuple[list[float], Tensor]] = {}
         self._positions = _send(torch.tensor(table.positions, dtype=torch.int64, device="cpu"), device)
         self._mask: tuple[list[int], Tensor] | None = None
+        self._step = StepNumber(table)
 
     def mask(self, indices: list[int]) -> Tensor | None:
         """Which parameters are among ``indices``, as bools ``(n,)``; None: all are."""
@@ -204,7 +206,9 @@ class _Constants:
 
     def uniform(self, seed: int, step: int) -> Tensor:
         """A number in [0, 1) for each parameter: a hash of seed, step and the parameter's position."""
-        x = self._positions * -0x61C8864680B583EB + ((seed * 0x9E3779B1 + step * 0x85EBCA77) & (2**62 - 1))
+        mask = 2**62 - 1
+        here = (self._step.of(step) * 0x85EBCA77 + (seed * 0x9E3779B1 & mask)) & mask
+        x = self._positions * -0x61C8864680B583EB + here
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
             x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
         x = x ^ (x >> 31 & (1 << 33) - 1)
@@ -220,7 +224,7 @@ class _Constants:
         plain = [None if _is_elsewhere(value) else float(value) for value in values]
         numbers = [sign * number for sign, number in zip(signs, plain, strict=True) if number is not None]
         # What a CUDA graph reads is made within it: what is kept here goes when a number changes.
-        keeps = len(numbers) == len(plain) and not is_capturing(self.matrix.device)
+        keeps = len(numbers) == len(plain) and not streams.is_capturing(self.matrix.device)
         if keeps and name in self._spread and self._spread[name][0] == numbers:
             return self._spread[name][1]
         result = torch.zeros_like(self.matrix)

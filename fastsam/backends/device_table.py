@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.runtime.graphs import is_capturing, refuse_capture
+from fastsam.runtime import streams
 from fastsam.spec import ROWS, TENSOR_OPTIONS, Row
 from fastsam.tables import TensorTable
 
@@ -47,8 +47,8 @@ class DeviceTable:
     def __init__(self, table: TensorTable, chunk_size: int, rows: Iterable[int] = range(ROWS)) -> None:
         # The table itself is not kept: it keeps this, and a ring of the two would hold the backups' memory.
         self._device = table.device
-        if is_capturing(self._device):
-            refuse_capture("fastsam has not seen these parameters before")
+        if streams.is_capturing(self._device):
+            streams.refuse_capture("fastsam has not seen these parameters before")
         self._read_rows = tuple(rows)
         self._uploads = Uploads(self._device)
         count = len(table.params)
@@ -87,7 +87,7 @@ class DeviceTable:
             self._counters.zero_()
         yield self._finished
         # What is captured has not happened yet.
-        self._was_cut_off = was_cut_off and is_capturing(self._device)
+        self._was_cut_off = was_cut_off and streams.is_capturing(self._device)
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Tensor, Tensor]:
         """The addresses, int64 ``(ROWS, n)``, and the options, two words for each of ``(groups, fields)``.
@@ -97,7 +97,7 @@ class DeviceTable:
         """
         words = self._pack(options)
         name = type(options[0]).__name__ if options else ""
-        if is_capturing(self._device):
+        if streams.is_capturing(self._device):
             return self._read_in_graph(table, name, words)
         self._uploads.make_room_for_graphs(table.addresses.numel())
         self._send_rows(table)
@@ -190,7 +190,7 @@ class DeviceTable:
         rows = [row for row in changed if row not in STEP_ROWS]
         now = table.addresses[rows]
         if not torch.equal(now, torch.where(now == 0, now, self._known[rows])):
-            refuse_capture("parameters, backups or state are not where they were")
+            streams.refuse_capture("parameters, backups or state are not where they were")
 
 
 class Uploads:

@@ -80,6 +80,11 @@ METHODS = {
     "momentumsam": methods.MomentumSAM(),
     "amp": methods.AMP(inner_steps=2),
     "awp": methods.AWP(),
+    "esam": methods.ESAM(),
+    "stablesam": methods.StableSAM(),
+    "vasso": methods.VaSSO(),
+    "unifiedsam": methods.UnifiedSAM(0.5),
+    "sagm": methods.SAGM(),
     "direction": methods.Direction(lambda params, grads: [g * 2 for g in grads]),
 }
 every_method = pytest.mark.parametrize("method", [*METHODS.values(), methods.RandomSAM()], ids=[*METHODS, "randomsam"])
@@ -122,7 +127,7 @@ def run_captured(backend, options, kinds):
     return results
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@every_method
 def test_every_method_is_captured(backend, method):
     """Each kind of step (with an ascent, without) in a graph of its own."""
     kinds = 2 if isinstance(method, methods.LookSAM) else 1

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastsam import adaptive_policy
 from fastsam.adaptive_policy import Statistics
+from fastsam.runtime import streams
 from fastsam.schedules import AESAM
 
 NORMS = [3.0, 1.0, 2.0, 5.0, 0.5, 4.0, 4.0, 0.1, 7.0, 1.0]
@@ -34,7 +34,7 @@ class Graph(TorchDispatchMode):
 @pytest.fixture
 def capturing(monkeypatch):
     on = []
-    monkeypatch.setattr(adaptive_policy, "is_capturing", lambda device: bool(on))
+    monkeypatch.setattr(streams, "is_capturing", lambda device: bool(on))
     return on
 
 
