@@ -64,6 +64,7 @@ from fastsam import FastSAM
         ("Llama 1B", 146, 1_235_814_400),
         ("4 x 4096^2", 4, 67_108_864),
         ("2,000 x 256", 2000, 512_000),
+        ("adapters", 64, 851_968),
     ],
 )
 def test_models_have_their_published_sizes(model: str, tensors: int, parameters: int) -> None:
@@ -348,6 +349,9 @@ def test_host_time_without_launches() -> None:
     assert {FUSED_BASE, "native"} <= set(record.times)
     assert set(record.times["native"]) == {STATIC, NEW_GRADIENTS, CHANGING_LR}
     assert record.stubbed
+    beside = host_time(Device(), TINY, seconds=0.0, frozen=3)
+    assert "2 tensors beside 3 frozen" in beside.name
+    assert beside.tensors == record.tensors
     params = parameters()
     Gradients(SHAPES).hand_to(params)
     before = [p.detach().clone() for p in params]
