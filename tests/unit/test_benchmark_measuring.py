@@ -188,6 +188,9 @@ def test_host_time_without_launches() -> None:
     assert set(record.times["native"]) == {STATIC, NEW_GRADIENTS, CHANGING_LR}
     assert set(record.times[WATCH]) == {STATIC, NEW_GRADIENTS}
     assert record.stubbed
+    beside = host_time(Device(), TINY, seconds=0.0, frozen=3)
+    assert "2 tensors beside 3 frozen" in beside.name
+    assert beside.tensors == record.tensors
     params = parameters()
     Gradients(SHAPES).hand_to(params)
     before = [p.detach().clone() for p in params]
