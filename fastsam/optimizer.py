@@ -39,9 +39,7 @@ from fastsam.wrapper import refuse_groups_of_others
 
 PLAIN = methods.SAM()
 # Arguments of the constructor that are about the whole optimizer.
-NO_GROUP_OPTIONS = (
-    "method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"
-)  # fmt: skip
+NO_GROUP_OPTIONS = ["method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"]
 
 
 class FastSAM(StepPhases):
