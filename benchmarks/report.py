@@ -141,15 +141,15 @@ def _host_time(record: HostTime) -> Iterable[Sequence[str]]:
     on_device = ("launches and copies", "extra copies of the parameters") if record.launches else ()
     yield ("", f"{STATIC} (IQR)", f"{NEW_GRADIENTS} (IQR)", f"{CHANGING_LR} (IQR)", *on_device)
     for name, parts in record.times.items():
-        row = [name, *(_microseconds(parts[part]) for part in (STATIC, NEW_GRADIENTS, CHANGING_LR))]
-        if on_device:
+        row = [name, *(_microseconds(parts.get(part)) for part in (STATIC, NEW_GRADIENTS, CHANGING_LR))]
+        if on_device and name in record.launches:
             copies = record.extra_copies.get(name)
             row += [str(sum(record.launches[name].values())), "" if copies is None else f"{copies:.4f}"]
         yield row
 
 
-def _microseconds(timing: Timing) -> str:
-    return f"{timing.median * 1e3:.0f} ({timing.spread * 1e3:.0f})"
+def _microseconds(timing: Timing | None) -> str:
+    return "" if timing is None else f"{timing.median * 1e3:.0f} ({timing.spread * 1e3:.0f})"
 
 
 def _ratio(value: float | None, unit: str = "", digits: int = 2) -> str:

@@ -13,6 +13,7 @@ from benchmarks.records import (
     NEW_GRADIENTS,
     SHARDED,
     STATIC,
+    WATCH,
     HostTime,
     MethodCosts,
     OptimizerPart,
@@ -54,6 +55,7 @@ PEER_TOLERANCE = 0.10
 HOST_TENSORS = 161
 HOST_MICROSECONDS = {"native": 80.0, "triton": 120.0}
 CHANGING_LR_MICROSECONDS = 5.0
+WATCH_MICROSECONDS = 3.0
 NATIVE_FUSED_STEPS = 0.5
 
 
@@ -165,5 +167,7 @@ def _of_host_time(results: Results) -> Iterator[Verdict]:
         mine, fused = record.microseconds("native"), record.microseconds(FUSED_BASE)
         steps = None if mine is None or fused is None else mine / fused
         yield at_most(f"{record.name}: native, fused base steps of host time", steps, NATIVE_FUSED_STEPS, "")
+        watch = record.microseconds(WATCH, NEW_GRADIENTS)
+        yield at_most(f"{record.name}: {WATCH}", watch, WATCH_MICROSECONDS, "us")
     if not records:
         yield from (at_most(f"{backend}: host time", None, most, "us") for backend, most in HOST_MICROSECONDS.items())

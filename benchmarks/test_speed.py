@@ -50,7 +50,7 @@ def test_rank_costs(case: plan.RankCosts, session: Session) -> None:
 
 
 def test_host_time(case: plan.HostTime, session: Session) -> None:
-    record = host_time(session.device, case.model, session.seconds / 12)
+    record = host_time(session.device, case.model, session.seconds / 12, case.frozen)
     session.add(record, needed=session.required if session.device.asynchronous else {"native"})
 
 

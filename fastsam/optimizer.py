@@ -39,9 +39,7 @@ from fastsam.wrapper import refuse_groups_of_others
 
 PLAIN = methods.SAM()
 # Arguments of the constructor that are about the whole optimizer.
-NO_GROUP_OPTIONS = (
-    "method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"
-)  # fmt: skip
+NO_GROUP_OPTIONS = ["method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"]
 
 
 class FastSAM(StepPhases):
@@ -246,7 +244,7 @@ class FastSAM(StepPhases):
         first = self._parallel.locally(ascent_closure or closure)
         ascends = self._ascends_now()
         states = self._generator_states()
-        loss = self._run_first(first if ascends else closure)
+        loss = self._run_first(first if ascends else closure, ascends)
         if not self._has_gradients():
             if ascends and ascent_closure is not None:
                 raise RuntimeError("no parameter has a gradient; ascent_closure must call backward()")
@@ -301,7 +299,7 @@ class FastSAM(StepPhases):
                 states = self._generator_states()
                 ascends = self._ascends_now()
                 first = self._parallel.locally(closure) if ascends else closure
-                losses.append(self._engine.run(first) if losses else self._run_first(first))
+                losses.append(self._engine.run(first) if losses else self._run_first(first, ascends))
                 if ascends and self._has_gradients():
                     again = closure if states is None else states.replayed(closure)
                     self._ascend_all_the_way(self._parallel.locally(again), number)

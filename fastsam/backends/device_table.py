@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class DeviceTable:
         # The table itself is not kept: it keeps this, and a ring of the two would hold the backups' memory.
         self._device = table.device
         if streams.is_capturing(self._device):
-            refuse_capture("fastsam has not seen these parameters before")
+            streams.refuse_capture("fastsam has not seen these parameters before")
         self._read_rows = tuple(rows)
         self._uploads = Uploads(self._device)
         count = len(table.params)
@@ -194,7 +194,7 @@ class DeviceTable:
         rows = [row for row in changed if row not in STEP_ROWS]
         now = table.addresses[rows]
         if not torch.equal(now, torch.where(now == 0, now, self._known[rows])):
-            refuse_capture("parameters, backups or state are not where they were")
+            streams.refuse_capture("parameters, backups or state are not where they were")
 
 
 class Uploads:
@@ -275,14 +275,6 @@ def _cut(table: TensorTable, chunk_size: int) -> tuple[Tensor, Tensor]:
 
 def _as_tensor(words: bytes) -> Tensor:
     return torch.frombuffer(bytearray(words), dtype=torch.int64)
-
-
-def refuse_capture(reason: str) -> NoReturn:
-    """Raises, and says what to do."""
-    raise RuntimeError(
-        f"this step cannot be captured into a CUDA graph: {reason}; run a step outside the capture first, and "
-        "capture the one after it"
-    )
 
 
 def fit_chunk_size(elements: int, smallest: int, largest: int) -> int:

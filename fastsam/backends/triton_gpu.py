@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends import Request
-from fastsam.backends.device_table import DeviceTable, refuse_capture
+from fastsam.backends.device_table import DeviceTable
 from fastsam.runtime import streams
 from fastsam.spec import (
     PERTURBATION,
@@ -207,5 +207,5 @@ class _View:
 
     def _new(self, *shape: int) -> Tensor:
         if streams.is_capturing(self._device):
-            refuse_capture("fastsam has not reduced over these parameters before")
+            streams.refuse_capture("fastsam has not reduced over these parameters before")
         return torch.empty(shape, dtype=torch.float64, device=self._device)

@@ -12,7 +12,7 @@ from checks import DTYPE_IDS, DTYPES, assert_same_bits, assert_within, values
 from expected import assert_whole_step
 from scene import Scene
 
-from fastsam import FastSAM, methods
+from fastsam import FastSAM, methods, schedules
 from fastsam.backends import load
 
 pytestmark = [
@@ -140,6 +140,34 @@ def test_every_method_is_captured(backend, method):
 
 def test_a_step_without_an_ascent_is_captured(backend):
     eager, replayed = run_captured(backend, {"lr": 0.1, "momentum": 0.9, "interval": 2}, 2)
+    assert_same_bits(replayed, eager)
+
+
+def test_an_adaptive_schedule_is_captured_as_two_graphs(backend):
+    """As in docs/backends.md; the decisions are those of eager steps, and so are the weights."""
+
+    def run(is_captured):
+        schedule = schedules.AESAM(30)
+        model, optimizer, closure = make_training(backend, lr=0.1, momentum=0.9, schedule=schedule)
+        kinds, seen, graphs = [], set(), {}
+        for _ in range(30):
+            ascends = optimizer.ascends_next
+            kinds.append(ascends)
+            if not is_captured or ascends not in seen:
+                optimizer.step(closure)
+                seen.add(ascends)
+                continue
+            if ascends not in graphs:
+                graphs[ascends] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[ascends]):
+                    optimizer.step(closure)
+            graphs[ascends].replay()
+        torch.cuda.synchronize()
+        return kinds, [p.detach().clone() for p in model.parameters()]
+
+    (eager_kinds, eager), (kinds, replayed) = run(False), run(True)
+    assert set(eager_kinds) == {True, False}
+    assert kinds == eager_kinds
     assert_same_bits(replayed, eager)
 
 

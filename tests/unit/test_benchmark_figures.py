@@ -25,6 +25,7 @@ from benchmarks.records import (
     NEW_GRADIENTS,
     OPTIMIZER,
     STATIC,
+    WATCH,
     HostTime,
     MethodCosts,
     OptimizerPart,
@@ -82,6 +83,7 @@ def host(native: float = 0.07, *, copies: float = 1.001, stubbed: bool = False) 
         name: {STATIC: timing(ms), NEW_GRADIENTS: timing(ms), CHANGING_LR: timing(ms + 0.004)}
         for name, ms in {FUSED_BASE: 0.15, "native": native, "triton": 0.11}.items()
     }
+    times[WATCH] = {STATIC: timing(0.001), NEW_GRADIENTS: timing(0.002)}
     extra = {} if stubbed else {"native": copies}
     launches = {} if stubbed else {name: {"kernel": 3} for name in times}
     sized = {"model": "ResNet-50", "parameters": 25_557_032, "tensors": 161}
@@ -151,7 +153,12 @@ def test_verdicts_on_a_gpu() -> None:
     bad = judged(*(part(model, **slow) for model in models), host(0.2, copies=1.1), training_step(**worse))
     assert {what for what, reached in bad.items() if reached} == {
         f"ResNet-50, SGD, 161 tensors: {what}"
-        for what in ("triton, host time", "native, host time of a changing lr", "triton, host time of a changing lr")
+        for what in (
+            "triton, host time",
+            "native, host time of a changing lr",
+            "triton, host time of a changing lr",
+            WATCH,
+        )
     }
     assert [what for what, reached in bad.items() if reached is None and "AdamW" not in what] == [
         "triton: extra memory, copies of the parameters"
@@ -173,7 +180,7 @@ def test_verdicts_on_the_cpu() -> None:
     training = training_step("CNN", **{HALF_BATCH: 159.0, of_method("LookSAM()"): 124.0})
     assert set(judged(training, gpu=False).values()) == {True}
     host_times = judged(host(0.09, stubbed=True), gpu=False)
-    assert list(host_times.values()) == [False, True, True, True, False]
+    assert list(host_times.values()) == [False, True, True, True, False, True]
     assert str(Verdict("x", ">= 2x", "1x", False)) == "NOT REACHED  x: 1x, wanted >= 2x"
 
 

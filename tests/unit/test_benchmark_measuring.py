@@ -30,6 +30,7 @@ from benchmarks.records import (
     CHANGING_LR,
     NEW_GRADIENTS,
     STATIC,
+    WATCH,
 )
 from benchmarks.shapes import TINY, sizes
 
@@ -185,7 +186,11 @@ def test_host_time_without_launches() -> None:
     record = host_time(Device(), TINY, seconds=0.0)
     assert {FUSED_BASE, "native"} <= set(record.times)
     assert set(record.times["native"]) == {STATIC, NEW_GRADIENTS, CHANGING_LR}
+    assert set(record.times[WATCH]) == {STATIC, NEW_GRADIENTS}
     assert record.stubbed
+    beside = host_time(Device(), TINY, seconds=0.0, frozen=3)
+    assert "2 tensors beside 3 frozen" in beside.name
+    assert beside.tensors == record.tensors
     params = parameters()
     Gradients(SHAPES).hand_to(params)
     before = [p.detach().clone() for p in params]

@@ -39,6 +39,7 @@ from fastsam import FastSAM
         ("Llama 1B", 146, 1_235_814_400),
         ("4 x 4096^2", 4, 67_108_864),
         ("2,000 x 256", 2000, 512_000),
+        ("adapters", 64, 851_968),
     ],
 )
 def test_models_have_their_published_sizes(model: str, tensors: int, parameters: int) -> None:
