@@ -38,8 +38,6 @@ from fastsam.schedules import RhoSchedule, Schedule, check_schedule
 from fastsam.wrapper import refuse_groups_of_others
 
 PLAIN = methods.SAM()
-# Arguments of the constructor that are about the whole optimizer.
-NO_GROUP_OPTIONS = ["method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"]
 
 
 class FastSAM(StepPhases):
@@ -160,7 +158,7 @@ class FastSAM(StepPhases):
         own = with_defaults({"params": []}, own, base)
         del own["params"]
         zero = zero_around()
-        drop_arguments(zero, params, NO_GROUP_OPTIONS)
+        drop_arguments(zero, params)
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
         if method is PLAIN and interval == 1 and schedule is None and model is None and not replay_rng:
             refuse_groups_of_others(params)
