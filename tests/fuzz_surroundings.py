@@ -372,6 +372,7 @@ class Subject:
             self.wrapped.add_param_group({**new, "rho": 0.1})
         elif what == "add to the base":
             self.optimizer.base_optimizer.add_param_group(new)
+            self.optimizer.param_groups[-1]["rho"] = 0.1
         else:
             self.optimizer.param_groups[0]["params"].append(self.params[-1])
 
