@@ -195,7 +195,7 @@ class Engine:
         """
         with self.tables.holding_grads():
             tables = self._read_grads_of_step(plan)
-            set_displacements(tables, tensors)
+            set_displacements(tables, tensors, sum(len(group["params"]) for group in plan.groups))
             for table in tables:
                 self._bindings.bind_for_ascent(table, plan)
             options = plan.ascent_options
