@@ -397,7 +397,7 @@ class FastSAM(StepPhases):
 
         Args:
             tensors: one for each parameter, in the order of ``param_groups``, of the parameter's shape on its device;
-                None: this parameter stays.
+                None: this parameter stays (as frozen ones must).
 
         Raises:
             RuntimeError: the weights are perturbed already.
@@ -406,6 +406,7 @@ class FastSAM(StepPhases):
         """
         self._refuse_perturbed("perturb_by()")
         try:
+            self._complete_groups()
             with DeferredInterrupts():
                 self._engine.displace(self._plan(), list(tensors))
                 if self._statistics is not None:
