@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import time
 
 import torch
@@ -14,8 +15,9 @@ from benchmarks.device import Device, Step, reason_of
 from benchmarks.implementations import FUSED_BASE, Implementation
 from benchmarks.measure import Gradients, Timing
 from benchmarks.operations import BACKENDS, KERNELS
-from benchmarks.records import CHANGING_LR, NEW_GRADIENTS, STATIC, HostTime
+from benchmarks.records import CHANGING_LR, NEW_GRADIENTS, STATIC, WATCH, HostTime
 from benchmarks.shapes import Shapes, shapes_of, sizes
+from fastsam.runtime.accumulation import AccumulationWatch
 
 BASE = "SGD"
 WARM_UP, MOST_REPEATS = 10, 2000
@@ -42,6 +44,7 @@ def host_time(device: Device, model: str, seconds: float, frozen: int = 0) -> Ho
                 peaks[name] = _peak(device, name, shapes)
         except Exception as error:
             skipped[name] = reason_of(error)
+    times[WATCH] = _watch(device, shapes, seconds)
     size = 4 * int(sizes(model)["parameters"])
     extra = {name: (peak - peaks[FUSED_BASE]) / size for name, peak in peaks.items() if name != FUSED_BASE}
     return HostTime(
@@ -70,6 +73,30 @@ def _kinds_of_step(device: Device, name: str, shapes: Shapes, seconds: float, fr
 
     kinds = {STATIC: lambda: None, NEW_GRADIENTS: lambda: gradients.hand_to(params), CHANGING_LR: change_lr}
     return {kind: _repeated(device, implementation.step, prepare, seconds) for kind, prepare in kinds.items()}
+
+
+def _watch(device: Device, shapes: Shapes, seconds: float) -> dict[str, Timing]:
+    """What ``step(closure)`` spends on looking for gradients of earlier backward passes."""
+    params, _ = _build(device, FUSED_BASE, shapes)
+    smallest = min(params, key=Tensor.numel)  # the one that stands for all
+    grads = itertools.cycle([torch.ones_like(smallest), torch.ones_like(smallest)])
+
+    def replace_grad() -> None:
+        smallest.grad = next(grads)
+
+    def repeated(closure: Step) -> Timing:
+        watch = AccumulationWatch()
+
+        def step() -> None:
+            watch.begin_closure(params)
+            closure()
+            watch.end_closure()
+            watch.end_step(params)
+
+        step()
+        return _repeated(device, step, lambda: None, seconds)
+
+    return {STATIC: repeated(lambda: None), NEW_GRADIENTS: repeated(replace_grad)}
 
 
 def _build(device: Device, name: str, shapes: Shapes, frozen: int = 0) -> tuple[list[Tensor], Implementation]:

@@ -60,6 +60,17 @@ class MethodCosts(NamedTuple):
         return f"{plain(self.model)}-{self.base}"
 
 
+class RankCosts(NamedTuple):
+    """For ``test_rank_costs``; ``model``: the shapes of each rank's shards."""
+
+    model: str
+    base: str = "AdamW"
+
+    @property
+    def id(self) -> str:
+        return f"{plain(self.model)}-{self.base}"
+
+
 class HostTime(NamedTuple):
     """For ``test_host_time``: ``tensors`` as ResNet-50 has them, of 256 elements each, or LoRA's adapters.
 
@@ -137,6 +148,7 @@ def _cpu(heavyball: bool) -> Plan:
     ):
         yield "test_optimizer_part", Part(model, base)
     yield "test_method_costs", MethodCosts("ResNet-18")
+    yield "test_rank_costs", RankCosts("ResNet-50")
     for case in HOST_TIMES:
         yield "test_host_time", case
     for network in (CNN, TRANSFORMER):
@@ -154,6 +166,7 @@ def _dry() -> Plan:
     yield "test_optimizer_part", Part(TINY, "AdamW", "bfloat16", compiled=True)
     yield "test_host_time", HostTime(2)
     yield "test_method_costs", MethodCosts(TINY)
+    yield "test_rank_costs", RankCosts(TINY)
     for network in TINY_NETWORKS:
         yield "test_training_step", Training(network)
 

@@ -21,6 +21,11 @@ AROUND = "around the operations"
 OPTIMIZER = "optimizer"
 # What differs from step to step while the host's time is taken.
 STATIC, NEW_GRADIENTS, CHANGING_LR = "static gradients", "new gradients", "new gradients, changing lr"
+# On several ranks.
+LOCAL, SHARDED = "FastSAM, a rank's shards alone", "FastSAM, DTensors"
+SHARDED_BASE, SHARDED_CLIP = "the base, fused, DTensors", "clip_grad_norm_, DTensors"
+# A part of step(closure) that the two phases do not have.
+WATCH = "watch for accumulated gradients"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +183,7 @@ class HostTime(Record):
     """What a step costs beside the arithmetic.
 
     Attributes:
-        times: parts are ``STATIC``, ``NEW_GRADIENTS``, ``CHANGING_LR``; until the calls have returned.
+        times: parts are ``STATIC``, ``NEW_GRADIENTS`` and, but of ``WATCH``, ``CHANGING_LR``; until the calls return.
         stubbed: the launches did nothing; else they were made, on an idle device.
         launches: by implementation, kernels and copies of a step with static gradients, by name.
         extra_copies: peak memory over that of the fused base alone, in copies of the parameters.
@@ -202,7 +207,33 @@ class HostTime(Record):
         return None if timing is None else 1e3 * timing.median
 
 
-_KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (OptimizerPart, MethodCosts, TrainingStep, HostTime)}
+@dataclass(frozen=True, kw_only=True)
+class RankCosts(Record):
+    """The optimizer part over DTensors; ``parameters`` and ``tensors`` are those of each rank.
+
+    Attributes:
+        ranks: how many there are.
+    """
+
+    kind = "ranks"
+
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}, on each of {self.ranks} ranks"
+
+    def local_steps(self, implementation: str) -> float | None:
+        """The time in units of FastSAM's without other ranks."""
+        return self.ratio(implementation, LOCAL)
+
+    def figures(self, implementation: str) -> dict[str, Any]:
+        return {"local_steps": self.local_steps(implementation)}
+
+
+_KINDS: dict[str, type[Record]] = {
+    kind.kind: kind for kind in (OptimizerPart, MethodCosts, TrainingStep, HostTime, RankCosts)
+}
 
 
 def record_from_json(data: Mapping[str, Any]) -> Record:

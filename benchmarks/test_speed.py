@@ -13,6 +13,7 @@ from benchmarks.host_time import host_time
 from benchmarks.implementations import FUSED_BASE
 from benchmarks.measure import Visit, driven_by, interleaved
 from benchmarks.optimizer_part import PartRun, method_costs
+from benchmarks.ranks import rank_costs
 from benchmarks.records import TrainingStep
 from benchmarks.session import Session
 from benchmarks.training import FASTSAM, HALF_BATCH, IN_A_GRAPH, prepare, rows
@@ -42,6 +43,10 @@ def test_method_costs(case: plan.MethodCosts, session: Session, benchmark: Any) 
     drive = driven_by(benchmark)
     record = method_costs(session.device, case.model, case.base, session.seconds, drive, session.fewest)
     session.add(record, needed=set(record.skipped))
+
+
+def test_rank_costs(case: plan.RankCosts, session: Session) -> None:
+    session.add(rank_costs(case.model, case.base, session.seconds, session.fewest), needed=set())
 
 
 def test_host_time(case: plan.HostTime, session: Session) -> None:

@@ -49,7 +49,7 @@ class Coefficients:
     def norms(
         self, backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[AscentOptions]
     ) -> dict[torch.device, Tensor]:
-        """The norm of the whole model's gradient, on each of the tables' devices."""
+        """The norm of the whole model's gradient, on each of the tables' devices; without tables on some device."""
         if not (self._sums.has_shard_groups or any(table.sharding for table in tables)):
             return grad_norms(backends, tables, options)
         home = home_of([table.device for table in tables])
@@ -59,7 +59,7 @@ class Coefficients:
             norms = grad_norms([b for b, _ in mine], [t for _, t in mine], options)
             squares[sharding] = next(iter(norms.values())).to(home, non_blocking=True).square()
         norm = self._sums.total(squares, home).sqrt()
-        return {table.device: norm.to(table.device, non_blocking=table.device.type != "cpu") for table in tables}
+        return _on_each(norm, tables)
 
     def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
         """The ascent was plain SAM's, by these norms."""
@@ -159,8 +159,10 @@ class Coefficients:
         for sharding, dots in zip(shardings, weigh(each), strict=True):
             mine = dots.sum(dim=0).to(home, non_blocking=True)
             parts[sharding] = parts[sharding] + mine if sharding in parts else mine
+        if not (tables or needed):
+            return each, {}
         total = self._sums.total(parts, home, (3,)) if needed else functools.reduce(torch.add, parts.values())
-        return each, {t.device: total.to(t.device, non_blocking=t.device.type != "cpu") for t in tables}
+        return each, _on_each(total, tables)
 
 
 def divide_kept(descent: Descent, scale: Tensor | None) -> None:
@@ -291,6 +293,12 @@ def whole_direction(table: TensorTable, options: Sequence[AscentOptions]) -> Asc
 def home_of(devices: Sequence[torch.device]) -> torch.device:
     """Where numbers of several devices are added up: on an accelerator where there is one, so that nothing waits."""
     return next((device for device in devices if device.type != "cpu"), next(iter(devices), torch.device("cpu")))
+
+
+def _on_each(number: Tensor, tables: Sequence[TensorTable]) -> dict[torch.device, Tensor]:
+    """A tensor on each of the tables' devices; without tables on its own."""
+    devices = [table.device for table in tables] or [number.device]
+    return {device: number.to(device, non_blocking=device.type != "cpu") for device in devices}
 
 
 def _all_finite(sums: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
@@ -23,6 +24,8 @@ GPU_CHUNK_SIZE = 8192
 
 # Copies of options on the device, at most: those sent last.
 MOST_OPTIONS = 16
+
+_NUMBERS = frozenset({int, float, bool})
 
 Options = Sequence[Any]
 """One NamedTuple per parameter group."""
@@ -131,17 +134,18 @@ class DeviceTable:
         # Numbers do not change: the same objects are the same numbers.
         if len(known) == len(values) and all(map(is_, known, values)):
             return words
-        fields = [
-            field
-            for group, entries in enumerate(options)
-            for key, value in zip(entries._fields, entries, strict=True)
-            for field in self._entry(value, (name, group, key))
-        ]
-        words = struct.pack("=" + "dq" * (len(fields) // 2), *fields)
+        if all(type(value) in _NUMBERS for value in values):
+            fields = [0.0] * (2 * len(values))  # an address of 0 has the bits of 0.0
+            fields[::2] = values
+            self._plain[name] = values, array("d", fields).tobytes()
+            return self._plain[name][1]
         self._plain.pop(name, None)
-        if all(type(value) in (int, float, bool) for value in values):
-            self._plain[name] = values, words
-        return words
+        entries = [
+            self._entry(value, (name, group, key))
+            for group, mine in enumerate(options)
+            for key, value in zip(mine._fields, mine, strict=True)
+        ]
+        return b"".join(struct.pack("=dq", *entry) for entry in entries)
 
     def _entry(self, value: Any, key: tuple[str, int, str]) -> tuple[float, int]:
         on_the_host = value.device.type == "cpu" != self._device.type if isinstance(value, Tensor) else True

@@ -1,4 +1,7 @@
-"""What only a GPU can show, of every backend with kernels for it: waiting, graphs, streams, devices, sizes."""
+"""What only a GPU can show, of every backend with kernels for it: waiting, graphs, streams, devices, sizes.
+
+One file, the most important first: a GPU may be at hand for minutes.
+"""
 
 import math
 import re

@@ -83,13 +83,13 @@ def test_run_is_measured(name):
     assert found.density is not None
 
 
-def test_missing_extras_are_named(monkeypatch, capsys):
+def test_missing_packages_are_named(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "hessian_eigenthings" else find_spec(name)
     )
     assert command.run(SharpnessOptions()) == 1
-    assert capsys.readouterr().err == "this needs hessian_eigenthings: pip install fastsam-optim[sharpness]\n"
+    assert capsys.readouterr().err == "this also needs: pip install hessian-eigenthings\n"
 
 
 def test_options_extend_the_demos():

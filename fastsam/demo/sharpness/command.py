@@ -21,12 +21,13 @@ from fastsam.demo.sharpness.options import SharpnessOptions
 from fastsam.demo.sharpness.report import measurements_table, verdict
 from fastsam.demo.sharpness.rows import rows
 
+# What this imports, and the distributions that have it.
 EXTRAS = {
-    "hessian_eigenthings": "sharpness",
-    "matplotlib": "demo",
-    "scipy": "sharpness",
-    "sklearn": "demo",
-    "tqdm": "demo",
+    "hessian_eigenthings": "hessian-eigenthings",
+    "matplotlib": "matplotlib",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "tqdm": "tqdm",
 }
 
 Results = dict[str, list[Measured]]
@@ -34,10 +35,9 @@ Results = dict[str, list[Measured]]
 
 def run(options: SharpnessOptions) -> int:
     """Trains, measures, prints the table and writes the picture; returns the exit status."""
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    missing = [package for name, package in EXTRAS.items() if importlib.util.find_spec(name) is None]
     if missing:
-        extras = ",".join(sorted({EXTRAS[name] for name in missing}))
-        print(f"this needs {', '.join(missing)}: pip install fastsam-optim[{extras}]", file=sys.stderr)
+        print(f"this also needs: pip install {' '.join(missing)}", file=sys.stderr)
         return 1
     from fastsam.demo.sharpness.plot import draw
 
