@@ -1,6 +1,7 @@
 """What a step of each method asks of a GPU by way of Triton: launches, compilations, waits, uploads, CUDA graphs."""
 
 import pytest
+import torch
 from fake_gpu import fake_gpu, uploads  # noqa: F401 (a fixture)
 from gpu_steps import Steps, every_base, every_method, every_precision
 
@@ -60,6 +61,18 @@ def test_every_kind_of_step_can_be_captured(fake_gpu, method):  # noqa: F811
         fake_gpu.capturing = True
         steps()
         fake_gpu.capturing = False
+
+
+def test_captured_step_says_what_its_ascent_has_measured(fake_gpu):  # noqa: F811
+    """Each replay writes these tensors; nothing of the host's is in them."""
+    steps = Steps("triton")
+    for _ in range(4):
+        steps()
+    fake_gpu.capturing = True
+    _, _, syncs = fake_gpu.count(steps)
+    fake_gpu.capturing = False
+    assert all(isinstance(value, torch.Tensor) for value in steps.optimizer.last_ascent)
+    assert "aten::_local_scalar_dense" not in syncs
 
 
 @pytest.mark.parametrize("warm_up", [4, 5])
