@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import time
 
 import torch
@@ -14,20 +15,22 @@ from benchmarks.device import Device, Step, reason_of
 from benchmarks.implementations import FUSED_BASE, Implementation
 from benchmarks.measure import Gradients, Timing
 from benchmarks.operations import BACKENDS, KERNELS
-from benchmarks.records import CHANGING_LR, NEW_GRADIENTS, STATIC, HostTime
+from benchmarks.records import CHANGING_LR, NEW_GRADIENTS, STATIC, WATCH, HostTime
 from benchmarks.shapes import Shapes, shapes_of, sizes
+from fastsam.runtime.accumulation import AccumulationWatch
 
 BASE = "SGD"
 WARM_UP, MOST_REPEATS = 10, 2000
 
 
-def host_time(device: Device, model: str, seconds: float) -> HostTime:
+def host_time(device: Device, model: str, seconds: float, frozen: int = 0) -> HostTime:
     """Every backend's optimizer part, and one fused step of the base alone.
 
     Args:
         device: what to measure on; on the CPU the kernels' backends run their path for CUDA, launches stubbed out.
         model: whose parameters; where nothing is launched they have 8 elements each.
         seconds: for each implementation and each kind of step.
+        frozen: how many more parameters the optimizer is given, which have no gradient.
     """
     stubbed = not device.asynchronous
     shapes = [(8,)] * len(shapes_of(model)) if stubbed else shapes_of(model)
@@ -35,12 +38,13 @@ def host_time(device: Device, model: str, seconds: float) -> HostTime:
     for name in (FUSED_BASE, *(KERNELS if stubbed else BACKENDS)):
         try:
             with _stubbed(name) if stubbed else contextlib.nullcontext():
-                times[name] = _kinds_of_step(device, name, shapes, seconds)
+                times[name] = _kinds_of_step(device, name, shapes, seconds, frozen)
             if not stubbed:
-                launches[name] = device.launches(_warmed_up(*_build(device, name, shapes)))
+                launches[name] = device.launches(_warmed_up(*_build(device, name, shapes, frozen)))
                 peaks[name] = _peak(device, name, shapes)
         except Exception as error:
             skipped[name] = reason_of(error)
+    times[WATCH] = _watch(device, shapes, seconds)
     size = 4 * int(sizes(model)["parameters"])
     extra = {name: (peak - peaks[FUSED_BASE]) / size for name, peak in peaks.items() if name != FUSED_BASE}
     return HostTime(
@@ -49,6 +53,7 @@ def host_time(device: Device, model: str, seconds: float) -> HostTime:
         times=times,
         skipped=skipped,
         stubbed=stubbed,
+        frozen=frozen,
         launches=launches,
         extra_copies=extra,
     )
@@ -58,8 +63,8 @@ def _stubbed(name: str) -> contextlib.AbstractContextManager[None]:
     return implementations.stubbed_fused_base() if name == FUSED_BASE else operations.stubbed_launches(name)
 
 
-def _kinds_of_step(device: Device, name: str, shapes: Shapes, seconds: float) -> dict[str, Timing]:
-    params, implementation = _build(device, name, shapes)
+def _kinds_of_step(device: Device, name: str, shapes: Shapes, seconds: float, frozen: int) -> dict[str, Timing]:
+    params, implementation = _build(device, name, shapes, frozen)
     gradients = Gradients(shapes, device=device.type)
 
     def change_lr() -> None:
@@ -70,10 +75,35 @@ def _kinds_of_step(device: Device, name: str, shapes: Shapes, seconds: float) ->
     return {kind: _repeated(device, implementation.step, prepare, seconds) for kind, prepare in kinds.items()}
 
 
-def _build(device: Device, name: str, shapes: Shapes) -> tuple[list[Tensor], Implementation]:
+def _watch(device: Device, shapes: Shapes, seconds: float) -> dict[str, Timing]:
+    """What ``step(closure)`` spends on looking for gradients of earlier backward passes."""
+    params, _ = _build(device, FUSED_BASE, shapes)
+    smallest = min(params, key=Tensor.numel)  # the one that stands for all
+    grads = itertools.cycle([torch.ones_like(smallest), torch.ones_like(smallest)])
+
+    def replace_grad() -> None:
+        smallest.grad = next(grads)
+
+    def repeated(closure: Step) -> Timing:
+        watch = AccumulationWatch()
+
+        def step() -> None:
+            watch.begin_closure(params)
+            closure()
+            watch.end_closure()
+            watch.end_step(params)
+
+        step()
+        return _repeated(device, step, lambda: None, seconds)
+
+    return {STATIC: repeated(lambda: None), NEW_GRADIENTS: repeated(replace_grad)}
+
+
+def _build(device: Device, name: str, shapes: Shapes, frozen: int = 0) -> tuple[list[Tensor], Implementation]:
     params = [torch.randn(shape, device=device.type).mul_(0.02).requires_grad_() for shape in shapes]
     Gradients(shapes, device=device.type).hand_to(params)
-    return params, implementations.build(name, params, BASE)
+    others = [torch.zeros(8, device=device.type) for _ in range(frozen)]
+    return params, implementations.build(name, [*others, *params], BASE)
 
 
 def _repeated(device: Device, step: Step, prepare: Step, seconds: float) -> Timing:

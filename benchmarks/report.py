@@ -19,6 +19,7 @@ from benchmarks.records import (
     HostTime,
     MethodCosts,
     OptimizerPart,
+    RankCosts,
     Record,
     Results,
     TrainingStep,
@@ -28,6 +29,7 @@ from benchmarks.targets import verdicts
 TITLES: dict[type[Record], str] = {
     OptimizerPart: "THE OPTIMIZER PART OF A SAM STEP: first_step() + second_step()",
     MethodCosts: "THE OPTIMIZER PART OF EVERY METHOD'S STEP",
+    RankCosts: "THE OPTIMIZER PART ON SEVERAL RANKS, by gloo on this machine",
     HostTime: "THE HOST'S TIME, microseconds of a step",
     TrainingStep: "WHOLE TRAINING STEPS: forward, backward, optimizer",
 }
@@ -64,6 +66,7 @@ def record_lines(record: Record) -> list[str]:
     table = {
         OptimizerPart: _optimizer_part,
         MethodCosts: _method_costs,
+        RankCosts: _rank_costs,
         HostTime: _host_time,
         TrainingStep: _training_step,
     }[type(record)]
@@ -116,6 +119,13 @@ def _method_costs(part: MethodCosts) -> Iterable[Sequence[str]]:
         yield [*row, f"{moved / sam:.2f}", f"{part.gb_s(name):,.1f}", f"{part.share_of_copy(name):.0%}"]
 
 
+def _rank_costs(record: RankCosts) -> Iterable[Sequence[str]]:
+    yield ("", "median ms", "IQR ms", "of a rank's alone")
+    for name in record.times:
+        step = record.step(name)
+        yield [name, number(step.median), number(step.spread), _ratio(record.local_steps(name), digits=3)]
+
+
 def _training_step(case: TrainingStep) -> Iterable[Sequence[str]]:
     of_optimizer = any(OPTIMIZER in parts for parts in case.times.values())
     yield ("", "median ms", "IQR ms", "base steps", *(("optimizer ms", "of the step") if of_optimizer else ()))
@@ -131,15 +141,15 @@ def _host_time(record: HostTime) -> Iterable[Sequence[str]]:
     on_device = ("launches and copies", "extra copies of the parameters") if record.launches else ()
     yield ("", f"{STATIC} (IQR)", f"{NEW_GRADIENTS} (IQR)", f"{CHANGING_LR} (IQR)", *on_device)
     for name, parts in record.times.items():
-        row = [name, *(_microseconds(parts[part]) for part in (STATIC, NEW_GRADIENTS, CHANGING_LR))]
-        if on_device:
+        row = [name, *(_microseconds(parts.get(part)) for part in (STATIC, NEW_GRADIENTS, CHANGING_LR))]
+        if on_device and name in record.launches:
             copies = record.extra_copies.get(name)
             row += [str(sum(record.launches[name].values())), "" if copies is None else f"{copies:.4f}"]
         yield row
 
 
-def _microseconds(timing: Timing) -> str:
-    return f"{timing.median * 1e3:.0f} ({timing.spread * 1e3:.0f})"
+def _microseconds(timing: Timing | None) -> str:
+    return "" if timing is None else f"{timing.median * 1e3:.0f} ({timing.spread * 1e3:.0f})"
 
 
 def _ratio(value: float | None, unit: str = "", digits: int = 2) -> str:

@@ -8,7 +8,18 @@ from typing import NamedTuple
 from benchmarks.implementations import FUSED_BASE, LOOP, PEER
 from benchmarks.methods import SAM
 from benchmarks.operations import KERNELS, fastest
-from benchmarks.records import CHANGING_LR, NEW_GRADIENTS, STATIC, HostTime, MethodCosts, OptimizerPart, Results
+from benchmarks.records import (
+    CHANGING_LR,
+    NEW_GRADIENTS,
+    SHARDED,
+    STATIC,
+    WATCH,
+    HostTime,
+    MethodCosts,
+    OptimizerPart,
+    RankCosts,
+    Results,
+)
 from benchmarks.records import TrainingStep as TrainingRecord
 from benchmarks.shapes import MODELS
 from benchmarks.training import FASTSAM, HALF_BATCH, IN_A_GRAPH, of_method
@@ -35,6 +46,8 @@ CPU_SPEED: dict[tuple[str, str], tuple[float | None, float]] = {
 FOREACH_FASTER = 1.0
 CPU_TRAINING = {HALF_BATCH: 1.6, of_method("LookSAM()"): 1.25, of_method("MomentumSAM()"): 1.02}
 SAM_STEPS = {"MomentumSAM()": 1.05, "AMP()": 1.05}
+# Over DTensors on two ranks, in units of the same over a rank's shards alone.
+LOCAL_STEPS = 1.15
 # How far the loop may be from the published SAM that it stands for.
 PEER_TOLERANCE = 0.10
 
@@ -42,6 +55,7 @@ PEER_TOLERANCE = 0.10
 HOST_TENSORS = 161
 HOST_MICROSECONDS = {"native": 80.0, "triton": 120.0}
 CHANGING_LR_MICROSECONDS = 5.0
+WATCH_MICROSECONDS = 3.0
 NATIVE_FUSED_STEPS = 0.5
 
 
@@ -133,6 +147,9 @@ def _of_cpu(results: Results) -> Iterator[Verdict]:
     for part in results.of(MethodCosts):
         for name, most in (SAM_STEPS if part.model in MODELS else {}).items():
             yield at_most(f"{part.name}: {name} in units of {SAM}", part.sam_steps(name), most, "")
+    for record in results.of(RankCosts):
+        what = f"{record.name}: {SHARDED}, of a rank's shards alone"
+        yield at_most(what, record.local_steps(SHARDED) if record.model in MODELS else None, LOCAL_STEPS, "")
     for step in results.of(TrainingRecord):
         for name, most in (CPU_TRAINING if step.model == "CNN" else {}).items():
             yield at_most(f"{step.name}: {name}, steps of the base", step.base_steps(name), most, "")
@@ -150,5 +167,7 @@ def _of_host_time(results: Results) -> Iterator[Verdict]:
         mine, fused = record.microseconds("native"), record.microseconds(FUSED_BASE)
         steps = None if mine is None or fused is None else mine / fused
         yield at_most(f"{record.name}: native, fused base steps of host time", steps, NATIVE_FUSED_STEPS, "")
+        watch = record.microseconds(WATCH, NEW_GRADIENTS)
+        yield at_most(f"{record.name}: {WATCH}", watch, WATCH_MICROSECONDS, "us")
     if not records:
         yield from (at_most(f"{backend}: host time", None, most, "us") for backend, most in HOST_MICROSECONDS.items())

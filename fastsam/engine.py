@@ -18,10 +18,12 @@ from fastsam.methods import Method
 from fastsam.plan import Plan
 from fastsam.precision import ascent_seed
 from fastsam.runtime.accumulation import AccumulationWatch
+from fastsam.runtime.grad_mode import untracked
 from fastsam.runtime.weight_caches import clear_weight_caches
 from fastsam.runtime.writers import ForeignWrites
 from fastsam.spec import Ascent, AscentOptions, Descent, Row, Update
 from fastsam.tables import TensorTable, TensorTables
+from fastsam.tables.gradients import separate_grads
 from fastsam.tables.memory import as_real
 
 
@@ -72,6 +74,7 @@ class Engine:
         """These are the parameters, to which nobody else may write while they are perturbed."""
         self._watched_builds = self.tables.builds
         self._writes.watch(params)
+        self.accumulation.forget()
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls a closure with gradients enabled, and what it returns.
@@ -92,7 +95,7 @@ class Engine:
 
     # ---- perturb ----
 
-    @torch.no_grad()
+    @untracked
     def ascend(self, plan: Plan) -> None:
         """Moves the weights uphill by the present gradients (or by what the method has instead).
 
@@ -185,7 +188,7 @@ class Engine:
             "call restore() to give the ascent up; the other one may step before first_step() or after second_step()"
         )
 
-    @torch.no_grad()
+    @untracked
     def displace(self, plan: Plan, tensors: Sequence[Tensor | None]) -> None:
         """Adds given tensors to the weights, one per parameter in the groups' order; None: it stays.
 
@@ -210,7 +213,7 @@ class Engine:
 
     # ---- restore ----
 
-    @torch.no_grad()
+    @untracked
     def restore(self) -> None:
         """Brings the weights back, bit for bit, and ends the step without an update."""
         moved = any(table.changed() for table in self.tables)
@@ -230,14 +233,14 @@ class Engine:
 
     # ---- update ----
 
-    @torch.no_grad()
+    @untracked
     def begin_without_ascent(self, plan: Plan) -> None:
         """Reads the gradients of a step that has no ascent, or none any more; :meth:`descend` follows."""
         with self.tables.holding_grads():
             for table in self.tables.read_grads(plan.groups):
                 table.choose_perturbed([False] * len(plan.groups), [])
 
-    @torch.no_grad()
+    @untracked
     def measure(self, plan: Plan) -> Tensor:
         """The norm of the present gradients of the parameters that a step perturbs: float64, 0-dim."""
         with self.tables.holding_grads():
@@ -248,7 +251,7 @@ class Engine:
             norms = self._coefficients.norms([self._backend(table) for table in tables], tables, options)
         return next((norm for device, norm in norms.items() if device.type != "cpu"), next(iter(norms.values())))
 
-    @torch.no_grad()
+    @untracked
     def initialize_state(self, plan: Plan, base_step: Callable[[], None]) -> None:
         """Makes the state of every parameter that has a gradient, as torch's optimizers do in a step with lr = 0."""
         self.begin_without_ascent(plan)
@@ -264,7 +267,7 @@ class Engine:
             self._bindings.publish(plan, bindings)
         self.is_initial = True
 
-    @torch.no_grad()
+    @untracked
     def descend(self, plan: Plan, base_step: Callable[[], None]) -> None:
         """Restores the weights and lets the base apply the present gradients.
 
@@ -273,6 +276,8 @@ class Engine:
             base_step: the base's own step, which runs if there is no fused update.
         """
         self.is_initial = False
+        if plan.update is None and (plan.grad_scale is not None or self.method.descent_form(self.ascents > 0)):
+            separate_grads(param for group in plan.groups for param in group["params"])
         with self.tables.holding_grads():
             self._read_grads_again()
             tables = list(self.tables)
@@ -280,7 +285,7 @@ class Engine:
                 table.gather()
             overflow = plan.update is None and plan.found_inf is not None and float(plan.found_inf) != 0
             descents = None if overflow else self._plan_descents(tables, plan)
-            keeps = descents is not None and descents[0].form.keeps
+            keeps = bool(descents and descents[0].form.keeps)
             keepers = [self._bindings.keepers(table, plan, self.ascents > 0) if keeps else () for table in tables]
             bindings = [
                 self._bindings.bind(table, plan, table.perturbed, table.present, mine)

@@ -1,4 +1,4 @@
-"""FastSAM: arguments, the two phases of a step, closures."""
+"""FastSAM: arguments, the two phases of a step, closures. Half of this file is the public docstrings."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.parallel_models import ParallelModel
+from fastsam.runtime.zero import drop_arguments, zero_around
 from fastsam.schedules import RhoSchedule, Schedule, check_schedule
 from fastsam.wrapper import refuse_groups_of_others
 
 PLAIN = methods.SAM()
+# Arguments of the constructor that are about the whole optimizer.
+NO_GROUP_OPTIONS = ["method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"]
 
 
 class FastSAM(StepPhases):
@@ -156,15 +159,17 @@ class FastSAM(StepPhases):
         own |= {"rounding_seed": rounding_seed, "master_weights": master_weights}
         own = with_defaults({"params": []}, own, base)
         del own["params"]
+        zero = zero_around()
+        drop_arguments(zero, params, NO_GROUP_OPTIONS)
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
         if method is PLAIN and interval == 1 and schedule is None and model is None and not replay_rng:
             refuse_groups_of_others(params)
         check_parameters(groups)
-        check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
+        check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method, zero)
         self.backend = backend
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
         self._policy.check(method, local_ascent)
-        self._parallel = ParallelModel(model, local_ascent, method)
+        self._parallel = ParallelModel(model, local_ascent, method, zero)
         if local_ascent and self._policy.statistics is not None:
             raise ValueError(f"local_ascent=True is not possible with {schedule}: the ranks might decide differently")
         self._statistics = RunningStatistics(model) if model is not None else None
@@ -239,7 +244,7 @@ class FastSAM(StepPhases):
         first = self._parallel.locally(ascent_closure or closure)
         ascends = self._ascends_now()
         states = self._generator_states()
-        loss = self._run_first(first if ascends else closure)
+        loss = self._run_first(first if ascends else closure, ascends)
         if not self._has_gradients():
             if ascends and ascent_closure is not None:
                 raise RuntimeError("no parameter has a gradient; ascent_closure must call backward()")
@@ -294,7 +299,7 @@ class FastSAM(StepPhases):
                 states = self._generator_states()
                 ascends = self._ascends_now()
                 first = self._parallel.locally(closure) if ascends else closure
-                losses.append(self._engine.run(first) if losses else self._run_first(first))
+                losses.append(self._engine.run(first) if losses else self._run_first(first, ascends))
                 if ascends and self._has_gradients():
                     again = closure if states is None else states.replayed(closure)
                     self._ascend_all_the_way(self._parallel.locally(again), number)

@@ -15,6 +15,7 @@ from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.parallel_models import ParallelModel
 from fastsam.runtime.replay_rng import GeneratorStates
+from fastsam.runtime.scaler import name_way_to_clip
 from fastsam.schedules import is_schedule
 from fastsam.wrapper import BaseWrapper
 
@@ -51,7 +52,7 @@ class StepPhases(BaseWrapper):
         with DeferredInterrupts():
             self._engine.restore()
             self._restore_statistics()
-        self._parallel.note_writes()
+        self._parallel.note_restore()
 
     def _ascend_all_the_way(self, ascent_closure: Closure, micro_batch: int = 0) -> None:
         self._ascend(micro_batch)
@@ -73,7 +74,7 @@ class StepPhases(BaseWrapper):
         try:
             with DeferredInterrupts():
                 self._engine.ascend(self._plan(micro_batch))
-            self._parallel.note_writes()
+            self._parallel.note_ascent()
         except BaseException:
             if not self._engine.perturbed:
                 self._restore_statistics()
@@ -93,7 +94,7 @@ class StepPhases(BaseWrapper):
             note_step(self.base_optimizer)
             self._count_step()
             self._restore_statistics()
-        self._parallel.note_writes()
+        self._parallel.note_update()
         self._engine.accumulation.end_step(self._parameters())
 
     def _finish(self) -> None:
@@ -151,9 +152,17 @@ class StepPhases(BaseWrapper):
                 "backward again, then scaler.step(optimizer) without a closure"
             )
 
-    def _run_first(self, closure: Closure) -> Any:
-        with self._engine.accumulation.watching(self._parameters()):
+    def _run_first(self, closure: Closure, ascends: bool) -> Any:
+        watch = self._engine.accumulation
+        if ascends:  # in a step of one pass accumulation is right
+            watch.begin_closure(self._parameters())
+        try:
             return self._engine.run(closure)
+        except RuntimeError as error:
+            name_way_to_clip(error)
+            raise
+        finally:
+            watch.end_closure()
 
     def _run_second(self, closure: Closure) -> Any:
         loss = self._engine.run(closure)

@@ -8,7 +8,8 @@ import os
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from fuzz_surroundings import Subject, lives
+from fuzz_lives import lives
+from fuzz_surroundings import Subject
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +35,7 @@ class Replica(Subject):
 
     def wrap(self, is_flat):
         """The model of the present parameters; making it writes to the weights."""
-        key = [id(param) for param in self.params], is_flat
+        key = [(id(param), param.shape) for param in self.params], is_flat
         if self.model is None or self.key != key:
             self.key = key
             self.model = DistributedDataParallel(Model(self.params), gradient_as_bucket_view=is_flat)
@@ -43,13 +44,17 @@ class Replica(Subject):
     def closure(self, gradients, scale=1.0):
         is_flat = gradients == "flat" and not self.optimizer.perturbed
         model = self.model if self.optimizer.perturbed else self.wrap(is_flat)
-        data = 0.1 * (1 + dist.get_rank())
 
         def closure():
-            self.optimizer.zero_grad(set_to_none=gradients != "zeroed in place")
-            (model(data) * scale).backward()
+            with self.in_closure():
+                self.optimizer.zero_grad(set_to_none="zeroed" not in gradients)
+                self.backward(scale, model)
 
         return closure
+
+    def backward(self, scale=1.0, model=None):
+        with torch.enable_grad():
+            ((model or self.wrap(False))(0.1 * (1 + dist.get_rank())) * scale).backward()
 
     def refuse(self, what):
         # DistributedDataParallel may have written to all weights since the last step, as a model of embeddings does.
@@ -75,7 +80,7 @@ def work(rank, address, backend, count, number):
     @given(lives())
     def carry_out(life):
         torch.manual_seed(7 + rank)
-        replica = Replica(backend, life, life.wrapper)
+        replica = Replica(backend, life)
         for operation in life.operations:
             replica.carry_out(operation)
             replica.assert_same_on_all_ranks()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -21,34 +21,31 @@ class AccumulationWatch:
     def __init__(self) -> None:
         self._is_over = False
         self._param: Tensor | None = None
-        self._left: tuple[weakref.ref[Tensor] | None, int] = None, 0
+        # The gradient's storage stands for it: torch.utils.swap_tensors refuses tensors with weak references.
+        self._left: tuple[weakref.ref[torch.UntypedStorage] | None, int] = None, 0
         self._unchanged: Tensor | None = None
         """In a closure: the gradient that the last step has left, if it is as it was."""
         self._is_suspect = False
         self._hook: Any = None
         self._found: Tensor | None = None
 
-    @contextmanager
-    def watching(self, params: Iterable[Tensor]) -> Iterator[None]:
-        """A block in which a step's first closure runs."""
-        self._begin(params)
-        try:
-            yield
-        finally:
-            self._end_closure()
+    def forget(self) -> None:
+        """The parameters are others: the one that stood for all may be none of them."""
+        self._param, self._left = None, (None, 0)
 
-    def _begin(self, params: Iterable[Tensor]) -> None:
+    def begin_closure(self, params: Iterable[Tensor]) -> None:
+        """A step's first closure is about to run."""
         if self._is_over:
             return
         param = self._param
         if param is None:
             param = next((p for p in params if p.grad is not None and p.requires_grad), None)
         grad = None if param is None else param.grad
-        if param is None or grad is None or not param.requires_grad:
+        if param is None or grad is None or not param.requires_grad or grad.is_inference():
             return
         left, version = self._left
         before = grad._version
-        if left is not None and grad is left() and before <= version + 1:
+        if left is not None and grad.untyped_storage() is left() and before <= version + 1:
             if before != version:
                 return  # zeroed in place
             if not self._is_suspect:
@@ -61,7 +58,8 @@ class AccumulationWatch:
 
         self._hook = param.register_hook(note)
 
-    def _end_closure(self) -> None:
+    def end_closure(self) -> None:
+        """It has run, or raised an exception."""
         unchanged, self._unchanged = self._unchanged, None
         if self._hook is None:
             # If the closure has written to it: zeros and a sum, or a sum alone?
@@ -91,4 +89,7 @@ class AccumulationWatch:
             trained = [p for p in params if p.grad is not None and p.requires_grad]
             self._param = min(trained, key=Tensor.numel, default=None)
         grad = None if self._param is None else self._param.grad
-        self._left = (None, 0) if grad is None else (weakref.ref(grad), grad._version)
+        if grad is None or grad.is_inference():
+            self._left = None, 0
+        else:
+            self._left = weakref.ref(grad.untyped_storage()), grad._version

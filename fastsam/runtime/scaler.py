@@ -7,6 +7,13 @@ from typing import Any
 from torch import Tensor
 
 
+def name_way_to_clip(error: RuntimeError) -> None:
+    """Adds what works to Lightning's refusal to clip gradients for optimizers that take a scaler by themselves."""
+    if "does not allow for gradient clipping" in str(error):
+        remedy = "With FastSAM, give the trainer callbacks=[fastsam.integrations.lightning.FastSAMCallback()]"
+        error.args = (f"{error} {remedy}, which clips in the right place",)
+
+
 class ScalerAttribute:
     """An attribute that GradScaler sets before ``step()`` and deletes after it: ``grad_scale`` or ``found_inf``.
 

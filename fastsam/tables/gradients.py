@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastsam.distributed import is_distributed
+from fastsam.distributed import is_distributed, local_of
 from fastsam.spec import Row
-from fastsam.tables.memory import as_real, copy_into, has_memory, is_exclusive, same_order
+from fastsam.tables.memory import (
+    as_real,
+    copy_into,
+    find_shared,
+    has_memory,
+    is_exclusive,
+    same_order,
+)
 
 if TYPE_CHECKING:
     from fastsam.tables.table import TensorTable
@@ -96,6 +104,31 @@ class Gradients:
         if i not in self._scratch or self._scratch[i].dtype != table.grad_dtype:
             self._scratch[i] = torch.empty_like(table.values[i], dtype=table.grad_dtype)
         return copy_into(self._scratch[i], real, f"{table.name(i)}: its gradient")
+
+
+def separate_grads(params: Iterable[Tensor]) -> None:
+    """Gives gradients that share an element with another one, or with themselves, memory of their own.
+
+    ``torch.autograd.grad`` may return one tensor for two parameters, or an expanded one. A gradient that is to be
+    written to, for a base that reads it there, must be one parameter's alone.
+    """
+    owners = [param for param in params if param.grad is not None]
+    grads = [local_of(param.grad) for param in owners]
+    storages = {grad.untyped_storage()._cdata for grad in grads}
+    if len(storages) == len(grads) and not any(map(_is_read_only, grads)):
+        return
+    copied = [param for param, grad in zip(owners, grads, strict=True) if _is_read_only(grad)]
+    rest = [(p, g) for p, g in zip(owners, grads, strict=True) if not _is_read_only(g) and has_memory(g)]
+    while (pair := find_shared([grad for _, grad in rest])) is not None:
+        copied.append(rest.pop(max(pair))[0])
+    for param in copied:
+        assert param.grad is not None
+        param.grad = param.grad.clone(memory_format=torch.contiguous_format)
+
+
+def _is_read_only(grad: Tensor) -> bool:
+    """Whether torch refuses to write to it: two elements share memory, or it is an inference tensor."""
+    return bool(torch._debug_has_internal_overlap(grad) == 1) or grad.is_inference()
 
 
 def _check(table: TensorTable, i: int, grad: Tensor) -> None:

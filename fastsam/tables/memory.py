@@ -65,9 +65,12 @@ _EXCLUSIVE = _sample_references()
 def is_exclusive(grads: Sequence[Any], i: int) -> bool:
     """Whether only its parameter and the list ``grads`` have a gradient, so that nobody can write to it later.
 
-    Memory that torch has not allocated (NumPy's, say), or that processes share, cannot be resized.
+    Memory that torch has not allocated (NumPy's, say), or that processes share, cannot be resized. Writes to inference
+    tensors are not counted.
     """
-    if _EXCLUSIVE is None or grads[i]._base is not None or _references(grads, i) != _EXCLUSIVE:
+    if _EXCLUSIVE is None or grads[i]._base is not None or grads[i].is_inference():
+        return False
+    if _references(grads, i) != _EXCLUSIVE:
         return False
     return bool(grads[i].untyped_storage().resizable())
 
@@ -184,8 +187,12 @@ def check_parameter(param: Tensor, index: int) -> None:
     real = param.dtype.to_real() if param.is_complex() else param.dtype
     if real not in SUPPORTED_DTYPES:
         raise ValueError(f"{name}: dtype {param.dtype} is not supported; use float32, float64, bfloat16 or float16")
+    if param.is_inference():
+        raise ValueError(f"{name}: it is an inference tensor; make the model outside of torch.inference_mode()")
     if not has_memory(param):
-        raise ValueError(f"{name}: it has no memory (its storage was freed); give it memory first")
+        raise ValueError(
+            f"{name}: it has no memory (its storage was freed, or it is a fake tensor); give it some first"
+        )
     try:
         is_dense(param)
     except ValueError as reason:

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from torch import nn
+from wrappers import CopyingWrapper, ForwardingWrapper
 
 from fastsam import FastSAM, methods
 
@@ -173,32 +174,6 @@ def test_a_resized_parameter_with_method_state(backend):
         train()
     optimizer.state[w].pop(str(error.value).split("'")[-2])
     train()
-
-
-class CopyingWrapper:
-    """As Lightning Fabric's: a subclass of the optimizer's class with a copy of its ``__dict__``."""
-
-    def __init__(self, optimizer):
-        self.__dict__ = {k: v for k, v in optimizer.__dict__.items() if k not in ("state_dict", "step")}
-        self.__class__ = type("Wrapped", (self.__class__, optimizer.__class__), {})
-        self._optimizer = optimizer
-
-    def step(self, closure=None):
-        return self._optimizer.step(**({} if closure is None else {"closure": closure}))
-
-
-class ForwardingWrapper:
-    """As Lightning's: it has nothing but looks everything up; its ``step()`` passes a closure that does nothing."""
-
-    def __init__(self, optimizer):
-        self._optimizer = optimizer
-        self.__class__ = type("Wrapped", (self.__class__, optimizer.__class__), {})
-
-    def step(self, closure=None):
-        return self._optimizer.step(closure or (lambda: None))
-
-    def __getattr__(self, name):
-        return getattr(self._optimizer, name)
 
 
 @pytest.mark.parametrize("wrapper", [CopyingWrapper, ForwardingWrapper])

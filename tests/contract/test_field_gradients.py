@@ -130,6 +130,98 @@ def test_gradients_of_another_model_may_be_shared(backend, method):
     assert_equal(train(True), train(False))
 
 
+def give_one_tensor(params, grad):
+    for param in params:
+        param.grad = grad
+
+
+def give_expanded_ones(params, grad):
+    for param in params:
+        param.grad = grad.sum().expand(4)
+
+
+def give_inference_tensors(params, grad):
+    with torch.inference_mode():
+        for param in params:
+            param.grad = grad * 1
+
+
+def give_lazy_clones(params, grad):
+    for param in params:
+        param.grad = torch._lazy_clone(grad)
+
+
+READ_ONLY = [give_one_tensor, give_expanded_ones, give_inference_tensors, give_lazy_clones]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=["fused", "unfused"])
+@pytest.mark.parametrize("method", SHARING, ids=str)
+@pytest.mark.parametrize("give", READ_ONLY, ids=lambda give: give.__name__)
+def test_gradients_that_cannot_be_written_to(backend, give, method, base):
+    """As ``torch.autograd.grad`` returns them: one tensor for two parameters, expanded ones."""
+
+    def train(plain):
+        params = [nn.Parameter(torch.linspace(0.5, 1.5, 4)), nn.Parameter(torch.linspace(2.0, 1.0, 4))]
+        optimizer = FastSAM(params, base, lr=0.02, rho=0.3, method=method, backend=backend)
+
+        def closure():
+            give(params, params[0].detach().square() * params[1].detach() - 0.1)
+            for param in params if plain else ():
+                param.grad = param.grad.clone()
+
+        for _ in range(4):
+            optimizer.step(closure)
+        return params
+
+    assert_equal(train(False), train(True))
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.RMSprop], ids=["fused", "unfused"])
+def test_inference_mode_has_no_effect(backend, base):
+    """What is allocated in it could not be written to outside of it."""
+
+    def train(modes):
+        w = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+        optimizer = FastSAM([w], base, lr=0.1, rho=0.3, method=methods.GSAM(), backend=backend)
+        for mode in modes:
+            with torch.inference_mode(mode):
+                w.grad = w.detach().square()
+                with optimizer.perturb_by([torch.ones(4)]):
+                    pass
+                optimizer.first_step()
+                w.grad = w.detach().square()
+                optimizer.second_step()
+        return [w]
+
+    assert_equal(train([True, False, True, False]), train([False] * 4))
+
+
+def test_parameters_made_in_inference_mode_are_refused_by_name(backend):
+    with torch.inference_mode():
+        w = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"parameter 1 \(shape \(3,\)\): it is an inference tensor"):
+        FastSAM([nn.Parameter(torch.ones(2)), w], lr=0.1, backend=backend)
+
+
+def test_a_model_may_swap_its_tensors_beside_gradients(backend):
+    """``torch.utils.swap_tensors`` refuses a gradient to which there is a weak reference."""
+    model = nn.Linear(3, 2)
+    optimizer = FastSAM(model.parameters(), lr=0.1, backend=backend)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+
+            def closure():
+                optimizer.zero_grad()
+                model(torch.ones(4, 3, dtype=model.weight.dtype)).square().sum().backward()
+
+            optimizer.step(closure)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model.weight.dtype is torch.float64
+
+
 def test_micro_batches_may_share_one_buffer(backend):
     w, buffer, values = nn.Parameter(torch.zeros(1)), torch.zeros(1), iter([1.0, 2.0, 3.0, 4.0])
     optimizer = FastSAM([w], lr=1.0, rho=0.1, backend=backend)

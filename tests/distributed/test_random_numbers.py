@@ -27,8 +27,15 @@ def test_random_directions_do_not_depend_on_the_sharding(ranks, kind, dtype):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("backend", ["native", "foreach"])
-@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("kind", ["rows", "columns", "strided"])
+def test_places_of_shards_on_four_ranks(four_ranks, kind):
+    for right in four_ranks(random_numbers.places, kind):
+        assert all(right)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", ["native", "foreach", "triton"])
+@pytest.mark.parametrize("kind", ["rows", "columns", "strided"])
 def test_on_four_ranks(four_ranks, kind, backend):
     for same in four_ranks(random_numbers.same_bits, kind, backend, "SAM", "bfloat16", **ROUNDED):
         assert all(same)

@@ -8,6 +8,7 @@ import os
 import random
 import time
 
+import fuzz_lives
 import fuzz_ranks
 import fuzz_surroundings
 import pytest
@@ -22,7 +23,7 @@ MINUTES = float(os.environ.get("FASTSAM_FUZZ_MINUTES", "0"))
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 # So many programs by default, and thoroughly; in Triton's interpreter each takes longer.
 COUNTS = {"reference": (20, 480), "foreach": (20, 480), "native": (50, 1020), "triton": (2, 20)}
-# Of these, what surrounds an optimizer (fuzz_surroundings.py).
+# Of these, what surrounds an optimizer (fuzz_lives.py).
 SURROUNDINGS = {"reference": (7, 160), "foreach": (7, 160), "native": (15, 340), "triton": (1, 10)}
 ROUND = settings(QUIET, max_examples=50)
 
@@ -45,7 +46,7 @@ def search_surroundings(chosen, backend, operations):
     """The same for what surrounds an optimizer."""
 
     @chosen
-    @given(fuzz_surroundings.lives())
+    @given(fuzz_lives.lives())
     def carry_out(life):
         fuzz_surroundings.run(backend, life)
 

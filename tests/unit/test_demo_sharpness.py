@@ -75,7 +75,7 @@ def test_run_is_measured(name):
     options = SharpnessOptions(seeds=1, epochs=1, batch_size=300, m=name != "FastSAM")
     passes = []
     found = measure.measure_run(name, 0, options, passes.append)
-    assert sum(passes) == pytest.approx(measure.total_passes(name, options))
+    assert sum(passes) == pytest.approx(measure.total_passes(name, 0, options))
     assert found.eigenvalues == sorted(found.eigenvalues, reverse=True)
     assert found.worst >= found.ascent > 0
     assert found.loss == pytest.approx(found.line[measure.RADII.index(0.0)], rel=1e-5)

@@ -54,7 +54,7 @@ def measure_all(options: SharpnessOptions) -> Results:
 
     names = [method.name for method in rows(options)]
     jobs = [(name, seed) for seed in range(options.seeds) for name in names]
-    total = round(sum(total_passes(name, options) for name, _ in jobs))
+    total = round(sum(total_passes(*job, options) for job in jobs))
     with tqdm(total=total, unit="pass", unit_scale=True, mininterval=0.5, dynamic_ncols=True) as bar:
         if options.processes == 1:
             found = [measure_run(name, seed, options, bar.update) for name, seed in jobs]
@@ -70,7 +70,7 @@ def _in_processes(
     passes = context.Queue()
     with ProcessPoolExecutor(options.processes, context, initializer=_begin, initargs=(passes,)) as pool:
         # The longest first: otherwise the last one would run alone for long.
-        order = sorted(jobs, key=lambda job: -total_passes(job[0], options))
+        order = sorted(jobs, key=lambda job: -total_passes(job[0], job[1], options))
         found = {job: pool.submit(_measure, *job, options) for job in order}
         futures: list[Future[Measured]] = [found[job] for job in jobs]
         try:
