@@ -141,9 +141,9 @@ FAMILY = {
 """The methods that ``--method`` adds, by name.
 
 Each learning rate is the best of 1e-4, 3e-4, 1e-3, 3e-3 and 0.01, or of those listed, chosen as above
-(``--method gsam --lr 0.01`` shows one). No other hyperparameter was tuned. ``--rho`` is FastSAM's; ASAM (which has other
-units), LESAM (whose rho is only a limit), MomentumSAM and RandomSAM (whose directions are less steep) use five times as
-much. With 40% wrong labels, three seeds, in percent, at these rates:
+(``--method gsam --lr 0.01`` shows one). No other hyperparameter was tuned. ``--rho`` is FastSAM's; ASAM (which has
+other units), LESAM (whose rho is only a limit), MomentumSAM and RandomSAM (whose directions are less steep) use five
+times as much. With 40% wrong labels, three seeds, in percent, at these rates:
 
 * SAM, 3 ascents: 92.8 at 1e-3, **95.5 at 3e-3**
 * SAM, every 5th step: **91.3**, 89.9, 79.7, 73.8, 70.6
