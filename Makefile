@@ -47,12 +47,14 @@ help:  ## This list
 setup: $(EXTENSION)  ## Only the set-up: .venv with all dependencies and the extension
 
 demo: $(EXTENSION)  ## Train with SGD and with FastSAM on noisy labels: a table and a picture
+	@echo "training a small CNN with SGD and with FastSAM, 3 seeds each (about two minutes on two cores)"
 	$(BIN)/python -m fastsam demo $(ARGS)
 
 sharpness: $(EXTENSION)  ## How sharp the minima of SGD and FastSAM are: a table and a picture; ARGS="--m": other perturbations
 	$(BIN)/python -m fastsam sharpness $(ARGS)
 
 test: $(EXTENSION)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
+	@echo "running the tests; all of them take about six minutes on two cores"
 	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --sample $(SAMPLE) $(ARGS)
 
 test-all: $(EXTENSION)  ## All tests: every combination

@@ -66,15 +66,23 @@ def choose_directions(tables: Sequence[TensorTable], method: Method, further: bo
     _set_directions(tables, places, method.direction(params, grads), f"{method}: direction", perturb_all=further)
 
 
-def set_displacements(tables: Sequence[TensorTable], tensors: Sequence[Tensor | None]) -> None:
-    """Makes ``tensors``, one for each parameter in the groups' order, the directions; None: not perturbed.
+def set_displacements(tables: Sequence[TensorTable], tensors: Sequence[Tensor | None], count: int) -> None:
+    """Makes ``tensors``, one for each of ``count`` parameters in the groups' order, the directions; None: it stays.
 
     Raises:
         TypeError, ValueError: as in :func:`choose_directions`.
     """
     for table in tables:
         table.choose_perturbed(_every_group(table), list(range(len(table.params))))
-    _set_directions(tables, _places(tables), tensors, "perturb_by(): tensors", perturb_all=False)
+    if len(tensors) != count:
+        raise ValueError(f"perturb_by(): tensors must have {count} entries, one per parameter, got {len(tensors)}")
+    places = _places(tables)
+    positions = [table.positions[i] for table, i in places]
+    for position in set(range(count)).difference(positions):
+        if tensors[position] is not None:
+            raise ValueError(f"perturb_by(): the entry of parameter {position}, which is frozen, must be None")
+    mine = [tensors[position] for position in positions]
+    _set_directions(tables, places, mine, "perturb_by(): tensors", perturb_all=False)
 
 
 Place = tuple[TensorTable, int]

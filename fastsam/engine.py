@@ -103,8 +103,6 @@ class Engine:
             RuntimeError: no parameter has a gradient, or one cannot be used; nothing has been changed then.
         """
         further = self.perturbed
-        if not further:
-            self._writes.begin()
         with self.tables.holding_grads():
             if further:
                 self._read_grads_again()
@@ -112,7 +110,7 @@ class Engine:
                 for table in tables:
                     table.fill_missing_grads()
             else:
-                tables = self.tables.read_grads(plan.groups)
+                tables = self._read_grads_of_step(plan)
             if self.method.needs_first_pass and not self.may_have_grads(table.present for table in tables):
                 check_missing_grads(param for group in plan.groups for param in group["params"])
                 raise RuntimeError("no parameter has a gradient; call backward() first")
@@ -195,10 +193,9 @@ class Engine:
         Raises:
             TypeError, ValueError: a tensor does not fit its parameter; nothing has been changed then.
         """
-        self._writes.begin()
         with self.tables.holding_grads():
-            tables = self.tables.read_grads(plan.groups)
-            set_displacements(tables, tensors)
+            tables = self._read_grads_of_step(plan)
+            set_displacements(tables, tensors, sum(len(group["params"]) for group in plan.groups))
             for table in tables:
                 self._bindings.bind_for_ascent(table, plan)
             options = plan.ascent_options
@@ -366,6 +363,14 @@ class Engine:
     def _backend(self, table: TensorTable) -> Backend:
         return operations(self.backend, table.device.type, table.has_own_grads and not table.needs_lists)
 
+    def _read_grads_of_step(self, plan: Plan) -> list[TensorTable]:
+        """The tables with the present gradients, before anything is perturbed."""
+        tables = self.tables.read_grads(plan.groups)
+        if self.tables.builds != self._watched_builds:
+            self.watch([param for table in tables for param in table.params])
+        self._writes.begin()
+        return tables
+
     def _read_grads_again(self) -> None:
         for table in self.tables:
             table.check_first_grads()
@@ -385,10 +390,7 @@ class Engine:
         self.perturbed, self.is_displaced, self.ascents = False, False, 0
         for table in self.tables:
             table.end_step()
-        if self.tables.builds != self._watched_builds:
-            self.watch([param for table in self.tables for param in table.params])
-        else:
-            self._writes.end()
+        self._writes.end()
         clear_weight_caches()
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsam.runtime.grad_mode import untracked
+from fastsam.tables.gradients import separate_grads
 from fastsam.tables.memory import is_exclusive
 
 
@@ -17,8 +19,9 @@ class GradientSums:
     def __init__(self) -> None:
         self._sums: dict[Tensor, Tensor] = {}
         self._versions: dict[Tensor, int] = {}
-        self._copied: set[Tensor] = set()
+        self._copied: dict[Tensor, None] = {}  # in order
 
+    @untracked
     def add(self, params: Iterable[Tensor]) -> None:
         """Adds the present gradients; a parameter's first gradient becomes the sum if nothing else refers to it."""
         self._check()
@@ -30,13 +33,15 @@ class GradientSums:
         for i, param in enumerate(present):
             if param not in self._sums:
                 if not is_exclusive(grads, i):
-                    self._copied.add(param)
+                    self._copied[param] = None
                 self._sums[param] = grads[i].clone() if param in self._copied else grads[i]
         self._versions = {param: total._version for param, total in self._sums.items()}
 
+    @untracked
     def hand_over(self, params: Iterable[Tensor], count: int) -> bool:
         """Sets the parameters' gradients to the averages over ``count`` micro-batches; False if there is none."""
         self._check()
+        separate_grads(self._copied)
         if self._sums:
             torch._foreach_mul_(list(self._sums.values()), 1 / count)
         for param in params:

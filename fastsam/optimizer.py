@@ -38,8 +38,6 @@ from fastsam.schedules import RhoSchedule, Schedule, check_schedule
 from fastsam.wrapper import refuse_groups_of_others
 
 PLAIN = methods.SAM()
-# Arguments of the constructor that are about the whole optimizer.
-NO_GROUP_OPTIONS = ["method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"]
 
 
 class FastSAM(StepPhases):
@@ -96,9 +94,9 @@ class FastSAM(StepPhases):
             parameter that is not its master's rounding (it was written to from outside) replaces it. Bases: SGD, Adam,
             AdamW.
         shard_groups: for parameters of which other ranks hold the rest and that are not DTensors (pipeline stages,
-            FSDP1, Megatron's tensor parallelism): the process groups over which the norm must be added up; one,
-            several, or a function of a parameter that returns some. DTensors (``fully_shard``, ``parallelize_module``)
-            need nothing.
+            FSDP1, Megatron's tensor parallelism, ZeroRedundancyOptimizer around this one): the process groups over
+            which the norm must be added up; one, several, or a function of a parameter that returns some. DTensors
+            (``fully_shard``, ``parallelize_module``) need nothing.
         local_ascent: with ``model``, a DistributedDataParallel module: each rank ascends by the gradient of its own
             batch (the paper's m-sharpness), so that ``step(closure)`` averages gradients once, not twice. Not possible
             with methods that use the first pass's gradients or norm in the descent.
@@ -160,7 +158,7 @@ class FastSAM(StepPhases):
         own = with_defaults({"params": []}, own, base)
         del own["params"]
         zero = zero_around()
-        drop_arguments(zero, params, NO_GROUP_OPTIONS)
+        drop_arguments(zero, params)
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
         if method is PLAIN and interval == 1 and schedule is None and model is None and not replay_rng:
             refuse_groups_of_others(params)
@@ -399,7 +397,7 @@ class FastSAM(StepPhases):
 
         Args:
             tensors: one for each parameter, in the order of ``param_groups``, of the parameter's shape on its device;
-                None: this parameter stays.
+                None: this parameter stays (as frozen ones must).
 
         Raises:
             RuntimeError: the weights are perturbed already.
@@ -408,6 +406,7 @@ class FastSAM(StepPhases):
         """
         self._refuse_perturbed("perturb_by()")
         try:
+            self._complete_groups()
             with DeferredInterrupts():
                 self._engine.displace(self._plan(), list(tensors))
                 if self._statistics is not None:

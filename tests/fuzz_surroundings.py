@@ -252,7 +252,7 @@ class Subject:
         """Does what is refused, in a step that is then given up, or outside of any."""
         weights = self.weights()
         if what == "a step within perturb_by":
-            ones = [torch.ones_like(param) for param in self.all_params()]
+            ones = [torch.ones_like(param) if param.requires_grad else None for param in self.all_params()]
             with self.optimizer.perturb_by(ones), pytest.raises(RuntimeError, match="within perturb_by"):
                 self.wrapped.step(self.closure("plain"))
         elif what == "accumulation before a closure":
@@ -372,6 +372,7 @@ class Subject:
             self.wrapped.add_param_group({**new, "rho": 0.1})
         elif what == "add to the base":
             self.optimizer.base_optimizer.add_param_group(new)
+            self.optimizer.param_groups[-1]["rho"] = 0.1
         else:
             self.optimizer.param_groups[0]["params"].append(self.params[-1])
 

@@ -33,6 +33,11 @@ class ParallelModel:
             raise TypeError(f"local_ascent must be True or False, got {local_ascent!r}")
         if local_ascent:
             _check_local_ascent(model, method)
+            if zero is not None:
+                raise ValueError(
+                    "local_ascent=True is not possible inside of ZeroRedundancyOptimizer: each rank would perturb its "
+                    "part of the weights by another batch; turn it round: FastSAM(params, ZeroRedundancyOptimizer, ...)"
+                )
         self._model, self.local_ascent = model, local_ascent
         self._has_synchronized = False
         self._others_weights = OthersWeights(zero)

@@ -33,10 +33,11 @@ class ForeignWrites:
 
     def watch(self, params: Iterable[Tensor]) -> None:
         """These are the parameters from now on."""
+        left = dict(zip(map(id, self._sample), self._left, strict=True))
         self._params = list(params)
         moving = [param for param in self._params if param.requires_grad]
         self._sample = moving[:: max(1, len(moving) // SAMPLE)]
-        self.end()
+        self._left = [left.get(id(param), param._version) for param in self._sample]
 
     def begin(self) -> None:
         """An ascent is about to begin.

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsam.runtime.weight_caches import clear_weight_caches
+
+# FastSAM's arguments that are about the whole optimizer.
+NO_GROUP_OPTIONS = (
+    "method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"
+)  # fmt: skip
 
 
 def zero_around() -> Any:
@@ -29,10 +33,10 @@ def zero_around() -> Any:
     return None
 
 
-def drop_arguments(zero: Any, groups: Any, names: Iterable[str]) -> None:
-    """Takes constructor arguments out of parameter groups, into which ZeroRedundancyOptimizer copies all of them."""
+def drop_arguments(zero: Any, groups: Any) -> None:
+    """Takes what no group may have out of parameter groups, into which ZeroRedundancyOptimizer copies all arguments."""
     for group in [*zero.param_groups, *groups] if zero is not None else ():
-        for name in names:
+        for name in NO_GROUP_OPTIONS:
             group.pop(name, None)
 
 

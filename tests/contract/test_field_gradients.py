@@ -234,6 +234,24 @@ def test_micro_batches_may_share_one_buffer(backend):
     torch.testing.assert_close(w.detach(), torch.tensor([-3.0]))
 
 
+@pytest.mark.parametrize("give", READ_ONLY, ids=lambda give: give.__name__)
+def test_micro_batches_of_gradients_that_cannot_be_written_to(backend, give):
+    def train(plain):
+        params = [nn.Parameter(torch.linspace(0.5, 1.5, 4)), nn.Parameter(torch.linspace(2.0, 1.0, 4))]
+        optimizer = FastSAM(params, lr=0.02, rho=0.3, momentum=0.9, backend=backend)
+
+        def closure():
+            give(params, params[0].detach().square() * params[1].detach() - 0.1)
+            for param in params if plain else ():
+                param.grad = param.grad.clone()
+
+        for _ in range(3):
+            optimizer.step(closures=[closure, closure])
+        return params
+
+    assert_equal(train(False), train(True))
+
+
 MEMORY = {
     "numpy": lambda array: torch.from_numpy(array),
     "frombuffer": lambda array: torch.frombuffer(array, dtype=torch.float32),
@@ -316,6 +334,37 @@ def test_accumulation_before_a_closure_warns_once(backend):
         optimizer.step(backward)
 
 
+def test_accumulation_is_seen_after_the_parameters_were_replaced(backend):
+    """As Gaussian splatting does it: what stood for all is in no group any more."""
+    optimizer = FastSAM([nn.Parameter(torch.ones(3))], lr=0.1, backend=backend)
+
+    def backward():
+        optimizer.param_groups[0]["params"][0].square().sum().backward()
+
+    optimizer.step(backward)
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(5))
+    backward()
+    optimizer.step(lambda: (optimizer.zero_grad(), backward()))
+    optimizer.zero_grad()
+    backward()
+    with pytest.warns(UserWarning, match="closures"):
+        optimizer.step(backward)
+
+
+@pytest.mark.parametrize("options", [{"rho": 0.0}, {"interval": 2}], ids=str)
+def test_accumulation_before_a_step_of_one_pass_is_right(backend, options):
+    w = nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([w], lr=0.1, backend=backend, **options)
+    optimizer.step(lambda: w.sum().backward())
+    optimizer.zero_grad()
+    w.sum().backward()
+    before = w.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: w.sum().backward())
+    torch.testing.assert_close(w.detach(), before - 0.2)
+
+
 def test_a_closure_that_never_clears_is_warned_of(backend):
     model = nn.Linear(3, 2)
     optimizer = FastSAM(model.parameters(), lr=0.01, backend=backend)
@@ -378,6 +427,25 @@ def test_a_closure_that_leaves_no_gradient_is_refused(backend, which):
         optimizer.step(arguments["closure"], ascent_closure=arguments["ascent_closure"])
     assert torch.equal(w, torch.ones(3))
     assert not optimizer.perturbed
+
+
+@pytest.mark.parametrize("how", ["the base", "its list"])
+def test_a_parameter_that_came_by_the_base_is_watched_at_once(backend, how):
+    w, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([w], lr=0.1, backend=backend)
+    if how == "the base":
+        optimizer.base_optimizer.add_param_group({"params": [late]})
+    else:
+        optimizer.param_groups[0]["params"].append(late)
+    w.grad, late.grad = torch.ones(3), torch.ones(3)
+    optimizer.first_step(zero_grad=False)
+    with pytest.raises(RuntimeError, match="perturbed by it"):
+        FastSAM([late], lr=0.1, backend=backend).first_step()
+    torch.optim.SGD([late], lr=0.1).step()
+    with pytest.raises(RuntimeError, match=r"parameter 1 \(shape \(3,\)\) was written to"):
+        optimizer.second_step()
+    optimizer.restore()
+    assert torch.equal(late, torch.ones(3))
 
 
 @pytest.mark.parametrize("other", ["FastSAM", "SGD"])

@@ -148,3 +148,18 @@ def test_running_statistics_are_preserved(device):
         model(torch.randn(5, 3, device=device))
         assert not torch.equal(model[1].running_mean, mean)
     assert torch.equal(model[1].running_mean, mean)
+
+
+def test_frozen_parameters_have_an_entry_too(backend, device):
+    """And so has a parameter whose group came by the base, without FastSAM's options."""
+    w, frozen, late = (nn.Parameter(torch.ones(3, device=device), requires_grad=i != 1) for i in range(3))
+    optimizer = FastSAM([w, frozen], lr=0.1, backend=backend)
+    optimizer.base_optimizer.add_param_group({"params": [late]})
+    one, two = torch.ones(3, device=device), torch.full((3,), 2.0, device=device)
+    with optimizer.perturb_by([one, None, two]):
+        assert [float(param[0].detach()) for param in (w, frozen, late)] == [2.0, 1.0, 3.0]
+    assert all(torch.equal(param, one) for param in (w, frozen, late))
+    with pytest.raises(ValueError, match="parameter 1, which is frozen, must be None"):
+        optimizer.perturb_by([one, one, two]).__enter__()
+    with pytest.raises(ValueError, match="3 entries, one per parameter, got 2"):
+        optimizer.perturb_by([one, two]).__enter__()

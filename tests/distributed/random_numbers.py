@@ -53,14 +53,14 @@ def steps(kind, backend, method, dtype, **options):
     return [*found, *map(whole_of, state)]
 
 
-def same_bits(kind, backend, method_name, dtype_name, **options):
+def same_bits(kind, backend, method_name, dtype_name, whole_backend="reference", **options):
     """Whether distributed and whole parameters get the same bits.
 
     The norm is summed in another order. Gradients of powers of two have the same norm in every order.
     """
     dtype, method = getattr(torch, dtype_name), getattr(methods, method_name)()
     sharded = steps(kind, backend, method, dtype, **options)
-    whole = steps("whole", "reference", method, dtype, **options)
+    whole = steps("whole", whole_backend, method, dtype, **options)
     return [torch.equal(one, other) for one, other in zip(sharded, whole, strict=True)]
 
 

@@ -51,6 +51,7 @@ def test_refusals_name_the_wrapper(ranks):
     assert "AWP" in said["awp"]
     assert "ASAM" in said["asam"]
     assert "FastSAM(params, ZeroRedundancyOptimizer" in said["zero"]
+    assert "by another batch" in said["local zero"]
     assert "shard_groups must be" in said["not a group"]
 
 

@@ -142,7 +142,14 @@ def refusals():
         "awp": _refusal(lambda: FastSAM(flat.parameters(), lr=0.1, shard_groups=group, method=methods.AWP())),
         "asam": _refusal(lambda: FastSAM(original.parameters(), lr=0.1, shard_groups=group, method=methods.ASAM())),
         "zero": _refusal(lambda: ZeroRedundancyOptimizer(model.parameters(), optimizer_class=FastSAM, lr=0.1)),
+        "local zero": _refusal(_local_ascent_inside_zero),
     }
+
+
+def _local_ascent_inside_zero():
+    module, *_ = ways.ddp(ways.Block())
+    options = {"shard_groups": dist.group.WORLD, "model": module, "local_ascent": True, "lr": 0.1}
+    return ZeroRedundancyOptimizer(module.parameters(), FastSAM, **options)
 
 
 def _refusal(call):

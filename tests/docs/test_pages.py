@@ -68,3 +68,12 @@ def test_no_block_escapes(page):
 def test_links_lead_to_files(page):
     missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_what_works_names_tests_that_are_there():
+    text = (ROOT / "docs" / "what_works.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    files = re.findall(r"`((?:\w+/)+\w+\.py)`", text)
+    assert files
+    assert not [name for name in files if not ((ROOT / "tests" / name).exists() or (ROOT / name).exists())]
+    assert not [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in tests]

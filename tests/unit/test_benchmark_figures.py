@@ -22,13 +22,17 @@ from benchmarks.operations import BACKENDS, UPDATE
 from benchmarks.plan import plan
 from benchmarks.records import (
     CHANGING_LR,
+    LOCAL,
     NEW_GRADIENTS,
     OPTIMIZER,
+    SHARDED,
+    SHARDED_BASE,
     STATIC,
     WATCH,
     HostTime,
     MethodCosts,
     OptimizerPart,
+    RankCosts,
     Record,
     Results,
     TrainingStep,
@@ -90,6 +94,11 @@ def host(native: float = 0.07, *, copies: float = 1.001, stubbed: bool = False) 
     return HostTime(**sized, base="SGD", times=times, stubbed=stubbed, launches=launches, extra_copies=extra)
 
 
+def ranks(sharded: float) -> RankCosts:
+    times = {name: {STEP: timing(ms)} for name, ms in {LOCAL: 200.0, SHARDED: sharded, SHARDED_BASE: 130.0}.items()}
+    return RankCosts(model="ResNet-50", parameters=25_557_032, tensors=161, base="AdamW", ranks=2, times=times)
+
+
 def costs() -> MethodCosts:
     times = {name: {STEP: timing(ms)} for name, ms in {"SAM()": 20.0, "GSAM()": 30.0, "AMP()": 22.0}.items()}
     sized = {"parameters": 2**24, "tensors": 62, "rounds": 9, "copy_gb_s": 26.8435}
@@ -117,7 +126,7 @@ def test_figures_follow_from_the_timings() -> None:
 
 
 def test_results_come_back_from_json_and_from_lines(tmp_path: Path) -> None:
-    records = [part(), costs(), training_step(), host()]
+    records = [part(), costs(), training_step(), host(), ranks(220.0)]
     path = report.write_json(results(*records), tmp_path)
     assert path.name == "nvidia-some-gpu_2026-11-21-120000_abc1234.json"
     assert Results.read(path) == results(*records)
@@ -179,6 +188,8 @@ def test_verdicts_on_the_cpu() -> None:
     assert judged(costs(), gpu=False) == {"ResNet-18, SGD: AMP() in units of SAM()": False}
     training = training_step("CNN", **{HALF_BATCH: 159.0, of_method("LookSAM()"): 124.0})
     assert set(judged(training, gpu=False).values()) == {True}
+    for milliseconds, reached in ((220.0, True), (240.0, False)):
+        assert list(judged(ranks(milliseconds), gpu=False).values()) == [reached]
     host_times = judged(host(0.09, stubbed=True), gpu=False)
     assert list(host_times.values()) == [False, True, True, True, False, True]
     assert str(Verdict("x", ">= 2x", "1x", False)) == "NOT REACHED  x: 1x, wanted >= 2x"
