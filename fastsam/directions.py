@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsam.backends.rounding import PIECE, make_keys, random_words
+from fastsam.backends.rounding import make_keys, pieces, random_words
 from fastsam.distributed import is_distributed, local_of, placed_like
 from fastsam.methods import Method
 from fastsam.runtime.step_number import StepNumber
@@ -32,9 +32,8 @@ def draw_noise(tables: Sequence[TensorTable], seed: int, step: int) -> None:
         directions: list[Any] = [torch.empty_like(value) for value in table.values]
         for i, direction in enumerate(directions):
             memory = direction.as_strided((direction.numel(),), (1,))
-            for start in range(0, len(memory), PIECE):
-                piece = memory[start : start + PIECE]
-                piece.copy_(_normal(table, i, start, len(piece), seed, number))
+            for start, count in pieces(len(memory), table.device):
+                memory[start : start + count] = _normal(table, i, start, count, seed, number)
         table.set_directions(directions)
 
 

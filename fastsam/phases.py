@@ -17,6 +17,7 @@ from fastsam.runtime.parallel_models import ParallelModel
 from fastsam.runtime.replay_rng import GeneratorStates
 from fastsam.runtime.scaler import name_way_to_clip
 from fastsam.schedules import is_schedule
+from fastsam.tables.memory import have_grads
 from fastsam.wrapper import BaseWrapper
 
 Closure = Callable[[], Any]
@@ -229,7 +230,9 @@ class StepPhases(BaseWrapper):
         )
 
     def _has_gradients(self) -> bool:
-        return self._engine.may_have_grads(p.grad is not None for p in self._parameters())
+        # Those that the last step has seen first: frozen ones, of which there may be thousands, are in no table.
+        known = (table.params for table in self._engine.tables)
+        return self._engine.may_have_grads(map(have_grads, (*known, self._parameters())))
 
     # ---- what surrounds a phase ----
 

@@ -8,7 +8,7 @@ lowbias32 (Chris Wellons, https://nullprogram.com/blog/2018/07/31/).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -19,8 +19,8 @@ from fastsam.spec import RANDOM_WORDS
 from fastsam.tables import TensorTable
 from fastsam.tables.memory import same_order
 
-# Elements whose random numbers are made at a time.
-PIECE = 2**22
+# Elements whose random numbers are made at a time; on the CPU so few that they stay in its cache.
+PIECE, PIECE_ON_CPU = 2**22, 2**17
 
 _MASK = 0xFFFFFFFF
 
@@ -102,6 +102,13 @@ def followed_master(master: Tensor, param: Tensor) -> Tensor:
     return torch.where(differs, param.to(torch.float32), master)
 
 
+def pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """First elements and lengths of the pieces into which ``count`` elements are cut."""
+    size = PIECE_ON_CPU if device.type == "cpu" else PIECE
+    for start in range(0, count, size):
+        yield start, min(size, count - start)
+
+
 def round_for(table: TensorTable, i: int, x: Tensor, draw: int, seed: int) -> Tensor:
     """float32 ``x``, to be stored for parameter ``i`` of a stochastic table, in the table's dtype."""
     like = table.values[i]
@@ -109,8 +116,7 @@ def round_for(table: TensorTable, i: int, x: Tensor, draw: int, seed: int) -> Te
     if not same_order(x, like):
         x = torch.empty_like(like, dtype=x.dtype).copy_(x)
     keys = make_keys(seed, _updates(table, i), table.positions[i], draw // 2)
-    for start in range(0, x.numel(), PIECE):
-        count = min(PIECE, x.numel() - start)
+    for start, count in pieces(x.numel(), x.device):
         piece, target = (t.as_strided((count,), (1,), t.storage_offset() + start) for t in (x, result))
         words = words_of_draw(random_words(keys, table.places[i], start, count), draw)
         target.copy_(round_stochastically(piece, words, table.dtype))

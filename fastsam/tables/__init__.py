@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from fastsam.distributed import Sharding, local_of
 from fastsam.precision import Precision, precision_of
 from fastsam.runtime.streams import StreamGuard
-from fastsam.tables.memory import check_disjoint, check_parameter, may_move
+from fastsam.tables.memory import any_may_move, check_disjoint, check_parameter, have_grads, may_move
 from fastsam.tables.signature import identities
 from fastsam.tables.state import Wanted
 from fastsam.tables.table import Member, TensorTable, taking_part
@@ -44,7 +44,7 @@ class TensorTables:
         """The tables for the parameters as they are now, with their present gradients."""
         self._streams.free()
         members = [(identities(g["params"]), g.get("rounding"), g.get("master_weights")) for g in groups]
-        usual = members == self._members and not any(map(may_move, self._frozen))
+        usual = members == self._members and not any_may_move(self._frozen)
         if not (usual and all(table.read_grads() for table in self._tables)):
             self.drop()
             self._tables, self._frozen = _build(groups, self._sharding_of)
@@ -63,7 +63,7 @@ class TensorTables:
 
     def has_strange_grads(self) -> bool:
         """Whether a parameter has a gradient that was frozen when the tables were built, and so is in none."""
-        return any(param.grad is not None for param in self._frozen)
+        return have_grads(self._frozen)
 
     @contextmanager
     def holding_grads(self) -> Iterator[None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -163,6 +165,19 @@ def allocate_like(tensors: Sequence[Tensor], *, zero: bool, dtype: torch.dtype |
         total += -(-tensor.numel() // step) * step
     memory = (torch.zeros if zero else torch.empty)(total, dtype=dtype, device=device)
     return [memory.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
+
+
+_grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
+
+
+def have_grads(params: Iterable[Tensor]) -> bool:
+    """Whether any has a gradient."""
+    return any(map(is_not, map(_grad, params), itertools.repeat(None)))
+
+
+def any_may_move(params: Sequence[Tensor]) -> bool:
+    """Whether :func:`may_move` says so of any."""
+    return any(map(_requires_grad, params)) or have_grads(params)
 
 
 def may_move(param: Tensor) -> bool:

@@ -93,7 +93,8 @@ def test_pieces_do_not_show(device, monkeypatch):
     """Plain PyTorch makes the random numbers piece by piece."""
     results = []
     for piece in (2**22, 64):
-        monkeypatch.setattr("fastsam.backends.rounding.PIECE", piece)
+        for name in ("PIECE", "PIECE_ON_CPU"):
+            monkeypatch.setattr(f"fastsam.backends.rounding.{name}", piece)
         scene = Scene([(3001,)], (torch.bfloat16, STOCHASTIC), device)
         scene.begin_ascent()
         reference.perturb_(scene.table, Ascent([AscentOptions(0.1, False, False, 1)], norm_of(1.0, device)))
