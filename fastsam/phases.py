@@ -230,9 +230,7 @@ class StepPhases(BaseWrapper):
         )
 
     def _has_gradients(self) -> bool:
-        # Those that the last step has seen first: frozen ones, of which there may be thousands, are in no table.
-        known = (table.params for table in self._engine.tables)
-        return self._engine.may_have_grads(map(have_grads, (*known, self._parameters())))
+        return self._engine.may_have_grads([have_grads(self._parameters())])
 
     # ---- what surrounds a phase ----
 
