@@ -95,10 +95,6 @@ class Subject:
         numbers = torch.linspace(0.5 + i, 1.5, 3 + 5 * i, dtype=torch.float64).sin() + 0.5
         return nn.Parameter(numbers.to(self.dtype))
 
-    def trained(self):
-        """What is in the optimizer."""
-        return [param for group in self.optimizer.param_groups for param in group["params"] if param.requires_grad]
-
     # ---- operations ----
 
     def carry_out(self, operation):
@@ -259,17 +255,18 @@ class Subject:
             self.accumulate()
         else:
             self.first_phase(self.closure("plain"))
-            if self.optimizer.perturbed:
-                self.call_refused(what)
+            moved = [p for p, before in zip(self.params, weights, strict=True) if not torch.equal(p.detach(), before)]
+            if moved:
+                self.call_refused(what, moved)
         self.optimizer.restore()
         self.assert_weights(weights)
 
     def all_params(self):
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
-    def call_refused(self, what):
+    def call_refused(self, what, moved):
         writers = {
-            "another optimizer steps": torch.optim.SGD(self.trained(), lr=0.1).step,
+            "another optimizer steps": torch.optim.SGD(moved, lr=0.1).step,
             "weights are loaded": lambda: nn.ParameterList(self.params).load_state_dict(self.weights_by_name()),
         }
         if what in writers:
@@ -279,7 +276,7 @@ class Subject:
                 self.wrapped.second_step()
             return
         calls = {
-            "another FastSAM": FastSAM(self.trained()[-1:], lr=0.1, backend=self.backend).first_step,
+            "another FastSAM": FastSAM(moved[-1:], lr=0.1, backend=self.backend).first_step,
             "state_dict": self.wrapped.state_dict,
             "add_param_group": lambda: self.wrapped.add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
             "deepcopy": lambda: copy.deepcopy(self.optimizer),
