@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 import torch
-from fuzz_lives import BASES, LASTING, PRECISIONS, Life, Refusal, Resume, Step, Surgery
+from fuzz_lives import BASES, LASTING, PRECISIONS, UNSCALED, Life, Refusal, Resume, Step, Surgery
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.state_dict import (
@@ -199,7 +199,7 @@ class Subject:
 
     def in_two_phases(self, way, gradients):
         is_scaled = way in ("scaled", "overflow") and self.dtype != torch.bfloat16
-        scale = 1024.0 if is_scaled else 1.0
+        scale = 1024.0 if is_scaled and not isinstance(self.life.method, UNSCALED) else 1.0
         closure = self.closure(gradients, scale)
         self.first_phase(closure)
         closure()
