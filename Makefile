@@ -4,6 +4,7 @@
 #   make demo PYTHON=python3.12       the interpreter for .venv
 #   make test WORKERS=0               one process, which a debugger can stop; 2 by default
 #   make test SAMPLE=300              also 300 of the tests that only make test-all runs, different ones each day
+#   make compat PYTHON=python3.13 TORCH=2.13.0   the interpreter and the torch of the wheel's environment
 #   make kernels QUICK=1              two dtypes, one GPU of each vendor, one Triton
 #   make gpu-report OUT=report        with .venv's Python if there is one; PYTHON=python3: with that one, as it is
 #   make gpu-report STAGE=measure     one of its two stages, measure and tests
@@ -38,7 +39,7 @@ EXTENSION := .venv/.extension
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo sharpness test test-all test-integrations bench gpu-report docs-tables kernels cuda fuzz crash sanitize \
-  sanitize-cuda lint format wheel docs compat clean
+  sanitize-cuda lint format wheel try-wheel docs compat clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -46,12 +47,14 @@ help:  ## This list
 setup: $(EXTENSION)  ## Only the set-up: .venv with all dependencies and the extension
 
 demo: $(EXTENSION)  ## Train with SGD and with FastSAM on noisy labels: a table and a picture
+	@echo "training a small CNN with SGD and with FastSAM, 3 seeds each (about two minutes on two cores)"
 	$(BIN)/python -m fastsam demo $(ARGS)
 
 sharpness: $(EXTENSION)  ## How sharp the minima of SGD and FastSAM are: a table and a picture; ARGS="--m": other perturbations
 	$(BIN)/python -m fastsam sharpness $(ARGS)
 
 test: $(EXTENSION)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
+	@echo "running the tests; all of them take about six minutes on two cores"
 	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --sample $(SAMPLE) $(ARGS)
 
 test-all: $(EXTENSION)  ## All tests: every combination
@@ -132,20 +135,27 @@ test-integrations: $(EXTENSION)  ## FastSAM in Lightning, Transformers, Accelera
 docs: $(EXTENSION)  ## The pages, into build/docs/html; runs their code; BROWSE=1: looks at them with headless Chromium
 	tools/docs.sh $(if $(BROWSE),--browse)
 
-# Runs in its own folder, so that the installed fastsam is tested, not the checkout's. A release of torch may download
-# gigabytes of CUDA; TORCH=2.11.0+cpu is a CPU build, where pip is configured to find these. The Triton of
+# An environment with the wheel and nothing of .venv. A release of torch may download gigabytes of CUDA;
+# TORCH=2.11.0+cpu is a CPU build, where pip is configured to find these.
+COMPAT = .compat/$(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-torch$(TORCH)
+
+try-wheel:  ## The wheel in dist/ in a new environment: make try-wheel PYTHON=python3.13 TORCH=2.13.0; doctor, a training
+	@test -n "$(TORCH)" || { echo "make $@: which torch? make $@ TORCH=2.11.0" >&2; exit 2; }
+	test -d $(COMPAT) || $(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python $(PIP_INSTALL) torch==$(TORCH) numpy dist/*.whl || \
+	  { echo "make $@: the wheel and torch $(TORCH) could not be installed (pip's reason is above)" >&2; exit 1; }
+	$(COMPAT)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps dist/*.whl
+	cd $(COMPAT) && bin/fastsam --version && bin/fastsam doctor && bin/python $(CURDIR)/tools/try_wheel.py native
+
+# The suite runs in its own folder, so that the installed fastsam is tested, not the checkout's. The Triton of
 # requirements/test.txt replaces torch's own.
-compat:  ## The wheel's tests with another torch: make compat TORCH=2.11.0
-	@test -n "$(TORCH)" || { echo "make compat: which torch? make compat TORCH=2.11.0" >&2; exit 2; }
+compat:  ## The wheel, built and tried, and its tests with another torch: make compat TORCH=2.11.0
+	@test -n "$(TORCH)" || { echo "make $@: which torch? make $@ TORCH=2.11.0" >&2; exit 2; }
 	$(MAKE) --no-print-directory wheel QUICK=1
-	test -d .compat/$(TORCH) || $(PYTHON) -m venv .compat/$(TORCH)
-	.compat/$(TORCH)/bin/python $(PIP_INSTALL) torch==$(TORCH) && \
-	  .compat/$(TORCH)/bin/python $(PIP_INSTALL) -r requirements/test.txt || \
-	  { echo "make compat: torch $(TORCH) could not be installed (pip's reason is above)" >&2; exit 1; }
-	.compat/$(TORCH)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps dist/*.whl
-	rm -rf .compat/$(TORCH)/suite && mkdir .compat/$(TORCH)/suite && cp -r tests pyproject.toml .compat/$(TORCH)/suite
-	cd .compat/$(TORCH)/suite && ../bin/python -c "import torch, fastsam; print(torch.__version__, fastsam.__file__)" && \
-	  $(REQUIRED) ../bin/pytest --numprocesses $(WORKERS) $(ARGS)
+	$(MAKE) --no-print-directory try-wheel
+	$(COMPAT)/bin/python $(PIP_INSTALL) torch==$(TORCH) -r requirements/test.txt
+	rm -rf $(COMPAT)/suite && mkdir $(COMPAT)/suite && cp -r tests pyproject.toml $(COMPAT)/suite
+	cd $(COMPAT)/suite && $(REQUIRED) ../bin/pytest --numprocesses $(WORKERS) $(ARGS)
 
 clean:  ## Remove what make made
 	rm -rf .venv .venvs .compat build dist *.egg-info fastsam/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

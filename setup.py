@@ -257,9 +257,25 @@ def choose_build(choice: str) -> dict:
     return cuda_build() if wants_cuda and not cuda_obstacle else cpu_build(sanitize=choice == "sanitize")
 
 
+def repository() -> str:
+    """Returns the repository's address."""
+    return re.search(r'^repository = "(.+)"', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
+
+
+def project_urls() -> dict[str, str]:
+    """Returns the addresses that the package's metadata has."""
+    url = repository()
+    return {
+        "Source": url,
+        "Documentation": f"{url}/blob/main/docs/index.md",
+        "Changelog": f"{url}/blob/main/CHANGELOG.md",
+        "Issues": f"{url}/issues",
+    }
+
+
 def long_description() -> str:
     """Returns README.md with absolute links, for pages that are not the repository's."""
-    url = re.search(r'^Source = "(.+)"', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
+    url = repository()
     absolute = re.sub(r"!\[([^]]*)\]\((?!\w+:)", rf"![\1]({url}/raw/main/", Path("README.md").read_text())
     return re.sub(r"\]\((?!\w+:|#)", f"]({url}/blob/main/", absolute)
 
@@ -272,6 +288,7 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["fastsam", "fastsam.*"]), "fastsam.kernels"],
         # The folder is not under fastsam/, and the top-level name `kernels` belongs to another project.
         package_dir={"fastsam.kernels": "kernels"},
+        project_urls=project_urls(),
         long_description=long_description(),
         long_description_content_type="text/markdown",
         **choose_build(os.environ.get("FASTSAM_BUILD", "auto")),

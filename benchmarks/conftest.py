@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("benchmark"):
         return
     if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install 'fastsam-optim[bench]'")
+        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install pytest-benchmark")
     # pytest-benchmark's own table would list whole rounds, of which nobody asks.
     config.option.benchmark_quiet = True
     torch.set_num_threads(config.getoption("threads"))

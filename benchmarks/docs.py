@@ -99,10 +99,11 @@ def section(root: Path, path: Path | None) -> list[str]:
     rows = [_row(part, backend) for part in widest.values()]
     header = ("parameters", "per-tensor loop, ms", "plain PyTorch, ms", "FastSAM, ms", "x loop", "x plain", "of copy")
     return [
-        f"{where['gpu']}, driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}, {where['date']},",
-        f"commit {where['commit']} ([results]({path.relative_to(root)})): FastSAM's `{backend}`, float32. *Plain",
-        "PyTorch* is the fastest of `torch._foreach_*` lists over torch's fused base and, where measured, the same",
-        "compiled; *of copy* is the share of a copy's bandwidth at 40 (SGD) or 48 (AdamW) bytes a parameter.",
+        f"On an {where['gpu']} (driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}),",
+        f"{where['date']}, commit {where['commit']} ([results]({path.relative_to(root)})): backend",
+        f"`{backend}`, float32. *Plain PyTorch* is the fastest of `torch._foreach_*` operations over torch's fused",
+        "base and, where measured, the same compiled. *Of copy* compares FastSAM's bandwidth, counting 40 (SGD) or",
+        "48 (AdamW) bytes per parameter, with that of copying memory.",
         "",
         *table(header, rows),
         "",

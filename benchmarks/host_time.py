@@ -23,13 +23,14 @@ BASE = "SGD"
 WARM_UP, MOST_REPEATS = 10, 2000
 
 
-def host_time(device: Device, model: str, seconds: float) -> HostTime:
+def host_time(device: Device, model: str, seconds: float, frozen: int = 0) -> HostTime:
     """Every backend's optimizer part, and one fused step of the base alone.
 
     Args:
         device: what to measure on; on the CPU the kernels' backends run their path for CUDA, launches stubbed out.
         model: whose parameters; where nothing is launched they have 8 elements each.
         seconds: for each implementation and each kind of step.
+        frozen: how many more parameters the optimizer is given, which have no gradient.
     """
     stubbed = not device.asynchronous
     shapes = [(8,)] * len(shapes_of(model)) if stubbed else shapes_of(model)
@@ -37,9 +38,9 @@ def host_time(device: Device, model: str, seconds: float) -> HostTime:
     for name in (FUSED_BASE, *(KERNELS if stubbed else BACKENDS)):
         try:
             with _stubbed(name) if stubbed else contextlib.nullcontext():
-                times[name] = _kinds_of_step(device, name, shapes, seconds)
+                times[name] = _kinds_of_step(device, name, shapes, seconds, frozen)
             if not stubbed:
-                launches[name] = device.launches(_warmed_up(*_build(device, name, shapes)))
+                launches[name] = device.launches(_warmed_up(*_build(device, name, shapes, frozen)))
                 peaks[name] = _peak(device, name, shapes)
         except Exception as error:
             skipped[name] = reason_of(error)
@@ -52,6 +53,7 @@ def host_time(device: Device, model: str, seconds: float) -> HostTime:
         times=times,
         skipped=skipped,
         stubbed=stubbed,
+        frozen=frozen,
         launches=launches,
         extra_copies=extra,
     )
@@ -61,8 +63,8 @@ def _stubbed(name: str) -> contextlib.AbstractContextManager[None]:
     return implementations.stubbed_fused_base() if name == FUSED_BASE else operations.stubbed_launches(name)
 
 
-def _kinds_of_step(device: Device, name: str, shapes: Shapes, seconds: float) -> dict[str, Timing]:
-    params, implementation = _build(device, name, shapes)
+def _kinds_of_step(device: Device, name: str, shapes: Shapes, seconds: float, frozen: int) -> dict[str, Timing]:
+    params, implementation = _build(device, name, shapes, frozen)
     gradients = Gradients(shapes, device=device.type)
 
     def change_lr() -> None:
@@ -97,10 +99,11 @@ def _watch(device: Device, shapes: Shapes, seconds: float) -> dict[str, Timing]:
     return {STATIC: repeated(lambda: None), NEW_GRADIENTS: repeated(replace_grad)}
 
 
-def _build(device: Device, name: str, shapes: Shapes) -> tuple[list[Tensor], Implementation]:
+def _build(device: Device, name: str, shapes: Shapes, frozen: int = 0) -> tuple[list[Tensor], Implementation]:
     params = [torch.randn(shape, device=device.type).mul_(0.02).requires_grad_() for shape in shapes]
     Gradients(shapes, device=device.type).hand_to(params)
-    return params, implementations.build(name, params, BASE)
+    others = [torch.zeros(8, device=device.type) for _ in range(frozen)]
+    return params, implementations.build(name, [*others, *params], BASE)
 
 
 def _repeated(device: Device, step: Step, prepare: Step, seconds: float) -> Timing:

@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.device import Device, Unavailable
 from fastsam import backends
-from fastsam.backends import device_table, native, native_table, triton_gpu
+from fastsam.backends import native, native_table, triton_gpu
 from fastsam.doctor.self_check import Outcome, check_backend
+from fastsam.runtime import streams
 
 UPDATE = "restore_and_update_"
 # Bytes per fp32 parameter that an operation cannot do without: everything is read once and written once.
@@ -124,7 +125,7 @@ def _stubbed_native(stack: contextlib.ExitStack) -> None:
         raise Unavailable(reason)
     stack.enter_context(mock.patch.object(native, "_ops", _Operators()))
     stack.enter_context(mock.patch.object(native, "_view", lambda table: table.attached(native_table.CudaTable)))
-    stack.enter_context(mock.patch.object(device_table, "is_capturing", do_nothing))
+    stack.enter_context(mock.patch.object(streams, "is_capturing", do_nothing))
 
 
 def _stubbed_triton(stack: contextlib.ExitStack) -> None:
@@ -134,7 +135,7 @@ def _stubbed_triton(stack: contextlib.ExitStack) -> None:
     stack.enter_context(mock.patch.object(triton_gpu, "unsupported_reason", return_value=""))
     stack.enter_context(mock.patch.object(kernels, "interpreted", False))
     stack.enter_context(mock.patch.object(kernels.Kernel, "prepare", return_value=_Launches()))
-    stack.enter_context(mock.patch.object(device_table, "is_capturing", do_nothing))
+    stack.enter_context(mock.patch.object(streams, "is_capturing", do_nothing))
 
 
 class _Launches:

@@ -191,16 +191,19 @@ def one_visit(device: Device, implementation: Implementation, params: list[Tenso
 def method_costs(
     device: Device, model: str, base: str, seconds: float, drive: Drive | None = None, fewest: int = FEWEST_ROUNDS
 ) -> MethodCosts:
-    """Rounds over all methods, by the backend that "auto" takes for each."""
+    """Rounds over all methods, by the backend that "auto" takes for each; on one CPU thread in its own time."""
     shapes = shapes_of(model)
     torch.manual_seed(0)
     weights = [torch.randn(shape, device=device.type).mul_(0.02) for shape in shapes]
     gradients = Gradients(shapes, device=device.type)
     copy = Copy(device)
 
+    # One thread's own time is of its work alone, however busy the machine is.
+    now = time.thread_time if not device.asynchronous and torch.get_num_threads() == 1 else time.perf_counter
+
     def clock() -> float:
         device.synchronize()
-        return time.perf_counter()
+        return now()
 
     visits: dict[str, Visit] = {Copy.NAME: copy.visit}
     skipped = {}

@@ -60,18 +60,37 @@ class MethodCosts(NamedTuple):
         return f"{plain(self.model)}-{self.base}"
 
 
-class HostTime(NamedTuple):
-    """For ``test_host_time``: ``tensors`` as ResNet-50 has them, or of 256 elements each."""
+class RankCosts(NamedTuple):
+    """For ``test_rank_costs``; ``model``: the shapes of each rank's shards."""
 
-    tensors: int
+    model: str
+    base: str = "AdamW"
 
     @property
     def id(self) -> str:
-        return str(self.tensors)
+        return f"{plain(self.model)}-{self.base}"
+
+
+class HostTime(NamedTuple):
+    """For ``test_host_time``: ``tensors`` as ResNet-50 has them, of 256 elements each, or LoRA's adapters.
+
+    Attributes:
+        frozen: how many more the optimizer is given that have no gradient.
+    """
+
+    tensors: int
+    frozen: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.tensors}-beside-{self.frozen}-frozen" if self.frozen else str(self.tensors)
 
     @property
     def model(self) -> str:
-        return {161: "ResNet-50", 2000: "2,000 x 256"}.get(self.tensors, TINY)
+        return {64: "adapters", 161: "ResNet-50", 2000: "2,000 x 256"}.get(self.tensors, TINY)
+
+
+HOST_TIMES = (HostTime(161), HostTime(2000), HostTime(64), HostTime(64, frozen=2000))
 
 
 class Training(NamedTuple):
@@ -100,8 +119,8 @@ def _gpu() -> Plan:
     for model in ("ViT-B/16", "ResNet-50", "Llama 1B"):
         for size in CHUNK_SIZES:
             yield "test_optimizer_part", Part(model, chunk_size=size, pace=0.3)
-    for tensors in (161, 2000):
-        yield "test_host_time", HostTime(tensors)
+    for case in HOST_TIMES:
+        yield "test_host_time", case
     yield "test_optimizer_part", Part("ResNet-50", compiled=True)
     for model in ("ViT-B/16", "Llama 1B"):
         for base, dtype in (("AdamW", "float32"), ("SGD", "bfloat16"), ("AdamW", "bfloat16")):
@@ -129,8 +148,9 @@ def _cpu(heavyball: bool) -> Plan:
     ):
         yield "test_optimizer_part", Part(model, base)
     yield "test_method_costs", MethodCosts("ResNet-18")
-    for tensors in (161, 2000):
-        yield "test_host_time", HostTime(tensors)
+    yield "test_rank_costs", RankCosts("ResNet-50")
+    for case in HOST_TIMES:
+        yield "test_host_time", case
     for network in (CNN, TRANSFORMER):
         yield "test_training_step", Training(network, methods=True)
     if heavyball:
@@ -146,6 +166,7 @@ def _dry() -> Plan:
     yield "test_optimizer_part", Part(TINY, "AdamW", "bfloat16", compiled=True)
     yield "test_host_time", HostTime(2)
     yield "test_method_costs", MethodCosts(TINY)
+    yield "test_rank_costs", RankCosts(TINY)
     for network in TINY_NETWORKS:
         yield "test_training_step", Training(network)
 

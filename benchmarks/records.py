@@ -21,6 +21,9 @@ AROUND = "around the operations"
 OPTIMIZER = "optimizer"
 # What differs from step to step while the host's time is taken.
 STATIC, NEW_GRADIENTS, CHANGING_LR = "static gradients", "new gradients", "new gradients, changing lr"
+# On several ranks.
+LOCAL, SHARDED = "FastSAM, a rank's shards alone", "FastSAM, DTensors"
+SHARDED_BASE, SHARDED_CLIP = "the base, fused, DTensors", "clip_grad_norm_, DTensors"
 # A part of step(closure) that the two phases do not have.
 WATCH = "watch for accumulated gradients"
 
@@ -184,30 +187,59 @@ class HostTime(Record):
         stubbed: the launches did nothing; else they were made, on an idle device.
         launches: by implementation, kernels and copies of a step with static gradients, by name.
         extra_copies: peak memory over that of the fused base alone, in copies of the parameters.
+        frozen: how many more parameters the optimizer was given, which have no gradient.
     """
 
     kind = "host time"
 
     stubbed: bool
+    frozen: int = 0
     launches: dict[str, dict[str, int]] = field(default_factory=dict)
     extra_copies: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return f"{super().name}, {self.tensors:,} tensors" + (", launches stubbed out" if self.stubbed else "")
+        beside = f" beside {self.frozen:,} frozen" if self.frozen else ""
+        return f"{super().name}, {self.tensors:,} tensors{beside}" + (", launches stubbed out" if self.stubbed else "")
 
     def microseconds(self, implementation: str, part: str = STATIC) -> float | None:
         timing = self.times.get(implementation, {}).get(part)
         return None if timing is None else 1e3 * timing.median
 
 
-_KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (OptimizerPart, MethodCosts, TrainingStep, HostTime)}
+@dataclass(frozen=True, kw_only=True)
+class RankCosts(Record):
+    """The optimizer part over DTensors; ``parameters`` and ``tensors`` are those of each rank.
+
+    Attributes:
+        ranks: how many there are.
+    """
+
+    kind = "ranks"
+
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}, on each of {self.ranks} ranks"
+
+    def local_steps(self, implementation: str) -> float | None:
+        """The time in units of FastSAM's without other ranks."""
+        return self.ratio(implementation, LOCAL)
+
+    def figures(self, implementation: str) -> dict[str, Any]:
+        return {"local_steps": self.local_steps(implementation)}
+
+
+_KINDS: dict[str, type[Record]] = {
+    kind.kind: kind for kind in (OptimizerPart, MethodCosts, TrainingStep, HostTime, RankCosts)
+}
 
 
 def record_from_json(data: Mapping[str, Any]) -> Record:
     """The record that ``as_json()`` gave."""
     kind = _KINDS[data["kind"]]
-    values = {one.name: data[one.name] for one in fields(kind)}
+    values = {one.name: data[one.name] for one in fields(kind) if one.name in data}
     times = {name: {part: Timing(**t) for part, t in parts.items()} for name, parts in data["times"].items()}
     return kind(**{**values, "times": times})
 

@@ -19,6 +19,7 @@ from benchmarks.records import (
     HostTime,
     MethodCosts,
     OptimizerPart,
+    RankCosts,
     Record,
     Results,
     TrainingStep,
@@ -28,6 +29,7 @@ from benchmarks.targets import verdicts
 TITLES: dict[type[Record], str] = {
     OptimizerPart: "THE OPTIMIZER PART OF A SAM STEP: first_step() + second_step()",
     MethodCosts: "THE OPTIMIZER PART OF EVERY METHOD'S STEP",
+    RankCosts: "THE OPTIMIZER PART ON SEVERAL RANKS, by gloo on this machine",
     HostTime: "THE HOST'S TIME, microseconds of a step",
     TrainingStep: "WHOLE TRAINING STEPS: forward, backward, optimizer",
 }
@@ -64,6 +66,7 @@ def record_lines(record: Record) -> list[str]:
     table = {
         OptimizerPart: _optimizer_part,
         MethodCosts: _method_costs,
+        RankCosts: _rank_costs,
         HostTime: _host_time,
         TrainingStep: _training_step,
     }[type(record)]
@@ -114,6 +117,13 @@ def _method_costs(part: MethodCosts) -> Iterable[Sequence[str]]:
         moved, step = part.bytes_per_parameter[name], part.step(name)
         row = [name, number(step.median), number(step.spread), _ratio(part.sam_steps(name)), f"{moved:.1f}"]
         yield [*row, f"{moved / sam:.2f}", f"{part.gb_s(name):,.1f}", f"{part.share_of_copy(name):.0%}"]
+
+
+def _rank_costs(record: RankCosts) -> Iterable[Sequence[str]]:
+    yield ("", "median ms", "IQR ms", "of a rank's alone")
+    for name in record.times:
+        step = record.step(name)
+        yield [name, number(step.median), number(step.spread), _ratio(record.local_steps(name), digits=3)]
 
 
 def _training_step(case: TrainingStep) -> Iterable[Sequence[str]]:

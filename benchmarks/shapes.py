@@ -75,6 +75,11 @@ def _llama_1b() -> Shapes:
     return [(128256, width), *16 * block, (width,)]
 
 
+def _adapters() -> Shapes:
+    """LoRA of rank 8 on the projections q and v of Llama 1B, as peft makes it."""
+    return 16 * [(8, 2048), (2048, 8), (8, 2048), (512, 8)]
+
+
 def _linear(outputs: int, inputs: int) -> Shapes:
     return [(outputs, inputs), (outputs,)]
 
@@ -93,6 +98,7 @@ MODELS: dict[str, Shapes] = {
     "ViT-B/16": _vit_b_16(),
     "GPT-2 small": _gpt2_small(),
     "Llama 1B": _llama_1b(),
+    "adapters": _adapters(),
 }
 # A rehearsal's, which no figure is about.
 TINY = "tiny"

@@ -11,11 +11,13 @@ from benchmarks.operations import KERNELS, fastest
 from benchmarks.records import (
     CHANGING_LR,
     NEW_GRADIENTS,
+    SHARDED,
     STATIC,
     WATCH,
     HostTime,
     MethodCosts,
     OptimizerPart,
+    RankCosts,
     Results,
 )
 from benchmarks.records import TrainingStep as TrainingRecord
@@ -44,6 +46,8 @@ CPU_SPEED: dict[tuple[str, str], tuple[float | None, float]] = {
 FOREACH_FASTER = 1.0
 CPU_TRAINING = {HALF_BATCH: 1.6, of_method("LookSAM()"): 1.25, of_method("MomentumSAM()"): 1.02}
 SAM_STEPS = {"MomentumSAM()": 1.05, "AMP()": 1.05}
+# Over DTensors on two ranks, in units of the same over a rank's shards alone.
+LOCAL_STEPS = 1.15
 # How far the loop may be from the published SAM that it stands for.
 PEER_TOLERANCE = 0.10
 
@@ -143,6 +147,9 @@ def _of_cpu(results: Results) -> Iterator[Verdict]:
     for part in results.of(MethodCosts):
         for name, most in (SAM_STEPS if part.model in MODELS else {}).items():
             yield at_most(f"{part.name}: {name} in units of {SAM}", part.sam_steps(name), most, "")
+    for record in results.of(RankCosts):
+        what = f"{record.name}: {SHARDED}, of a rank's shards alone"
+        yield at_most(what, record.local_steps(SHARDED) if record.model in MODELS else None, LOCAL_STEPS, "")
     for step in results.of(TrainingRecord):
         for name, most in (CPU_TRAINING if step.model == "CNN" else {}).items():
             yield at_most(f"{step.name}: {name}, steps of the base", step.base_steps(name), most, "")

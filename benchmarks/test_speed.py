@@ -13,6 +13,7 @@ from benchmarks.host_time import host_time
 from benchmarks.implementations import FUSED_BASE
 from benchmarks.measure import Visit, driven_by, interleaved
 from benchmarks.optimizer_part import PartRun, method_costs
+from benchmarks.ranks import rank_costs
 from benchmarks.records import TrainingStep
 from benchmarks.session import Session
 from benchmarks.training import FASTSAM, HALF_BATCH, IN_A_GRAPH, prepare, rows
@@ -44,8 +45,12 @@ def test_method_costs(case: plan.MethodCosts, session: Session, benchmark: Any) 
     session.add(record, needed=set(record.skipped))
 
 
+def test_rank_costs(case: plan.RankCosts, session: Session) -> None:
+    session.add(rank_costs(case.model, case.base, session.seconds, session.fewest), needed=set())
+
+
 def test_host_time(case: plan.HostTime, session: Session) -> None:
-    record = host_time(session.device, case.model, session.seconds / 12)
+    record = host_time(session.device, case.model, session.seconds / 12, case.frozen)
     session.add(record, needed=session.required if session.device.asynchronous else {"native"})
 
 

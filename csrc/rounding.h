@@ -1,7 +1,7 @@
 // How a result becomes what is stored: rounded to nearest, or stochastically, up or down so that the mean is right.
 //
-// A random number is a function of what it is for: seed, step, tensor, operation and element. It has no state, costs a
-// few integer operations, and is the same on every backend. All arithmetic on such numbers wraps at 32 bits.
+// A random word is a function of what it is for: seed, step, tensor, word and element. It has no state, costs a few
+// integer operations, and is the same on every backend. All arithmetic on words wraps at 32 bits.
 #pragma once
 
 #include <cstdint>
@@ -25,14 +25,14 @@ FASTSAM_HOST_DEVICE uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// The random numbers for one tensor in one step and draw.
+// What one random word has in common for all elements of a tensor in one step.
 struct RandomKey {
   uint32_t low;
   uint32_t high;
 
-  FASTSAM_HOST_DEVICE static RandomKey make(uint32_t seed, uint32_t step, uint32_t position, uint32_t draw) {
-    const uint32_t word = position * kDraws + draw;
-    return {mix(mix(mix(seed ^ 0x9e3779b9u) ^ step) ^ word), mix(mix(mix(seed ^ 0xc2b2ae35u) ^ word) ^ step)};
+  FASTSAM_HOST_DEVICE static RandomKey make(uint32_t seed, uint32_t step, uint32_t position, uint32_t word) {
+    const uint32_t number = position * kRandomWords + word;
+    return {mix(mix(mix(seed ^ 0x9e3779b9u) ^ step) ^ number), mix(mix(mix(seed ^ 0xc2b2ae35u) ^ number) ^ step)};
   }
 
   // For elements whose numbers have the upper 32 bits of `element`.
@@ -42,6 +42,11 @@ struct RandomKey {
 
   FASTSAM_HOST_DEVICE uint32_t bits(uint32_t element) const { return mix(mix(element ^ low) ^ high); }
 };
+
+// Two draws share a word, of which the second turns the halves round: 16 bits decide nearly every rounding.
+FASTSAM_HOST_DEVICE uint32_t bits_of_draw(uint32_t word, uint32_t draw) {
+  return select(draw % 2 == 0, word, word >> 16 | word << 16);
+}
 
 // ---- rounding by a random number ----
 
@@ -80,27 +85,30 @@ struct Nearest {
   FASTSAM_HOST_DEVICE Nearest at(int64_t) const { return *this; }
 };
 
-// Result k has draw + k: of an update, result 0 are the weights, and result 1 + k is slot k of the state.
-template <typename scalar_t, int kResults>
+// Result k has draw kDraw + k: of an update, result 0 are the weights, and result 1 + k is slot k of the state.
+template <typename scalar_t, uint32_t kDraw, int kResults>
 struct Stochastic {
-  RandomKey keys[kResults];
+  static constexpr int kWords = static_cast<int>((kDraw + kResults - 1) / 2 - kDraw / 2) + 1;
+  RandomKey keys[kWords];
   int64_t offset;
   uint32_t first;
 
   // offset: of the tensor's first element in the whole parameter, of which the tensor may be a shard.
-  FASTSAM_HOST_DEVICE static Stochastic make(double seed, float steps, int64_t position, int64_t offset, Draw draw) {
+  FASTSAM_HOST_DEVICE static Stochastic make(double seed, float steps, int64_t position, int64_t offset) {
     Stochastic rounding{};
     rounding.offset = offset;
-    for (int result = 0; result < kResults; ++result) {
-      rounding.keys[result] =
+    for (int word = 0; word < kWords; ++word) {
+      rounding.keys[word] =
           RandomKey::make(static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<int64_t>(steps)),
-                          static_cast<uint32_t>(position), draw + result);
+                          static_cast<uint32_t>(position), kDraw / 2 + word);
     }
     return rounding;
   }
 
   FASTSAM_HOST_DEVICE scalar_t operator()(float value, int result, int64_t element) const {
-    return round_stochastically(value, keys[result].bits(first + static_cast<uint32_t>(element)), scalar_t{});
+    const uint32_t draw = kDraw + result;
+    const uint32_t word = keys[draw / 2 - kDraw / 2].bits(first + static_cast<uint32_t>(element));
+    return round_stochastically(value, bits_of_draw(word, draw), scalar_t{});
   }
 
   // For elements that are counted from `element` of the tensor on. They must not reach over a multiple of 2^32.

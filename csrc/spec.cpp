@@ -35,7 +35,7 @@ constexpr std::pair<const char*, int64_t> kNumbers[] = {
     {"Draw.WEIGHT", kWeightDraw},
     {"Draw.STATE", kStateDraw},
     {"Draw.METHOD_STATE", kMethodStateDraw},
-    {"DRAWS", kDraws},
+    {"RANDOM_WORDS", kRandomWords},
 // The place of a field in a row of options or coefficients.
 #define FASTSAM_FIELD(name, type, field) {name, offsetof(type, field) / sizeof(double)}
     FASTSAM_FIELD("AscentOptions.rho", AscentOptions, rho),

@@ -38,8 +38,8 @@ enum class Update : int64_t { kNone, kSgd, kAdam };
 
 enum class Map : int64_t { kIdentity, kPower, kAdaptive };
 
-enum Draw : uint32_t { kAscentDraw, kWeightDraw, kStateDraw, kMethodStateDraw = kStateDraw + kStateSlots };
-constexpr uint32_t kDraws = 8;
+enum Draw : uint32_t { kAscentDraw, kWeightDraw = 2, kStateDraw, kMethodStateDraw = kStateDraw + kStateSlots };
+constexpr uint32_t kRandomWords = 8;
 
 // Rows of options and coefficients as they lie in memory: all doubles, in spec.py's order. A flag is not 0.
 

@@ -35,6 +35,7 @@ myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["accelerate", "ignite", "lightning", "timm", "transformers"]  # not installed here
 autodoc_typehints = "none"  # the docstrings say what an argument may be
 autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True}

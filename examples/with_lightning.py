@@ -1,6 +1,6 @@
 """Lightning on noisy digits: one callback, then every option of the Trainer works.
 
-pip install fastsam-optim[lightning,demo]
+pip install lightning scikit-learn
 python examples/with_lightning.py
 """
 

@@ -1,6 +1,6 @@
 """skorch on noisy digits: FastSAM is an optimizer like any other, and a grid search finds rho.
 
-pip install fastsam-optim[demo] skorch
+pip install skorch scikit-learn
 python examples/with_skorch.py
 """
 

@@ -1,6 +1,6 @@
 """timm on noisy digits: a ViT, FastSAM by its name, a schedule, a scaler, clipping.
 
-pip install fastsam-optim[timm,demo]
+pip install timm scikit-learn
 python examples/with_timm.py
 """
 

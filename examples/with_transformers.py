@@ -1,6 +1,6 @@
 """Transformers on noisy digits: SAMTrainer in the place of Trainer; the arguments stay as they are.
 
-pip install fastsam-optim[transformers,demo]
+pip install transformers accelerate scikit-learn
 python examples/with_transformers.py
 """
 

@@ -23,7 +23,7 @@ accuracy curves and the loss around the solutions. Takes about two minutes on on
 SHARPNESS = """\
 Train as the demo does, and measure how sharp the solutions are: the largest eigenvalues of the loss's Hessian, its
 trace and density, and how much the loss rises around the weights. Prints a table and draws spectra, losses and
-sharpness over the epochs. Takes four to five minutes on two CPU cores.
+sharpness over the epochs. Takes three and a half minutes on two CPU cores.
 """
 
 DOCTOR = """\

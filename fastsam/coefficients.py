@@ -16,6 +16,8 @@ from torch import Tensor
 from fastsam.backends import Backend, grad_norms
 from fastsam.distributed import GlobalSums, Sharding
 from fastsam.methods.method import AscentTerms, DescentTerms, Dots, Facts, Method
+from fastsam.runtime import streams
+from fastsam.runtime.step_number import StepNumber
 from fastsam.spec import Ascent, AscentCoefficients, AscentForm, AscentOptions, Descent, DescentCoefficients, Map, Row
 from fastsam.tables import TensorTable
 
@@ -47,7 +49,7 @@ class Coefficients:
     def norms(
         self, backends: Sequence[Backend], tables: Sequence[TensorTable], options: Sequence[AscentOptions]
     ) -> dict[torch.device, Tensor]:
-        """The norm of the whole model's gradient, on each of the tables' devices."""
+        """The norm of the whole model's gradient, on each of the tables' devices; without tables on some device."""
         if not (self._sums.has_shard_groups or any(table.sharding for table in tables)):
             return grad_norms(backends, tables, options)
         home = home_of([table.device for table in tables])
@@ -57,7 +59,7 @@ class Coefficients:
             norms = grad_norms([b for b, _ in mine], [t for _, t in mine], options)
             squares[sharding] = next(iter(norms.values())).to(home, non_blocking=True).square()
         norm = self._sums.total(squares, home).sqrt()
-        return {table.device: norm.to(table.device, non_blocking=table.device.type != "cpu") for table in tables}
+        return _on_each(norm, tables)
 
     def note_norms(self, norms: Mapping[torch.device, Tensor]) -> None:
         """The ascent was plain SAM's, by these norms."""
@@ -157,8 +159,10 @@ class Coefficients:
         for sharding, dots in zip(shardings, weigh(each), strict=True):
             mine = dots.sum(dim=0).to(home, non_blocking=True)
             parts[sharding] = parts[sharding] + mine if sharding in parts else mine
+        if not (tables or needed):
+            return each, {}
         total = self._sums.total(parts, home, (3,)) if needed else functools.reduce(torch.add, parts.values())
-        return each, {t.device: total.to(t.device, non_blocking=t.device.type != "cpu") for t in tables}
+        return each, _on_each(total, tables)
 
 
 def divide_kept(descent: Descent, scale: Tensor | None) -> None:
@@ -189,6 +193,7 @@ class _Constants:
         self._spread: dict[str, tuple[list[float], Tensor]] = {}
         self._positions = _send(torch.tensor(table.positions, dtype=torch.int64, device="cpu"), device)
         self._mask: tuple[list[int], Tensor] | None = None
+        self._step = StepNumber(table)
 
     def mask(self, indices: list[int]) -> Tensor | None:
         """Which parameters are among ``indices``, as bools ``(n,)``; None: all are."""
@@ -203,7 +208,9 @@ class _Constants:
 
     def uniform(self, seed: int, step: int) -> Tensor:
         """A number in [0, 1) for each parameter: a hash of seed, step and the parameter's position."""
-        x = self._positions * -0x61C8864680B583EB + ((seed * 0x9E3779B1 + step * 0x85EBCA77) & (2**62 - 1))
+        mask = 2**62 - 1
+        here = (self._step.of(step) * 0x85EBCA77 + (seed * 0x9E3779B1 & mask)) & mask
+        x = self._positions * -0x61C8864680B583EB + here
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
             x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
         x = x ^ (x >> 31 & (1 << 33) - 1)
@@ -219,7 +226,7 @@ class _Constants:
         plain = [None if _is_elsewhere(value) else float(value) for value in values]
         numbers = [sign * number for sign, number in zip(signs, plain, strict=True) if number is not None]
         # What a CUDA graph reads is made within it: what is kept here goes when a number changes.
-        keeps = len(numbers) == len(plain) and not _is_capturing(self.matrix.device)
+        keeps = len(numbers) == len(plain) and not streams.is_capturing(self.matrix.device)
         if keeps and name in self._spread and self._spread[name][0] == numbers:
             return self._spread[name][1]
         result = torch.zeros_like(self.matrix)
@@ -288,6 +295,12 @@ def home_of(devices: Sequence[torch.device]) -> torch.device:
     return next((device for device in devices if device.type != "cpu"), next(iter(devices), torch.device("cpu")))
 
 
+def _on_each(number: Tensor, tables: Sequence[TensorTable]) -> dict[torch.device, Tensor]:
+    """A tensor on each of the tables' devices; without tables on its own."""
+    devices = [table.device for table in tables] or [number.device]
+    return {device: number.to(device, non_blocking=device.type != "cpu") for device in devices}
+
+
 def _all_finite(sums: Tensor) -> Tensor:
     # torch.isfinite is four kernels; this norm is one, and NaN where there is one.
     return torch.linalg.vector_norm(sums, math.inf) < math.inf
@@ -296,10 +309,6 @@ def _all_finite(sums: Tensor) -> Tensor:
 def _is_elsewhere(value: float | Tensor) -> bool:
     """Whether reading the value would wait for an accelerator."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

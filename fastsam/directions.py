@@ -12,39 +12,41 @@ from torch import Tensor
 from fastsam.backends.rounding import PIECE, make_keys, random_words
 from fastsam.distributed import is_distributed, local_of, placed_like
 from fastsam.methods import Method
-from fastsam.spec import DRAWS
+from fastsam.runtime.step_number import StepNumber
+from fastsam.spec import RANDOM_WORDS
 from fastsam.tables import TensorTable
 from fastsam.tables.memory import as_real
 
-# The last two draws of a parameter, which rounding does not use.
-_NOISE_DRAWS = (DRAWS - 2, DRAWS - 1)
+# The last two words of an element, which rounding does not use.
+_NOISE_WORDS = (RANDOM_WORDS - 2, RANDOM_WORDS - 1)
 
 
 def draw_noise(tables: Sequence[TensorTable], seed: int, step: int) -> None:
     """Gives every parameter of every table a direction drawn from N(0, I).
 
-    The numbers are hashes, as those of stochastic rounding are: the same for every device, backend and sharding.
+    The numbers are hashes, as those of stochastic rounding are: the same for every device, backend and sharding. Each
+    replay of a CUDA graph draws others.
     """
     for table in tables:
+        number = table.attached(StepNumber).of(step)
         directions: list[Any] = [torch.empty_like(value) for value in table.values]
         for i, direction in enumerate(directions):
             memory = direction.as_strided((direction.numel(),), (1,))
             for start in range(0, len(memory), PIECE):
                 piece = memory[start : start + PIECE]
-                piece.copy_(_normal(table, i, start, len(piece), seed, step))
+                piece.copy_(_normal(table, i, start, len(piece), seed, number))
         table.set_directions(directions)
 
 
-def _normal(table: TensorTable, i: int, start: int, count: int, seed: int, step: int) -> Tensor:
+def _normal(table: TensorTable, i: int, start: int, count: int, seed: int, step: Tensor) -> Tensor:
     """Numbers from N(0, 1) by Box and Muller's method; in float64, so that rounding them hides how log and cos differ.
 
     Where a device has no float64 (MPS), they are those of float32.
     """
     dtype = torch.float32 if table.device.type == "mps" else torch.float64
-    number = torch.full((), step, dtype=torch.int64, device=table.device)
     uniform = []
-    for draw in _NOISE_DRAWS:
-        keys = make_keys(seed, number, table.positions[i], draw)
+    for word in _NOISE_WORDS:
+        keys = make_keys(seed, step, table.positions[i], word)
         words = random_words(keys, table.places[i], start, count)
         uniform.append((words.to(dtype) + 0.5) * 2.0**-32)
     radius, angle = (-2 * uniform[0].log()).sqrt(), 2 * math.pi * uniform[1]

@@ -161,14 +161,21 @@ def place_of(param: Any) -> Place:
 # ---- shards that are not DTensors ----
 
 
-def check_shards(params: Iterable[Any], shard_groups: ShardGroups, method: Method) -> None:
+def check_shards(params: Iterable[Any], shard_groups: ShardGroups, method: Method, zero: Any = None) -> None:
     """Raises if parameters are shards of which nobody has said where the rest is, or not shaped as the method needs.
 
+    Args:
+        params: the parameters.
+        shard_groups: the optimizer's option.
+        method: its method.
+        zero: the ZeroRedundancyOptimizer that constructs it, or None.
+
     Raises:
-        ValueError: FSDP1's parameters without ``shard_groups``; a method that cannot work with such shards; an
-            optimizer that ZeroRedundancyOptimizer constructs.
+        ValueError: parameters of FSDP1 or of ZeroRedundancyOptimizer without ``shard_groups``; a method that cannot
+            work with such shards.
     """
-    _refuse_zero()
+    if zero is not None:
+        _check_zero(zero, shard_groups)
     flattened = next((i for i, param in enumerate(params) if getattr(param, "_fsdp_flattened", False)), None)
     if flattened is not None and shard_groups is None:
         raise ValueError(
@@ -187,19 +194,15 @@ def check_shards(params: Iterable[Any], shard_groups: ShardGroups, method: Metho
         raise ValueError(f"{method} needs the parameters' shapes, and FSDP1's are flat; use fully_shard")
 
 
-def _refuse_zero() -> None:
-    """Raises ValueError if ZeroRedundancyOptimizer constructs this optimizer; nothing in the parameters shows it."""
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe() if module is not None else None
-    while frame is not None:
-        owner = frame.f_locals.get("self") if frame.f_code.co_filename == module.__file__ else None  # type: ignore[union-attr]
-        if owner is not None and getattr(owner, "_optim_constructor", None) is not None:
-            raise ValueError(
-                "ZeroRedundancyOptimizer(optimizer_class=FastSAM) gives each rank a part of the parameters, while its "
-                "second pass needs all of them perturbed; turn it round: FastSAM(params, ZeroRedundancyOptimizer, "
-                "optimizer_class=torch.optim.AdamW, ...), which shards the state as well"
-            )
-        frame = frame.f_back
+def _check_zero(zero: Any, shard_groups: ShardGroups) -> None:
+    """Raises ValueError if the parts that ZeroRedundancyOptimizer gives to other ranks are not in ``shard_groups``."""
+    if callable(shard_groups) or any(group is zero.process_group for group in _as_list(shard_groups)):
+        return
+    raise ValueError(
+        "ZeroRedundancyOptimizer(optimizer_class=FastSAM) gives each rank a part of the parameters: the norm would be "
+        "that of this part. Pass shard_groups=, its process group (torch.distributed.group.WORLD), or turn it round, "
+        "which communicates less: FastSAM(params, ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW, ...)"
+    )
 
 
 def check_missing_grads(params: Iterable[Any]) -> None:

@@ -282,7 +282,7 @@ class Engine:
                 table.gather()
             overflow = plan.update is None and plan.found_inf is not None and float(plan.found_inf) != 0
             descents = None if overflow else self._plan_descents(tables, plan)
-            keeps = descents is not None and descents[0].form.keeps
+            keeps = bool(descents and descents[0].form.keeps)
             keepers = [self._bindings.keepers(table, plan, self.ascents > 0) if keeps else () for table in tables]
             bindings = [
                 self._bindings.bind(table, plan, table.perturbed, table.present, mine)

@@ -1,4 +1,4 @@
-"""FastSAM: arguments, the two phases of a step, closures."""
+"""FastSAM: arguments, the two phases of a step, closures. Half of this file is the public docstrings."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.compile import untraced
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.parallel_models import ParallelModel
+from fastsam.runtime.zero import drop_arguments, zero_around
 from fastsam.schedules import RhoSchedule, Schedule, check_schedule
 from fastsam.wrapper import refuse_groups_of_others
 
@@ -93,9 +94,9 @@ class FastSAM(StepPhases):
             parameter that is not its master's rounding (it was written to from outside) replaces it. Bases: SGD, Adam,
             AdamW.
         shard_groups: for parameters of which other ranks hold the rest and that are not DTensors (pipeline stages,
-            FSDP1, Megatron's tensor parallelism): the process groups over which the norm must be added up; one,
-            several, or a function of a parameter that returns some. DTensors (``fully_shard``, ``parallelize_module``)
-            need nothing.
+            FSDP1, Megatron's tensor parallelism, ZeroRedundancyOptimizer around this one): the process groups over
+            which the norm must be added up; one, several, or a function of a parameter that returns some. DTensors
+            (``fully_shard``, ``parallelize_module``) need nothing.
         local_ascent: with ``model``, a DistributedDataParallel module: each rank ascends by the gradient of its own
             batch (the paper's m-sharpness), so that ``step(closure)`` averages gradients once, not twice. Not possible
             with methods that use the first pass's gradients or norm in the descent.
@@ -156,15 +157,17 @@ class FastSAM(StepPhases):
         own |= {"rounding_seed": rounding_seed, "master_weights": master_weights}
         own = with_defaults({"params": []}, own, base)
         del own["params"]
+        zero = zero_around()
+        drop_arguments(zero, params)
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
         if method is PLAIN and interval == 1 and schedule is None and model is None and not replay_rng:
             refuse_groups_of_others(params)
         check_parameters(groups)
-        check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method)
+        check_shards((p for group in groups for p in tensors_of(group)), shard_groups, method, zero)
         self.backend = backend
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
         self._policy.check(method, local_ascent)
-        self._parallel = ParallelModel(model, local_ascent, method)
+        self._parallel = ParallelModel(model, local_ascent, method, zero)
         if local_ascent and self._policy.statistics is not None:
             raise ValueError(f"local_ascent=True is not possible with {schedule}: the ranks might decide differently")
         self._statistics = RunningStatistics(model) if model is not None else None

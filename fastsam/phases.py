@@ -52,7 +52,7 @@ class StepPhases(BaseWrapper):
         with DeferredInterrupts():
             self._engine.restore()
             self._restore_statistics()
-        self._parallel.note_writes()
+        self._parallel.note_restore()
 
     def _ascend_all_the_way(self, ascent_closure: Closure, micro_batch: int = 0) -> None:
         self._ascend(micro_batch)
@@ -74,7 +74,7 @@ class StepPhases(BaseWrapper):
         try:
             with DeferredInterrupts():
                 self._engine.ascend(self._plan(micro_batch))
-            self._parallel.note_writes()
+            self._parallel.note_ascent()
         except BaseException:
             if not self._engine.perturbed:
                 self._restore_statistics()
@@ -94,7 +94,7 @@ class StepPhases(BaseWrapper):
             note_step(self.base_optimizer)
             self._count_step()
             self._restore_statistics()
-        self._parallel.note_writes()
+        self._parallel.note_update()
         self._engine.accumulation.end_step(self._parameters())
 
     def _finish(self) -> None:

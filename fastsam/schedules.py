@@ -106,8 +106,10 @@ class AESAM:
 
     ``mu <- delta * mu + (1 - delta) * ||g||^2`` and ``s^2 <- delta * s^2 + (1 - delta) * (||g||^2 - mu)^2``, from 0 on
     and with the new mu; a step has an ascent if ``||g||^2 >= mu + c * s``, where c goes linearly from ``lambda2`` in
-    the first step to ``lambda1`` in the last. Jiang et al., ICLR 2023, https://arxiv.org/abs/2304.14647. Ends of
-    opposite sign and equal size let about half of the steps ascend.
+    the first step to ``lambda1`` in the last. Jiang et al., ICLR 2023, https://arxiv.org/abs/2304.14647. The equations
+    and their order were checked against a published transcription of the paper's algorithm; the paper's own text was
+    not at hand, so that the values of ``lambda1``, ``lambda2`` and ``delta`` are defaults that work here, not figures
+    quoted from it. Ends of opposite sign and equal size let about half of the steps ascend.
 
     The norm is that of the perturbed parameters' gradients. It depends on the loss scale: with a ``GradScaler``,
     unscale before ``first_step()``. A non-finite norm leaves mu and s as they are, and the step perturbs (which a
@@ -120,7 +122,8 @@ class AESAM:
         delta: in [0, 1).
         delay: 0: the paper's decision, for which the host waits once after the first pass of each step. 1: each step
             uses the decision that belongs to the step before, so that a device is never waited for while it computes;
-            the first step perturbs.
+            the first step perturbs. Only ``delay=1`` can be captured into CUDA graphs: one for steps with an ascent and
+            one for steps without; ``optimizer.ascends_next`` says which comes next.
     """
 
     total_steps: int
@@ -136,9 +139,9 @@ class AESAM:
         check("delta", self.delta, "in [0, 1)", 0 <= self.delta < 1)
         check("delay", self.delay, "0 or 1", self.delay in (0, 1))
 
-    def threshold(self, step: int) -> float:
-        """C in ``step``."""
-        done = min(step / self.total_steps, 1.0)
+    def threshold(self, step: Tensor) -> Tensor:
+        """C in ``step``, which a device counts."""
+        done = (step / self.total_steps).clamp(max=1.0)
         return done * self.lambda1 + (1 - done) * self.lambda2
 
 

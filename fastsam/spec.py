@@ -173,17 +173,21 @@ class Descent(NamedTuple):
 
 
 class Draw(IntEnum):
-    """What random numbers are drawn for; each result of a parameter in a step has numbers of its own."""
+    """What random numbers are drawn for; each result of a parameter in a step has numbers of its own.
+
+    Draws ``2 * k`` and ``2 * k + 1`` share a random word, of which the second turns the halves round: 16 bits decide
+    nearly every rounding, and words are what random numbers cost.
+    """
 
     ASCENT = 0
-    WEIGHT = 1
-    STATE = 2
+    WEIGHT = 2
+    STATE = 3
     """The first of ``STATE_SLOTS``."""
-    METHOD_STATE = 5
+    METHOD_STATE = 6
 
 
-DRAWS = 8
-"""Draws reserved for each parameter: those of parameter p begin at ``DRAWS * p``."""
+RANDOM_WORDS = 8
+"""Random words reserved for each element of a parameter: those of parameter p begin at ``RANDOM_WORDS * p``."""
 
 
 class StateNames(NamedTuple):

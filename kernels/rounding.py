@@ -1,14 +1,14 @@
 """To the arithmetic's dtype at a load, and back at a store: to nearest, or stochastically.
 
-The random numbers are those of every backend: integer functions of the seed, the tensor's position and step, the draw
-and the element. Where rounding is to nearest, ``stream`` is empty.
+The random words are those of every backend: integer functions of the seed, the tensor's position and step, the word's
+number and the element; two draws share a word. Where rounding is to nearest, ``stream`` is empty.
 """
 
 import triton
 import triton.language as tl
 from triton.language import core  # has add and mul in Triton 3.4, too
 
-from fastsam.spec import DRAWS, Draw
+from fastsam.spec import RANDOM_WORDS, Draw
 
 from .walk import INTERPRETED
 
@@ -17,7 +17,7 @@ DRAW_ASCENT: tl.constexpr = tl.constexpr(int(Draw.ASCENT))
 DRAW_WEIGHT: tl.constexpr = tl.constexpr(int(Draw.WEIGHT))
 DRAW_STATE: tl.constexpr = tl.constexpr(int(Draw.STATE))
 DRAW_METHOD_STATE: tl.constexpr = tl.constexpr(int(Draw.METHOD_STATE))
-_DRAWS: tl.constexpr = tl.constexpr(DRAWS)
+_WORDS: tl.constexpr = tl.constexpr(RANDOM_WORDS)
 
 # Bits of an fp32 without its sign; the largest finite bfloat16 and float16 and the smallest normal float16 as such.
 _MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -64,7 +64,7 @@ def random_stream(seed, position, step, start):
     """What the random numbers of one chunk have in common, which begins at element ``start`` (64 bits)."""
     seed = seed.to(tl.uint32)
     step = step.to(tl.uint32)
-    word = position.to(tl.uint32) * _DRAWS
+    word = position.to(tl.uint32) * _WORDS
     low_key, high_key = _mixed(_mixed(seed ^ 0x9E3779B9) ^ step), _mixed(seed ^ 0xC2B2AE35)
     far = core.mul((start >> 32).to(tl.uint32), 0x9E3779B1, sanitize_overflow=False)
     return low_key, high_key, step, word, start.to(tl.uint32), far
@@ -74,9 +74,13 @@ def random_stream(seed, position, step, start):
 def random_bits(stream, DRAW: tl.constexpr, at):
     """32 random bits for each of the elements ``at`` of a chunk, which no multiple of 2**32 divides."""
     low_key, high_key, step, word, first, far = stream
-    word += DRAW
+    word += DRAW // 2
     low_key, high_key = _mixed(low_key ^ word), _mixed(_mixed(high_key ^ word) ^ step)
-    return _mixed(_mixed((first + at.to(tl.uint32)) ^ low_key) ^ core.add(high_key, far, sanitize_overflow=False))
+    bits = _mixed(_mixed((first + at.to(tl.uint32)) ^ low_key) ^ core.add(high_key, far, sanitize_overflow=False))
+    if DRAW % 2 == 1:
+        # The second draw of the word: the compiler computes what both have in common once.
+        bits = (bits >> 16) | (bits << 16)
+    return bits
 
 
 @triton.jit

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsam.backends import device_table, triton_gpu
+from fastsam.backends import triton_gpu
+from fastsam.runtime import streams
 
 # What waits for an accelerator.
 SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
@@ -90,6 +91,5 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "interpreted", False)
     monkeypatch.setattr(kernels.Kernel, "prepare", prepare)
     monkeypatch.setattr(triton_gpu, "unsupported_reason", lambda request: "")
-    for module in (device_table, triton_gpu):
-        monkeypatch.setattr(module, "is_capturing", lambda device: fake.capturing)
+    monkeypatch.setattr(streams, "is_capturing", lambda device: fake.capturing)
     return fake

@@ -55,13 +55,22 @@ def dead_links(folder):
 def browse(folder, browser):
     """Returns what a browser finds wrong with the pages; writes pictures of some."""
     handler = functools.partial(QuietHandler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = QuietServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         root = f"http://127.0.0.1:{server.server_address[1]}"
         return [*not_rendered(folder, root, browser), *not_found(root, browser), *pictures(folder, root, browser)]
     finally:
         server.shutdown()
+
+
+class QuietServer(http.server.ThreadingHTTPServer):
+    """Does not report that a browser has closed a connection before it had the whole answer."""
+
+    def handle_error(self, request, client_address):
+        """Prints what is not that."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

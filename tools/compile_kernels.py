@@ -6,9 +6,9 @@
 
 The list of kernels and their options are the launcher's own (``fastsam.backends.triton_kernels``). Writes the PTX and
 cubin (NVIDIA) or amdgcn and hsaco (AMD) of each specialisation, report.json and a table; ``resident`` is how many
-programs a multiprocessor has at a time. Fails where registers are spilled, or where there are fewer 16-byte accesses to
-global memory than the paths over full blocks need: where a compiler cannot prove an alignment it falls back to accesses
-of one element, in silence.
+programs a multiprocessor has at a time, ``waves`` how often these fill the GPU with ViT-B/16's chunks. Fails where
+registers are spilled, or where there are fewer 16-byte accesses to global memory than the paths over full blocks need:
+where a compiler cannot prove an alignment it falls back to accesses of one element, in silence.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from occupancy import resident, waves
 from text_table import text_table
 
 TARGETS = {
@@ -77,7 +78,7 @@ def method_forms() -> list[Any]:
     from fastsam import methods
 
     variants = [
-        *(getattr(methods, name)() for name in PLAIN_METHODS),
+        *(kind() for kind in map(methods.__dict__.get, methods.__all__) if is_method(kind)),
         methods.SAM(p=4),
         methods.SAM(inner_steps=2),
         methods.WSAM(decouple=False),
@@ -89,6 +90,15 @@ def method_forms() -> list[Any]:
     return sorted(forms - {None}, key=repr)
 
 
+def is_method(kind: Any) -> bool:
+    """Whether it is a class of methods that are complete without arguments."""
+    from fastsam import methods
+
+    return (
+        isinstance(kind, type) and issubclass(kind, methods.Method) and kind not in (methods.Method, methods.Direction)
+    )
+
+
 def largest_forms() -> list[Any]:
     """Of AMP, FriendlySAM, WSAM and LookSAM."""
     from fastsam.spec import PERTURBATION, AscentForm, DescentForm, Row
@@ -96,10 +106,6 @@ def largest_forms() -> list[Any]:
     first = Row.FIRST_GRAD
     ascents = [AscentForm(y=PERTURBATION), AscentForm(y=Row.METHOD_STATE)]
     return [*ascents, DescentForm(y=first, decoupled=True), DescentForm(y=first, keeps=True)]
-
-
-# Methods without an argument that must be given.
-PLAIN_METHODS = ("SAM", "ASAM", "AMP", "AWP", "GSAM", "WSAM", "FriendlySAM", "LookSAM", "MomentumSAM", "RandomSAM")
 
 
 def describe(kernel: Any) -> str:
@@ -158,6 +164,13 @@ def wide_accesses(kernel: Any) -> int:
     return restore + sum(plain + method + 2 * kept * moments for moments in (most - 1, most))
 
 
+def most_programs(kernel: Any) -> int | None:
+    """How many programs share the chunks; None: each has one."""
+    from fastsam.backends.triton_kernels import NORM_PROGRAMS
+
+    return NORM_PROGRAMS if kernel.name == "grad_norm_kernel" else None
+
+
 def source_of(kernel: Any, target: Any) -> Any:
     """What Triton is to compile: the signature and attributes that a launch has."""
     import torch
@@ -203,6 +216,7 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
     # An assembler that unrolls one loop would hide that another is not wide; PTX has each access once.
     written = len(WIDE_PTX.findall(compiled.asm["ptx"])) if "ptx" in compiled.asm else wide
     threads = kernel.options["num_warps"] * target.warp_size
+    programs = resident(target_name, registers, threads)
     return {
         "kernel": label,
         "precision": precision,
@@ -211,7 +225,8 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
         "target": target_name,
         "triton": triton.__version__,
         "registers": registers,
-        "resident": min(65536 // (-(-registers // 8) * 8 * threads), 2048 // threads) if is_nvidia else None,
+        "resident": programs,
+        "waves": waves(target_name, programs, most_programs(kernel)),
         "spills": spills,
         "wide_found": wide,
         "wide_needed": wide_accesses(kernel) * (kernel.block * kernel.kind.dtype.itemsize // (16 * threads)),
@@ -322,7 +337,7 @@ def main(command_line: list[str]) -> int:
         entries = [entry for part in parts for entry in part]
     entries.sort(key=lambda e: (e["triton"], e["target"], e["kernel"], e["dtype"], e["precision"]))
     (arguments.out / "report.json").write_text(json.dumps(entries, indent=1) + "\n")
-    columns = ("kernel", "precision", "dtype", "target", "triton", "registers", "resident")
+    columns = ("kernel", "precision", "dtype", "target", "triton", "registers", "resident", "waves")
     columns += ("spills", "wide_found", "wide_written", "wide_needed")
     print(text_table(columns, entries, [faults(entry) for entry in entries]))
     bad = sum(bool(faults(entry)) for entry in entries)

@@ -2,7 +2,8 @@
 
     python tools/inspect_cuda.py fastsam/_C_cuda.abi3.so
 
-Prints, for each kernel and GPU, its registers, the instructions that spill or reload them, and its 16-byte loads from
+Prints, for each kernel and GPU, its registers, how many blocks a multiprocessor therefore has at a time and how often
+these fill the GPU with ViT-B/16's chunks, the instructions that spill or reload registers, and the 16-byte loads from
 and stores to global memory. Fails where registers are spilled, where a kernel is missing, or where there are fewer such
 accesses than the loops over vectors have (csrc/cuda/walk.cuh).
 """
@@ -20,7 +21,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from occupancy import resident, waves
 from text_table import text_table
+
+# As kThreads in csrc/cuda/block.cuh.
+THREADS = 128
 
 # The 16-byte vectors of 8 narrow elements: one of the parameters' dtype, and two of a wide tensor's (a master, or state
 # beside masters).
@@ -156,12 +161,16 @@ def inspect(library: Path) -> list[Entry]:
         if (name := name_of(function)) is None:
             continue
         code = "\n".join(lines)
-        resources = dict(re.findall(r"\b(\w+):(\d+)", " ".join(usage[target, function])))
+        usage_of = dict(re.findall(r"\b(\w+):(\d+)", " ".join(usage[target, function])))
+        registers = int(usage_of["REG"])
+        blocks = resident(target, registers, THREADS)
         entries.append(
             {
                 **name,
                 "target": target,
-                "registers": int(resources["REG"]),
+                "registers": registers,
+                "resident": blocks,
+                "waves": waves(target, blocks),
                 "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
                 "LDG.E.128": len(re.findall(r"\bLDG\.\S*\b128\b", code)),
                 "STG.E.128": len(re.findall(r"\bSTG\.\S*\b128\b", code)),
@@ -222,6 +231,8 @@ def main() -> int:
         "dtype",
         "tensors",
         "registers",
+        "resident",
+        "waves",
         "spills",
         "LDG.E.128",
         "STG.E.128",

@@ -13,9 +13,14 @@ ROOT = Path(__file__).parents[1]
 
 def main(tag: str, folder: str) -> None:
     """Prints the notes, or exits with what does not agree."""
-    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    project = (ROOT / "pyproject.toml").read_text()
+    version, repository = (
+        re.search(f'^{name} = "(.+)"', project, re.MULTILINE)[1] for name in ("version", "repository")
+    )
     _, title, notes = re.split(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), maxsplit=2, flags=re.MULTILINE)[:3]
     files = sorted(path.name for path in Path(folder).iterdir())
+    if ".example/" in repository:
+        sys.exit(f"repository in pyproject.toml is {repository}, which leads nowhere")
     if tag != f"v{version}":
         sys.exit(f"the tag is {tag}, the version in pyproject.toml {version}")
     if title.split()[0] != version:

@@ -1,7 +1,9 @@
-"""Tries every optimizer of the package pytorch_optimizer as a base, and prints a table of what works.
+"""Tries every optimizer of a package as a base, and prints a table of what works.
 
-    pip install pytorch_optimizer==4.1.0
+    pip install pytorch_optimizer==4.1.0 heavyball==3.2.1 bitsandbytes==0.50.2
     python tools/try_bases.py --markdown docs/bases_table.md
+    python tools/try_bases.py --module heavyball
+    python tools/try_bases.py --module bitsandbytes.optim Adam8bit
 
 Each base takes SAM steps through FastSAM and by hand (perturb, restore, its own ``step()``), with a pickled checkpoint
 in the middle, from which new optimizers go on. Both must arrive at the same weights. Where a base amplifies rounding
@@ -14,10 +16,12 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import importlib
+import inspect
 import io
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +156,42 @@ def try_exactly(base: type[torch.optim.Optimizer]) -> tuple[str, str]:
     return outcome, remark
 
 
+# For constructors that need an lr; so that 8-bit state is not only for large tensors (bitsandbytes).
+DEFAULTS = {"lr": 0.01, "momentum": 0.9}
+ALWAYS = {"min_8bit_size": 1}
+
+
+def completed(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The class with a value for each argument that it would not run without."""
+    known = inspect.signature(base).parameters
+    options = {name: value for name, value in ALWAYS.items() if name in known}
+    options |= {n: v for n, v in DEFAULTS.items() if n in known and (known[n].default in (known[n].empty, 0))}
+    if not options:
+        return base
+
+    def __init__(self: Any, params: Any, **others: Any) -> None:
+        base.__init__(self, params, **{**options, **others})
+
+    return type(base.__name__, (base,), {"__init__": __init__})
+
+
+def of_module(name: str) -> Mapping[str, type[torch.optim.Optimizer]]:
+    """A module's optimizers by name; HeavyBall's without its compiler, which takes minutes."""
+    module = importlib.import_module(name)
+    if name == "heavyball":
+        importlib.import_module("heavyball.utils").compile_mode = None
+    is_optimizer = lambda found: inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)  # noqa: E731
+    return {name: completed(found) for name, found in inspect.getmembers(module, is_optimizer)}
+
+
+def of_pytorch_optimizer(names: list[str]) -> Mapping[str, Callable[[], type[torch.optim.Optimizer]]]:
+    """That package's by the names of its own; classes whose dependencies are missing raise when they are loaded."""
+    import pytorch_optimizer
+
+    load = pytorch_optimizer.load_optimizer
+    return {name: functools.partial(load, name) for name in names or pytorch_optimizer.get_supported_optimizers()}
+
+
 def first_line(text: str) -> str:
     """The text as a cell of a table."""
     return text.strip().splitlines()[0].replace("|", "/")[:110] if text.strip() else ""
@@ -161,16 +201,20 @@ def main() -> int:
     """Prints the table; 1 if a base goes wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--module", help="of this module, in pytorch_optimizer's place")
     parser.add_argument("names", nargs="*", help="only these optimizers")
     arguments = parser.parse_args()
-    import pytorch_optimizer
-
     warnings.simplefilter("ignore")
+    if arguments.module is None:
+        bases = of_pytorch_optimizer(arguments.names)
+    else:
+        found = of_module(arguments.module)
+        bases = {name: functools.partial(found.__getitem__, name) for name in arguments.names or found}
     torch.set_num_threads(1)
     rows, counts = [], dict.fromkeys(("works", "refused", "not alone", "WRONG"), 0)
-    for name in arguments.names or pytorch_optimizer.get_supported_optimizers():
+    for name, load in bases.items():
         try:
-            outcome, remark = try_exactly(pytorch_optimizer.load_optimizer(name))
+            outcome, remark = try_exactly(load())
         except Exception as error:  # the package's own optional dependencies, say
             outcome, remark = "not alone", f"{type(error).__name__}: {error}"
         counts[outcome] += 1

@@ -113,13 +113,13 @@ class Elements {
 };
 
 // Calls body(rounding_for), of which rounding_for(tensor, seed) rounds kResults results of that tensor's elements.
-template <typename scalar_t, int kResults, typename Body>
-void with_rounding(const TensorTable& table, Draw draw, const Body& body) {
+template <typename scalar_t, Draw kDraw, int kResults, typename Body>
+void with_rounding(const TensorTable& table, const Body& body) {
   if constexpr (kIsNarrow<scalar_t>) {
     if (table.positions != nullptr) {
-      return body([&, draw](int64_t tensor, double seed) {
-        const int64_t offset = table.positions[table.tensor_count + tensor];
-        return Stochastic<scalar_t, kResults>::make(seed, table.step(tensor), table.positions[tensor], offset, draw);
+      return body([&](int64_t tensor, double seed) {
+        const int64_t position = table.positions[tensor], offset = table.positions[table.tensor_count + tensor];
+        return Stochastic<scalar_t, kDraw, kResults>::make(seed, table.step(tensor), position, offset);
       });
     }
   }

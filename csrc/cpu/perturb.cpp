@@ -113,7 +113,7 @@ void perturb_(const TensorTable& table, ScalarType dtype, const Ascent& ascent) 
   dispatch(dtype, [&](auto type) {
     using scalar_t = decltype(type);
     const bool stream = should_stream(table, sizeof(scalar_t));
-    with_rounding<scalar_t, 1>(table, kAscentDraw, [&](const auto& rounding_for) {
+    with_rounding<scalar_t, kAscentDraw, 1>(table, [&](const auto& rounding_for) {
       // Backward: the gradients that the norm read last are still in the cache.
       for_each_chunk(table, Order::kBackward, [&](const Chunk& chunk, int64_t) {
         if (!table.has(kBackup, chunk.tensor)) return;

@@ -254,8 +254,8 @@ void restore_and_update(const TensorTable& table, ScalarType dtype, const Option
     TensorTable mine = table;
     // Masters and state beside them are float32; the parameters are their masters' nearest.
     if (table.has_masters) mine.positions = nullptr;
-    with_rounding<scalar_t, kResults>(mine, kWeightDraw, [&](const auto& rounding_for) {
-      with_rounding<scalar_t, 1>(mine, kMethodStateDraw, [&](const auto& state_rounding_for) {
+    with_rounding<scalar_t, kWeightDraw, kResults>(mine, [&](const auto& rounding_for) {
+      with_rounding<scalar_t, kMethodStateDraw, 1>(mine, [&](const auto& state_rounding_for) {
         update_chunks<scalar_t>(mine, options, inv_grad_scale, descent, rounding_for, state_rounding_for);
       });
     });

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kStochastic || kMasters ? kMedium : 
   const auto functor = once_per_block([&] {
     const auto options = read_options<AscentOptions>(args.extra.options, chunk.group);
     const AscentStep<opmath_t<scalar_t>> step(options, *args.extra.norm);
-    const auto rounding = make_rounding<scalar_t, kStochastic, 1>(table, chunk, options.rounding_seed, kAscentDraw);
+    const auto rounding = make_rounding<scalar_t, kStochastic, kAscentDraw, 1>(table, chunk, options.rounding_seed);
     using Rounding = std::remove_const_t<decltype(rounding)>;
     if constexpr (kMasters) {
       return PerturbMasterFunctor<scalar_t, Rounding>{{}, step, rounding};
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kHeavy)
     const AscentStep<T> step(form.coefficients[chunk.tensor], again || y.is_present());
     const bool stays = !x.is_present() || step.stays(again);
     const auto options = read_options<AscentOptions>(args.extra.options, chunk.group);
-    const auto rounding = make_rounding<scalar_t, kStochastic, 1>(table, chunk, options.rounding_seed, kAscentDraw);
+    const auto rounding = make_rounding<scalar_t, kStochastic, kAscentDraw, 1>(table, chunk, options.rounding_seed);
     using Rounding = std::remove_const_t<decltype(rounding)>;
     if constexpr (kMasters) {
       return FormMasterFunctor<scalar_t, Rounding, map>{

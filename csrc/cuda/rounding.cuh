@@ -16,13 +16,12 @@ __device__ __forceinline__ float read_step(const DeviceTable& table, const Devic
 }
 
 // For kResults results of each of the chunk's elements, which are counted from its first.
-template <typename scalar_t, bool kStochastic, int kResults>
-__device__ __forceinline__ auto make_rounding(const DeviceTable& table, const DeviceChunk& chunk, double seed,
-                                              Draw draw) {
+template <typename scalar_t, bool kStochastic, Draw kDraw, int kResults>
+__device__ __forceinline__ auto make_rounding(const DeviceTable& table, const DeviceChunk& chunk, double seed) {
   if constexpr (kStochastic) {
-    using Rounding = Stochastic<scalar_t, kResults>;
+    using Rounding = Stochastic<scalar_t, kDraw, kResults>;
     const int64_t *position = table.positions + chunk.tensor, offset = position[table.tensor_count];
-    return Rounding::make(seed, read_step(table, chunk), *position, offset, draw).at(chunk.start);
+    return Rounding::make(seed, read_step(table, chunk), *position, offset).at(chunk.start);
   } else {
     return Nearest<scalar_t>{};
   }

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<scalar_t, Base, kStoch
     const auto base = BaseOfT::make(options, step, inv_grad_scale, place.state[BaseOfT::kSlots - 1] != nullptr);
     constexpr int kResults = kDescent ? kMethodResult + 1 : 1 + BaseOfT::kSlots;
     const auto rounding =
-        make_rounding<stored_t, kStochastic, kResults>(args.table, chunk, options.rounding_seed, kWeightDraw);
+        make_rounding<stored_t, kStochastic, kWeightDraw, kResults>(args.table, chunk, options.rounding_seed);
     using Rounding = std::remove_const_t<decltype(rounding)>;
     DescentStep<T> descent{};
     if constexpr (kDescent) descent = make_descent<T>(update.descent, chunk.tensor, place.descent.takes_part);

@@ -1,9 +1,8 @@
-"""Takes text of files outside docs/ into pages, and lets links to such files lead to the repository.
+"""Takes text of files outside docs/ into pages.
 
 A line ``<!-- include ../CHANGELOG.md -->`` becomes the file's text, ``<!-- include ../README.md: GPU table -->`` the
-text between its comments ``<!-- GPU table ... -->`` and ``<!-- end of the GPU table -->``. A line ``?name`` becomes
-``name`` if there is such a page, and nothing otherwise. A link to ``../examples/muon.py`` leads to the file in the
-repository.
+text between its comments ``<!-- GPU table ... -->`` and ``<!-- end of the GPU table -->``. Links in that text lead to
+the pages; files that are no pages, such as examples, are copied into the site by MyST.
 """
 
 import re
@@ -11,12 +10,9 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SOURCE = re.search(r'^Source = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 INCLUDE = re.compile(r"^<!-- include \.\./(\S+?)(?:: (.+))? -->$", re.MULTILINE)
-OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)(#[^)]*)?\)")
-OPTIONAL = re.compile(r"^\?(\S+)\n", re.MULTILINE)
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#]+)(#[^)]*)?\)")
 
 
@@ -28,9 +24,7 @@ def setup(app):
 
 def read(app, page, content):
     """Replaces a page's ``include`` lines; Sphinx then rebuilds the page when a file changes."""
-    content[0] = OUTSIDE.sub(_link, content[0])
     content[0] = INCLUDE.sub(partial(_included, app), content[0])
-    content[0] = OPTIONAL.sub(lambda match: match[0][1:] if match[1] in app.env.found_docs else "", content[0])
 
 
 def _included(app, match):
@@ -46,4 +40,4 @@ def _link(match):
     path, anchor = match[1], match[2] or ""
     if path.startswith("docs/"):
         return f"]({path.removeprefix('docs/')}{anchor})"
-    return f"]({PAGES.get(path) or f'{SOURCE}/blob/main/{path}'}{anchor})"
+    return f"]({PAGES.get(path) or f'path:../{path}'}{anchor})"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsam.runtime import streams
 from fastsam.spec import ROWS, TENSOR_OPTIONS, Row
 from fastsam.tables import TensorTable
 
@@ -22,6 +24,8 @@ GPU_CHUNK_SIZE = 8192
 
 # Copies of options on the device, at most: those sent last.
 MOST_OPTIONS = 16
+
+_NUMBERS = frozenset({int, float, bool})
 
 Options = Sequence[Any]
 """One NamedTuple per parameter group."""
@@ -46,8 +50,8 @@ class DeviceTable:
     def __init__(self, table: TensorTable, chunk_size: int, rows: Iterable[int] = range(ROWS)) -> None:
         # The table itself is not kept: it keeps this, and a ring of the two would hold the backups' memory.
         self._device = table.device
-        if is_capturing(self._device):
-            refuse_capture("fastsam has not seen these parameters before")
+        if streams.is_capturing(self._device):
+            streams.refuse_capture("fastsam has not seen these parameters before")
         self._read_rows = tuple(rows)
         self._uploads = Uploads(self._device)
         count = len(table.params)
@@ -86,7 +90,7 @@ class DeviceTable:
             self._counters.zero_()
         yield self._finished
         # What is captured has not happened yet.
-        self._was_cut_off = was_cut_off and is_capturing(self._device)
+        self._was_cut_off = was_cut_off and streams.is_capturing(self._device)
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Tensor, Tensor]:
         """The addresses, int64 ``(ROWS, n)``, and the options, two words for each of ``(groups, fields)``.
@@ -96,7 +100,7 @@ class DeviceTable:
         """
         words = self._pack(options)
         name = type(options[0]).__name__ if options else ""
-        if is_capturing(self._device):
+        if streams.is_capturing(self._device):
             return self._read_in_graph(table, name, words)
         self._uploads.make_room_for_graphs(table.addresses.numel())
         self._send_rows(table)
@@ -130,17 +134,18 @@ class DeviceTable:
         # Numbers do not change: the same objects are the same numbers.
         if len(known) == len(values) and all(map(is_, known, values)):
             return words
-        fields = [
-            field
-            for group, entries in enumerate(options)
-            for key, value in zip(entries._fields, entries, strict=True)
-            for field in self._entry(value, (name, group, key))
-        ]
-        words = struct.pack("=" + "dq" * (len(fields) // 2), *fields)
+        if all(type(value) in _NUMBERS for value in values):
+            fields = [0.0] * (2 * len(values))  # an address of 0 has the bits of 0.0
+            fields[::2] = values
+            self._plain[name] = values, array("d", fields).tobytes()
+            return self._plain[name][1]
         self._plain.pop(name, None)
-        if all(type(value) in (int, float, bool) for value in values):
-            self._plain[name] = values, words
-        return words
+        entries = [
+            self._entry(value, (name, group, key))
+            for group, mine in enumerate(options)
+            for key, value in zip(mine._fields, mine, strict=True)
+        ]
+        return b"".join(struct.pack("=dq", *entry) for entry in entries)
 
     def _entry(self, value: Any, key: tuple[str, int, str]) -> tuple[float, int]:
         on_the_host = value.device.type == "cpu" != self._device.type if isinstance(value, Tensor) else True
@@ -189,7 +194,7 @@ class DeviceTable:
         rows = [row for row in changed if row not in STEP_ROWS]
         now = table.addresses[rows]
         if not torch.equal(now, torch.where(now == 0, now, self._known[rows])):
-            refuse_capture("parameters, backups or state are not where they were")
+            streams.refuse_capture("parameters, backups or state are not where they were")
 
 
 class Uploads:
@@ -270,19 +275,6 @@ def _cut(table: TensorTable, chunk_size: int) -> tuple[Tensor, Tensor]:
 
 def _as_tensor(words: bytes) -> Tensor:
     return torch.frombuffer(bytearray(words), dtype=torch.int64)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether work for ``device`` goes into a CUDA graph now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def refuse_capture(reason: str) -> NoReturn:
-    """Raises, and says what to do."""
-    raise RuntimeError(
-        f"this step cannot be captured into a CUDA graph: {reason}; run a step outside the capture first, and "
-        "capture the one after it"
-    )
 
 
 def fit_chunk_size(elements: int, smallest: int, largest: int) -> int:

@@ -1,9 +1,9 @@
 """From float32 to 16 bits in plain PyTorch: stochastic rounding, and masters that follow their parameters.
 
-A random number is a hash of (seed, step, parameter, draw, element) in integer arithmetic: the same on every device and
-backend, nothing is stored, and no order matters. Elements are counted over the whole parameter, of which a rank may
-hold a shard: sharding does not change the numbers. The mixing function is lowbias32 (Chris Wellons,
-https://nullprogram.com/blog/2018/07/31/).
+A random word is a hash of (seed, step, parameter, word, element) in integer arithmetic: the same on every device and
+backend, nothing is stored, and no order matters. Two draws (``spec.Draw``) share a word. Elements are counted over the
+whole parameter, of which a rank may hold a shard: sharding does not change the numbers. The mixing function is
+lowbias32 (Chris Wellons, https://nullprogram.com/blog/2018/07/31/).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsam.distributed import Place
-from fastsam.spec import DRAWS
+from fastsam.spec import RANDOM_WORDS
 from fastsam.tables import TensorTable
 from fastsam.tables.memory import same_order
 
@@ -38,17 +38,17 @@ def mix(x: Word) -> Word:
     return x ^ (x >> 16)
 
 
-def make_keys(seed: int, step: Word, position: int, draw: int) -> tuple[Word, Word]:
-    """The two words that all elements of a parameter share in one draw.
+def make_keys(seed: int, step: Word, position: int, word: int) -> tuple[Word, Word]:
+    """What one random word has in common for all elements of a parameter.
 
     Args:
         seed: of the parameter group.
         step: the updates that the parameter has had.
         position: of the parameter over the flattened parameter groups.
-        draw: what is rounded (``spec.Draw``).
+        word: which of an element's, 0 ... ``RANDOM_WORDS`` - 1.
     """
-    word = position * DRAWS + draw & _MASK
-    return mix(mix(step ^ mix(seed ^ 0x9E3779B9)) ^ word), mix(step ^ mix(mix(seed ^ 0xC2B2AE35) ^ word))
+    number = position * RANDOM_WORDS + word & _MASK
+    return mix(mix(step ^ mix(seed ^ 0x9E3779B9)) ^ number), mix(step ^ mix(mix(seed ^ 0xC2B2AE35) ^ number))
 
 
 def random_words(keys: tuple[Tensor, Tensor], place: Place, start: int, count: int) -> Tensor:
@@ -59,6 +59,11 @@ def random_words(keys: tuple[Tensor, Tensor], place: Place, start: int, count: i
         return mix(mix(elements & _MASK ^ keys[0]) ^ (keys[1] + (elements >> 32) * 0x9E3779B1 & _MASK))
     elements = torch.arange(low, low + count, dtype=torch.int64, device=keys[0].device)
     return mix(mix(elements ^ keys[0]) ^ (keys[1] + high * 0x9E3779B1 & _MASK))
+
+
+def words_of_draw(words: Tensor, draw: int) -> Tensor:
+    """The random words as ``draw`` takes them: the second of two draws that share them turns their halves round."""
+    return words if draw % 2 == 0 else words >> 16 | (words & 0xFFFF) << 16
 
 
 def round_stochastically(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,11 +108,12 @@ def round_for(table: TensorTable, i: int, x: Tensor, draw: int, seed: int) -> Te
     result = torch.empty_like(like)
     if not same_order(x, like):
         x = torch.empty_like(like, dtype=x.dtype).copy_(x)
-    keys = make_keys(seed, _updates(table, i), table.positions[i], draw)
+    keys = make_keys(seed, _updates(table, i), table.positions[i], draw // 2)
     for start in range(0, x.numel(), PIECE):
         count = min(PIECE, x.numel() - start)
         piece, target = (t.as_strided((count,), (1,), t.storage_offset() + start) for t in (x, result))
-        target.copy_(round_stochastically(piece, random_words(keys, table.places[i], start, count), table.dtype))
+        words = words_of_draw(random_words(keys, table.places[i], start, count), draw)
+        target.copy_(round_stochastically(piece, words, table.dtype))
     return result
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastsam.backends import Request
-from fastsam.backends.device_table import DeviceTable, is_capturing, refuse_capture
+from fastsam.backends.device_table import DeviceTable
+from fastsam.runtime import streams
 from fastsam.spec import (
     PERTURBATION,
     AdamOptions,
@@ -205,6 +206,6 @@ class _View:
         return self._products
 
     def _new(self, *shape: int) -> Tensor:
-        if is_capturing(self._device):
-            refuse_capture("fastsam has not reduced over these parameters before")
+        if streams.is_capturing(self._device):
+            streams.refuse_capture("fastsam has not reduced over these parameters before")
         return torch.empty(shape, dtype=torch.float64, device=self._device)

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from fastsam.demo.data import NoisyDigits, load_noisy_digits
-from fastsam.demo.methods import LEARNING_RATES, Method, rows
+from fastsam.demo.methods import LEARNING_RATES, Method, rows, to_sweep
 from fastsam.demo.options import Options
 from fastsam.demo.report import results_table, sweep_table
 from fastsam.demo.train import Run, train_model
@@ -40,7 +40,7 @@ def run(options: Options) -> int:
         return 1
     with one_thread():
         splits = [load_noisy_digits(options.noise, seed, options.device) for seed in range(options.seeds)]
-        if options.sweep:
+        if options.sweep is not None:
             _sweep(splits, options)
         else:
             _compare(splits, options)
@@ -57,8 +57,8 @@ def _compare(splits: Sequence[NoisyDigits], options: Options) -> None:
 
 
 def _sweep(splits: Sequence[NoisyDigits], options: Options) -> None:
-    accuracies: dict[Method, dict[float, float]] = {method: {} for method in rows(options)}
-    for lr in LEARNING_RATES:
+    accuracies: dict[Method, dict[float, float]] = {method: {} for method in to_sweep(options)}
+    for lr in options.sweep or LEARNING_RATES:
         for method, runs in train_all(list(accuracies), splits, replace(options, lr=lr)).items():
             accuracies[method][lr] = mean(run.test_accuracy[-1] for run in runs)
     print(f"\ntest accuracy after the last epoch, %, mean of {options.seeds} seeds\n{sweep_table(accuracies)}")

@@ -133,7 +133,7 @@ FAMILY = {
     "vasso": _member("VaSSO", methods.VaSSO()),
     "unified": _member("UnifiedSAM", methods.UnifiedSAM()),
     "sagm": _member("SAGM", methods.SAGM()),
-    "lesam": _member("LESAM", methods.LESAM()),
+    "lesam": _member("LESAM", methods.LESAM(), scale=5),
     "esam": _member("ESAM", methods.ESAM()),
     "zsharp": _member("ZSharp", methods.ZSharp()),
     "gcsam": _member("GCSAM", methods.GCSAM()),
@@ -166,13 +166,21 @@ MIXED = (
 )
 """The rows that ``--mixup`` adds, at the learning rates of SGD and FastSAM."""
 
-AVERAGED = replace(METHODS[2], name="FastSAM + SWA", averages=True, profiled=False)
-"""The row that ``--swa`` adds."""
+AVERAGED = (
+    replace(METHODS[0], name="SGD + SWA", averages=True, profiled=False),
+    replace(METHODS[2], name="FastSAM + SWA", averages=True, profiled=False),
+)
+"""The rows that ``--swa`` adds, at the same learning rates."""
 
 
 def rows(options: Options) -> tuple[Method, ...]:
     """The methods to compare."""
-    return (*chosen(options.method), *(MIXED if options.mixup else ()), *((AVERAGED,) if options.swa else ()))
+    return (*chosen(options.method), *(MIXED if options.mixup else ()), *(AVERAGED if options.swa else ()))
+
+
+def to_sweep(options: Options) -> tuple[Method, ...]:
+    """The methods whose learning rates are searched: those that ``--method`` names, else the demo's three."""
+    return rows(options) if options.method == "sam" else rows(options)[len(METHODS) :]
 
 
 def chosen(name: str) -> tuple[Method, ...]:

@@ -57,7 +57,7 @@ class Options:
     swa: bool = False
     batch_norm: bool = True
     output: Path = Path("fastsam-demo.png")
-    sweep: bool = False
+    sweep: tuple[float, ...] | None = None
     quick: bool = False
 
 
@@ -112,7 +112,11 @@ def add_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
         type=number(">= 0", lambda x: x >= 0),
         metavar="ALPHA",
     )
-    add("--swa", "also average FastSAM's weights over the last quarter of the epochs", action="store_true")
+    add(
+        "--swa",
+        "also average the weights of SGD and FastSAM over the last quarter of the epochs",
+        action="store_true",
+    )
     add(
         "--no-batch-norm",
         "train the network without batch norm (the learning rates are not tuned for it)",
@@ -122,9 +126,11 @@ def add_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
     add("--output", "the picture, a PNG (default: %(default)s)", type=Path, metavar="FILE")
     add(
         "--sweep",
-        "train every method at each of nine learning rates and print a table of accuracies instead; takes "
-        "about 15 minutes",
-        action="store_true",
+        "train at each of these learning rates (by default nine), and print a table of accuracies instead: the method "
+        "that --method names, or the usual three, which takes about 15 minutes",
+        type=number("> 0", lambda x: x > 0),
+        nargs="*",
+        metavar="LR",
     )
     add("--quick", "one seed and two epochs, to check that everything works", action="store_true")
     parser.set_defaults(**vars(Options()))
@@ -133,6 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
 def to_options(namespace: argparse.Namespace, parser: argparse.ArgumentParser, kind: type[Chosen]) -> Chosen:
     """The options of class ``kind``; ends with a usage error if the backend or the output cannot be used."""
     values = {name: getattr(namespace, name) for name in kind.__dataclass_fields__}
+    values["sweep"] = None if values["sweep"] is None else tuple(values["sweep"])
     options = kind(**values | ({"seeds": 1, "epochs": 2} if namespace.quick else {}))
     if options.output.suffix.lower() != ".png":
         parser.error(f"argument --output: must end in .png, got '{options.output}'")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsam.runtime.zero import OthersWeights
+
 if TYPE_CHECKING:
     from fastsam.engine import Engine
     from fastsam.methods import Method
@@ -23,15 +25,22 @@ class ParallelModel:
         model: the outermost module, as the closures call it; None: nothing is done.
         local_ascent: first passes leave their gradients on their ranks.
         method: the method, which must allow that.
+        zero: the ZeroRedundancyOptimizer around the optimizer, or None.
     """
 
-    def __init__(self, model: nn.Module | None, local_ascent: bool, method: Method) -> None:
+    def __init__(self, model: nn.Module | None, local_ascent: bool, method: Method, zero: Any = None) -> None:
         if not isinstance(local_ascent, bool):
             raise TypeError(f"local_ascent must be True or False, got {local_ascent!r}")
         if local_ascent:
             _check_local_ascent(model, method)
+            if zero is not None:
+                raise ValueError(
+                    "local_ascent=True is not possible inside of ZeroRedundancyOptimizer: each rank would perturb its "
+                    "part of the weights by another batch; turn it round: FastSAM(params, ZeroRedundancyOptimizer, ...)"
+                )
         self._model, self.local_ascent = model, local_ascent
         self._has_synchronized = False
+        self._others_weights = OthersWeights(zero)
 
     # ---- DDP ----
 
@@ -50,6 +59,23 @@ class ParallelModel:
                 return closure()
 
         return run
+
+    # ---- whatever the module is ----
+
+    def note_ascent(self) -> None:
+        """This rank's weights have been perturbed."""
+        self._others_weights.receive()
+        self.note_writes()
+
+    def note_restore(self) -> None:
+        """This rank's weights are back, without an update."""
+        self._others_weights.restore()
+        self.note_writes()
+
+    def note_update(self) -> None:
+        """This rank's weights have been updated."""
+        self._others_weights.discard()
+        self.note_writes()
 
     # ---- FSDP2 ----
 

@@ -1,14 +1,17 @@
-"""Memory that another CUDA stream than its own may still use: PyTorch's allocator would hand it out again at once."""
+"""CUDA streams: whether one is being captured, and memory that another stream than its own may still use."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 
 class StreamGuard:
-    """Keeps what was made on one stream and used last on another, until that one has come so far."""
+    """Keeps what was made on one stream and used last on another, until that one has come so far.
+
+    PyTorch's allocator would hand it out again at once.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[torch.cuda.Event, Any]] = []
@@ -28,6 +31,17 @@ class StreamGuard:
         """Drops what no stream uses any longer; does not wait."""
         if self._waiting:
             self._waiting = [(event, memory) for event, memory in self._waiting if not event.query()]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work for ``device`` goes into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(reason: str, remedy: str = "") -> NoReturn:
+    """Raises, and says what to do."""
+    remedy = remedy or "run a step outside the capture first, and capture the one after it"
+    raise RuntimeError(f"this step cannot be captured into a CUDA graph: {reason}; {remedy}")
 
 
 def current_stream(device: torch.device) -> int:

@@ -1,7 +1,6 @@
 """The Hessian's spectrum: its largest eigenvalues, its trace, its density, from matrix-vector products alone.
 
-SciPy's ARPACK finds eigenvalues; hessian-eigenthings estimates trace and density (``pip install
-fastsam-optim[sharpness]``).
+SciPy's ARPACK finds eigenvalues; hessian-eigenthings estimates trace and density.
 """
 
 from __future__ import annotations
@@ -19,6 +18,9 @@ from fastsam.sharpness import vectors
 from fastsam.sharpness.objective import LossFunction, Objective
 from fastsam.sharpness.products import HessianProducts
 from fastsam.sharpness.vectors import Vector
+
+REQUIREMENTS = ("hessian-eigenthings", "scipy", "matplotlib")
+"""What the sharpness measures import beyond torch, as in pyproject.toml's extra."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,12 @@ def required(name: str) -> Any:
     """An optional module.
 
     Raises:
-        ModuleNotFoundError: it is not installed; names the extra that has it.
+        ModuleNotFoundError: it is not installed; names what to install.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(f"{missing}; pip install fastsam-optim[sharpness]", name=missing.name) from None
+        raise ModuleNotFoundError(f"{missing}; pip install {' '.join(REQUIREMENTS)}", name=missing.name) from None
 
 
 def _products(model: nn.Module, loss_fn: LossFunction | None, data: Any, hvp: str, train: bool) -> HessianProducts:

@@ -41,10 +41,14 @@ class Description(NamedTuple):
     """Devices, dtypes, shapes and strides; those of None differ from those of every tensor."""
 
 
-def describe(tensors: list[Tensor] | list[Tensor | None]) -> Description:
-    """The addresses and the metadata of ``tensors``."""
+def describe(tensors: list[Tensor] | list[Tensor | None], *, as_stored: bool = False) -> Description:
+    """The addresses and the metadata of ``tensors``.
+
+    ``as_stored``: their values are known to be as they lie in memory, neither lazily conjugated nor negated. To ask a
+    tensor of one element takes longer than all the rest.
+    """
     if _describe is not None:
-        found = _describe(tensors, Tensor, _exchange_api)
+        found = _describe(tensors, Tensor, _exchange_api, as_stored)
         if found is not None:
             return Description(*found)
     metadata = [None if t is None else _metadata(t) for t in tensors]

@@ -130,7 +130,7 @@ class StateSlots:
         self._identities = nested_identities(state, self._asked)
         # An identity is valid only while its object is alive.
         self._alive = [(p, e, *(e.values() if isinstance(e, dict) else ())) for p, e in state.items()]
-        self._description = describe(self._locals())
+        self._description = describe(self._locals(), as_stored=True)
 
     def _locals(self) -> list[Tensor]:
         return list(map(local_of, self._bound)) if self._has_shards else self._bound
@@ -141,7 +141,7 @@ class StateSlots:
             and self._key == (tuple(wanted.names), wanted.method_state)
             and self._covers(wanted)
             and nested_identities(state, self._asked) == self._identities
-            and describe(self._locals()) == self._description
+            and describe(self._locals(), as_stored=True) == self._description
         )
 
     def _covers(self, wanted: Wanted) -> bool:
@@ -230,7 +230,7 @@ def _names_of(table: TensorTable, names: Sequence[StateNames], method_state: str
 
 
 def _fits(table: TensorTable, i: int, value: Any) -> bool:
-    if not is_placed_like(table.params[i], value):
+    if not is_placed_like(table.params[i], value) or value.is_conj() or value.is_neg():
         return False
     real, like = as_real(local_of(value)), table.values[i]
     return (

@@ -13,7 +13,7 @@ from trajectory import detached
 from fastsam import FastSAM
 from fastsam.backends import observe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.face, pytest.mark.usefixtures("one_thread")]
 
 
 class LoRA(nn.Module):

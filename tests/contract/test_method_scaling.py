@@ -13,7 +13,7 @@ BY_LENGTH = ["amp", "friendly", "vasso", "stable", "unified", "sagm", "lesam"]
 # They combine the gradients of both passes, which must have the same scale.
 BY_RATIO = ["gsam", "wsam", "wsam-coupled", "stable"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.face, pytest.mark.usefixtures("one_thread")]
 
 
 class Run:

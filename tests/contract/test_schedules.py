@@ -47,9 +47,9 @@ def test_number_zero_costs_one_pass(backend, device, name):
     params, others = network.params(), network.params()
     optimizer = optimizer_for(params, backend, zero_rho(GROUPS), method=method)
     alone = optimizer_for(others, backend, zero_rho(GROUPS), schedule=lambda step: False)
-    actual, passes = train_counting(network, optimizer, params, 3)
-    assert passes == [1, 1, 1]
-    assert_same_bits(actual, train_counting(network, alone, others, 3)[0])
+    actual, passes = train_counting(network, optimizer, params, 2)
+    assert passes == [1, 1]
+    assert_same_bits(actual, train_counting(network, alone, others, 2)[0])
 
 
 def test_two_phases_at_zero(backend, device):
@@ -269,13 +269,13 @@ def test_adaptive_policy_survives_failures_and_infinities(device):
             closure()
             params[0].grad[0, 0] = torch.inf
 
-        assert optimizer._policy.statistics.numbers() == undisturbed._policy.statistics.numbers()
+        assert optimizer._policy.statistics.numbers()[:3] == undisturbed._policy.statistics.numbers()[:3]
         before = optimizer._policy.statistics.numbers()
         weights = detached(params)
         optimizer.step(poisoned)
         for p, w in zip(params, weights, strict=True):
             p.data.copy_(w)
-        assert optimizer._policy.statistics.numbers() == [*before[:2], 1.0]
+        assert optimizer._policy.statistics.numbers() == [*before[:2], 1.0, before[3] + 1]
         optimizer._policy.statistics.load(before)
         for some, theirs in ((optimizer, params), (undisturbed, others)):
             for group in some.param_groups:

@@ -84,7 +84,8 @@ EXPORT double power(double base, int64_t exponent) { return whole_power(base, ex
 
 // The random number for an element of a tensor, as the loops that begin at that element get it.
 EXPORT uint32_t random_number(uint32_t seed, uint32_t step, uint32_t position, uint32_t draw, int64_t element) {
-  return RandomKey::make(seed, step, position, draw).at(element).bits(static_cast<uint32_t>(element));
+  const RandomKey key = RandomKey::make(seed, step, position, draw / 2).at(element);
+  return bits_of_draw(key.bits(static_cast<uint32_t>(element)), draw);
 }
 
 EXPORT uint16_t bfloat16_bits(float x, uint32_t random) { return round_stochastically(x, random, bfloat16{}).x; }

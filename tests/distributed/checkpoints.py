@@ -91,6 +91,45 @@ def to_one_process(base):
     return ways.error_of(module, ways.whole(single))
 
 
+def from_plain(base, full):
+    """The error after the state of torch's own class, over FSDP2, is loaded by FastSAM, against one process."""
+    cls, base_options = BASES[base]
+    options = StateDictOptions(full_state_dict=full)
+    module, rank, ranks = ways.fsdp2(ways.Block().double())
+    plain = cls(module.parameters(), **base_options)
+    single = ways.Block().double()
+    alone = cls(single.parameters(), foreach=False, **base_options)
+    for step in range(DONE):
+        for model, optimizer, mine in ((module, plain, rank), (single, alone, None)):
+            ways.closure_of(model, optimizer, *ways.batch(step, ranks, mine))()
+            optimizer.step()
+    plain.zero_grad()
+    folder = shared_folder()
+    again, resumed, *_ = make("fsdp2", base, "sam", torch.float64)
+    if full:
+        weights, state = get_state_dict(module, plain, options=options)
+        set_state_dict(again, resumed, model_state_dict=weights, optim_state_dict=state, options=options)
+    else:
+        save(module, plain, options, folder)
+        load_foreign(again, resumed, cls(again.parameters(), **base_options), folder)
+    continued = ways.optimizer_for(single, base, "sam", backend="reference")
+    continued.load_state_dict(alone.state_dict())
+    ways.train(again, resumed, ranks, rank, range(DONE, STEPS))
+    ways.train(single, continued, ranks, None, range(DONE, STEPS))
+    return ways.error_of(again, ways.whole(single))
+
+
+def load_foreign(module, optimizer, theirs, folder):
+    """A checkpoint of ``theirs``, a torch optimizer: read into its own layout, then set in ``optimizer``."""
+    options = StateDictOptions()
+    weights, state = get_state_dict(module, theirs, options=options)
+    loaded = {"model": weights, "optimizer": state}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(
+        module, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=options
+    )
+
+
 def assert_equal_trees(one, other):
     """What was saved has not moved with the training."""
     for key, value in one.items():
@@ -102,15 +141,16 @@ def assert_equal_trees(one, other):
 
 def save_for_others(base, method, folder):
     """Trains on all ranks and saves; returns how an undisturbed run ends."""
-    module, optimizer, rank, _ = make("fsdp2", base, method, torch.float64)
-    ways.train(module, optimizer, 2, rank % 2, range(DONE))
+    module, optimizer, rank, ranks = make("fsdp2", base, method, torch.float64)
+    half = rank % 2 if ranks > 1 else None  # of the same batches for every number of ranks
+    ways.train(module, optimizer, 2, half, range(DONE))
     save(module, optimizer, StateDictOptions(), folder)
-    ways.train(module, optimizer, 2, rank % 2, range(DONE, STEPS))
+    ways.train(module, optimizer, 2, half, range(DONE, STEPS))
     return ways.whole(module).tolist()
 
 
-def resume_from_others(base, method, folder, way="fsdp2"):
-    module, optimizer, rank, _ = make(way, base, method, torch.float64)
+def resume_from_others(base, method, folder):
+    module, optimizer, rank, ranks = make("fsdp2", base, method, torch.float64)
     load(module, optimizer, StateDictOptions(), folder)
-    ways.train(module, optimizer, 2, rank % 2, range(DONE, STEPS))
+    ways.train(module, optimizer, 2, rank % 2 if ranks > 1 else None, range(DONE, STEPS))
     return ways.whole(module).tolist()

@@ -10,7 +10,7 @@ from fastsam import methods
 
 def count_all_reduces(way, method, base="sgd"):
     """The all-reduces of ``first_step()``, of ``second_step()`` and of both for each, in the second step."""
-    module, rank, ranks = ways.WAYS[way](ways.Block(way == "sequence").double())
+    module, rank, ranks = {**ways.WAYS, **ways.WAYS_OF_FOUR}[way](ways.Block(way == "sequence").double())
     optimizer = ways.optimizer_for(module, base, method)
     ways.train(module, optimizer, ranks, rank, steps=[0])
     x, y = ways.batch(1, ranks, rank)

@@ -13,11 +13,21 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONP
 
 from rank_pool import RankPool
 
+ALL_TESTS = pytest.StashKey()
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.xdist_group("ranks"))  # one worker: one pool
+
+@pytest.hookimpl(tryfirst=True)  # before any is left out
+def pytest_collection_modifyitems(config, items):
+    mine = [item for item in items if item.path.parent == Path(__file__).parent]
+    config.stash[ALL_TESTS] = {f"{item.path.name}::{item.name}" for item in mine}
+    for item in mine:
+        item.add_marker(pytest.mark.xdist_group("ranks"))  # one worker: one pool
+
+
+@pytest.fixture
+def all_tests(pytestconfig):
+    """The names of the tests of this folder that were collected, those of the thorough tier among them."""
+    return pytestconfig.stash[ALL_TESTS]
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ def _spoiled(module, optimizer, x, y):
 
 
 def batch_norm_replicas(steps):
-    """SyncBatchNorm under local ascents: the same weights and running statistics on all ranks; the layer's count."""
+    """A batch norm under local ascents: its statistics move once a step. (SyncBatchNorm runs on accelerators only.)"""
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 import ways
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from fastsam import FastSAM, methods
 from fastsam.distributed import place_of, whole_of
@@ -11,7 +12,16 @@ from fastsam.distributed import place_of, whole_of
 SHAPES = {"rows": (7, 5), "columns": (3, 6), "middle": (3, 4, 5), "vector": (9,), "scalar": ()}
 
 
+def distributed(whole, kind):
+    """A whole tensor as a DTensor of a kind; ``strided``: as tensor parallelism with FSDP2 shards rows twice."""
+    world, shape = dist.get_world_size(), whole.shape
+    mesh = ways.mesh_of(world // 2, 2) if kind == "strided" else ways.mesh_of(world)
+    return distribute_tensor(whole, mesh, placements_of(shape, kind), src_data_rank=None)
+
+
 def placements_of(shape, kind):
+    if kind == "strided":
+        return [_StridedShard(0, split_factor=2), Shard(0)] if shape else [Replicate(), Replicate()]
     if kind == "columns":
         return [Shard(1 if len(shape) > 1 and shape[1] % dist.get_world_size() == 0 else 0)] if shape else [Replicate()]
     return [Shard(0)] if shape else [Replicate()]
@@ -24,10 +34,7 @@ def make(kind, dtype):
     for shape in SHAPES.values():
         for tensors in (params, grads):
             whole = torch.randn(shape, generator=generator).to(dtype)
-            if kind != "whole":
-                mesh = ways.mesh_of(dist.get_world_size())
-                whole = distribute_tensor(whole, mesh, placements_of(shape, kind), src_data_rank=None)
-            tensors.append(whole)
+            tensors.append(whole if kind == "whole" else distributed(whole, kind))
     return [torch.nn.Parameter(p) for p in params], grads
 
 
@@ -46,15 +53,15 @@ def steps(kind, backend, method, dtype, **options):
     return [*found, *map(whole_of, state)]
 
 
-def same_bits(kind, backend, method_name, dtype_name, **options):
+def same_bits(kind, backend, method_name, dtype_name, whole_backend="reference", **options):
     """Whether distributed and whole parameters get the same bits.
 
     The norm is summed in another order. Gradients of powers of two have the same norm in every order.
     """
     dtype, method = getattr(torch, dtype_name), getattr(methods, method_name)()
-    distributed = steps(kind, backend, method, dtype, **options)
-    whole = steps("whole", "reference", method, dtype, **options)
-    return [torch.equal(one, other) for one, other in zip(distributed, whole, strict=True)]
+    sharded = steps(kind, backend, method, dtype, **options)
+    whole = steps("whole", whole_backend, method, dtype, **options)
+    return [torch.equal(one, other) for one, other in zip(sharded, whole, strict=True)]
 
 
 def places(kind):
@@ -62,8 +69,7 @@ def places(kind):
     right = []
     for shape in SHAPES.values():
         numbers = torch.arange(max(1, torch.Size(shape).numel())).reshape(shape)
-        mesh = ways.mesh_of(dist.get_world_size())
-        tensor = distribute_tensor(numbers, mesh, placements_of(shape, kind), src_data_rank=None)
+        tensor = distributed(numbers, kind)
         local = tensor.to_local()
         right.append(torch.equal(place_of(tensor).elements(0, local.numel(), local.device), local.flatten()))
     return right

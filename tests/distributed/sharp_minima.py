@@ -5,7 +5,7 @@ import ways
 from torch import nn
 from torch.nn import functional as F
 
-from fastsam import sharpness
+from fastsam import FastSAM, sharpness
 from fastsam.distributed import local_of
 
 BATCHES = 2
@@ -48,8 +48,8 @@ def expected(ranks):
     return measure(*model_and_data(ranks))
 
 
-def sharded(way):
-    """On this rank, with its part of each batch; and whether the weights came back."""
+def distributed(way):
+    """The model over the ranks, and this rank's part of each batch."""
     import torch.distributed as dist
 
     model, data = model_and_data(dist.get_world_size())
@@ -58,8 +58,34 @@ def sharded(way):
         model, _, _ = ways.fsdp2(model)
     else:
         model = nn.parallel.DistributedDataParallel(model)
+    return model, [(x[mine], y[mine]) for x, y in data]
+
+
+def step_on(model, x, y):
+    """What one step says of its ascent: the loss at w, the loss at w + e, the norm."""
+    optimizer = FastSAM(model.parameters(), rho=0.1, lr=0.1, model=model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return [float(value) for value in optimizer.last_ascent]
+
+
+def last_ascent(way):
+    """On this rank."""
+    model, data = distributed(way)
+    return step_on(model, *data[0])
+
+
+def sharded(way):
+    """On this rank, with its part of each batch; and whether the weights came back."""
+    model, data = distributed(way)
     before = [p.detach().clone() for p in model.parameters()]
-    found = measure(model, [(x[mine], y[mine]) for x, y in data])
+    found = measure(model, data)
     back = all(torch.equal(local_of(p), local_of(b)) for p, b in zip(model.parameters(), before, strict=True))
     return found, back
 

@@ -31,12 +31,17 @@ def test_full_state_dict_is_loaded_in_one_process(ranks, base):
     assert max(ranks(checkpoints.to_one_process, base)) < 1e-12
 
 
+@pytest.mark.parametrize(("base", "full"), [("adamw", False), ("sgd", True)])
+def test_state_of_torchs_own_optimizer_is_loaded(ranks, base, full):
+    assert max(ranks(checkpoints.from_plain, base, full)) < 1e-12
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("method", ["sam", "looksam"])
-def test_saved_on_four_ranks_and_loaded_on_two_and_back(pools, tmp_path, method):
-    runs = {world: pools(world).run for world in (2, 4)}
-    for saved, loaded in ((4, 2), (2, 4)):
-        folder = tmp_path / f"{saved}"
+def test_saved_on_four_ranks_and_loaded_on_fewer_and_back(pools, tmp_path, method):
+    runs = {world: pools(world).run for world in (1, 2, 4)}
+    for saved, loaded in ((4, 2), (2, 4), (4, 1), (1, 4)):
+        folder = tmp_path / f"{saved}-{loaded}"
         expected, *_ = runs[saved](checkpoints.save_for_others, "adamw", method, folder)
         resumed, *_ = runs[loaded](checkpoints.resume_from_others, "adamw", method, folder)
         assert torch.tensor(resumed).sub(torch.tensor(expected)).abs().max() < 1e-12

@@ -18,6 +18,12 @@ def test_other_ways_have_one_all_reduce_or_none(ranks, way, counts):
     assert ranks(collectives.count_all_reduces, way, "sam") == [counts] * 2
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(("way", "counts"), [("fsdp2", (1, 0)), ("hsdp", (1, 0)), ("tp_fsdp2", (2, 0))])
+def test_four_ranks_have_one_all_reduce_for_each_group(four_ranks, way, counts):
+    assert four_ranks(collectives.count_all_reduces, way, "sam") == [counts] * 4
+
+
 def test_a_few_numbers_are_reduced(ranks):
     assert ranks(collectives.count_bytes, "sam") == [[(torch.float64, 1)]] * 2
     assert ranks(collectives.count_bytes, "asam") == [[(torch.float64, 3)]] * 2

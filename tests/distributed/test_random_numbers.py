@@ -1,4 +1,4 @@
-"""Stochastic rounding and random directions: 1, 2 and 4 ranks give the same bits from the same gradients."""
+"""Stochastic rounding, masters, random directions: 1, 2 and 4 ranks give the same bits from the same gradients."""
 
 import pytest
 import random_numbers
@@ -19,6 +19,14 @@ def test_stochastic_rounding_does_not_depend_on_the_sharding(ranks, kind, backen
         assert all(same)
 
 
+@pytest.mark.parametrize("options", [{}, ROUNDED], ids=["nearest", "stochastic"])
+def test_master_weights_do_not_depend_on_the_sharding(ranks, options):
+    """By native: torch's own kernels, which foreach runs, give single elements of float32 other last bits."""
+    options = options | {"master_weights": True, "whole_backend": "native"}
+    for same in ranks(random_numbers.same_bits, "rows", "native", "SAM", "bfloat16", **options):
+        assert all(same)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 def test_random_directions_do_not_depend_on_the_sharding(ranks, kind, dtype):
@@ -27,8 +35,15 @@ def test_random_directions_do_not_depend_on_the_sharding(ranks, kind, dtype):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("backend", ["native", "foreach"])
-@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("kind", ["rows", "columns", "strided"])
+def test_places_of_shards_on_four_ranks(four_ranks, kind):
+    for right in four_ranks(random_numbers.places, kind):
+        assert all(right)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", ["native", "foreach", "triton"])
+@pytest.mark.parametrize("kind", ["rows", "columns", "strided"])
 def test_on_four_ranks(four_ranks, kind, backend):
     for same in four_ranks(random_numbers.same_bits, kind, backend, "SAM", "bfloat16", **ROUNDED):
         assert all(same)

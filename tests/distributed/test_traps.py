@@ -51,11 +51,26 @@ def test_refusals_name_the_wrapper(ranks):
     assert "AWP" in said["awp"]
     assert "ASAM" in said["asam"]
     assert "FastSAM(params, ZeroRedundancyOptimizer" in said["zero"]
+    assert "by another batch" in said["local zero"]
     assert "shard_groups must be" in said["not a group"]
 
 
 def test_zero_as_the_base(ranks):
     assert max(ranks(traps.zero_as_base)) < 1e-7
+
+
+@pytest.mark.parametrize(("method", "given_by"), [("sam", "arguments"), ("friendly", "partial")])
+def test_zero_around_fastsam(ranks, method, given_by):
+    assert max(ranks(traps.zero_around, method, given_by)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["gsam", "looksam-k2"])
+def test_zero_with_a_rank_that_has_no_parameters(ranks, method):
+    assert max(ranks(traps.zero_around, method, "arguments", few=True)) < 1e-12
+
+
+def test_failing_pass_under_zero_restores_the_weights_of_all_ranks(ranks):
+    assert ranks(traps.zero_fails, 2) == [([False, True], True)] * 2
 
 
 @pytest.mark.parametrize("method", ["sam", "gsam", "friendly"])

@@ -1,10 +1,13 @@
 """FSDP2's traps, on the ranks: each would train wrongly and say nothing."""
 
 import contextlib
+import functools
+import io
 
 import torch
 import torch.distributed as dist
 import ways
+from registry import METHODS
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from fastsam import FastSAM, methods
@@ -139,7 +142,14 @@ def refusals():
         "awp": _refusal(lambda: FastSAM(flat.parameters(), lr=0.1, shard_groups=group, method=methods.AWP())),
         "asam": _refusal(lambda: FastSAM(original.parameters(), lr=0.1, shard_groups=group, method=methods.ASAM())),
         "zero": _refusal(lambda: ZeroRedundancyOptimizer(model.parameters(), optimizer_class=FastSAM, lr=0.1)),
+        "local zero": _refusal(_local_ascent_inside_zero),
     }
+
+
+def _local_ascent_inside_zero():
+    module, *_ = ways.ddp(ways.Block())
+    options = {"shard_groups": dist.group.WORLD, "model": module, "local_ascent": True, "lr": 0.1}
+    return ZeroRedundancyOptimizer(module.parameters(), FastSAM, **options)
 
 
 def _refusal(call):
@@ -157,6 +167,64 @@ def zero_as_base():
     optimizer = FastSAM(module.parameters(), ZeroRedundancyOptimizer, rho=0.1, **options)
     ways.train(module, optimizer, ranks, rank)
     return ways.error_of(module, ways.expected("adamw", "sam", ranks))
+
+
+def zero_around(method, given_by, few=False):
+    """The error of ZeroRedundancyOptimizer over FastSAM with ``shard_groups``, saved and resumed in the middle.
+
+    Args:
+        method: the method's name.
+        given_by: how the options reach FastSAM: ``arguments`` of ZeroRedundancyOptimizer's, or ``partial``.
+        few: there are fewer parameters than ranks.
+    """
+    options = {"method": METHODS[method].method, "shard_groups": dist.group.WORLD, "backend": "native"}
+    options |= {"rho": 0.1, "lr": 0.1, "momentum": 0.9}
+    make = (lambda: torch.nn.Linear(12, 1, bias=False)) if few else ways.Block
+    torch.manual_seed(0)
+    model, single = make().double(), make().double()
+    single.load_state_dict(model.state_dict())
+    module, rank, ranks = ways.ddp(model)
+
+    def build():
+        if given_by == "partial":
+            return ZeroRedundancyOptimizer(module.parameters(), functools.partial(FastSAM, **options))
+        return ZeroRedundancyOptimizer(module.parameters(), FastSAM, **options)
+
+    optimizer = build()
+    ways.train(module, optimizer, ranks, rank, range(2))
+    optimizer.consolidate_state_dict(to=0)
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict() if rank == 0 else None, saved)
+    found = [saved.getvalue()]
+    dist.broadcast_object_list(found)
+    resumed = build()
+    resumed.load_state_dict(torch.load(io.BytesIO(found[0]), weights_only=False))
+    ways.train(module, resumed, ranks, rank, range(2, ways.STEPS))
+    alone = ways.optimizer_for(single, "sgd", method, backend="reference")
+    ways.train(single, alone, ranks, None)
+    return ways.error_of(module, ways.whole(single))
+
+
+def zero_fails(number):
+    """Whether a closure that raises in a pass, on one rank alone, leaves all weights as before there, bit for bit."""
+    module, rank, ranks = ways.ddp(ways.Block().double())
+    optimizer = ZeroRedundancyOptimizer(
+        module.parameters(), FastSAM, shard_groups=dist.group.WORLD, rho=0.1, lr=0.1, momentum=0.9
+    )
+    before, calls, moved = ways.whole(module), [], []
+    x, y = ways.batch(0, ranks, rank)
+    closure = ways.closure_of(module, optimizer, x, y)
+
+    def failing():
+        calls.append(1)
+        moved.append(not torch.equal(ways.whole(module), before))
+        if len(calls) == number:
+            raise ValueError("in a pass")
+        return closure()
+
+    with contextlib.suppress(ValueError):
+        optimizer.step(failing)
+    return moved, torch.equal(ways.whole(module), before)
 
 
 def stages(method):

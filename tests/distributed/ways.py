@@ -163,8 +163,13 @@ def whole(module):
     is_flat = isinstance(module, FullyShardedDataParallel)
     with FullyShardedDataParallel.summon_full_params(module) if is_flat else nullcontext():
         model = module.module if hasattr(module, "module") else module
-        tensors = [p.full_tensor() if isinstance(p, DTensor) else p for _, p in sorted(model.named_parameters())]
-        return torch.cat([tensor.detach().reshape(-1).clone() for tensor in tensors])
+        tensors = [whole_tensor(p) for _, p in sorted(model.named_parameters())]
+        return torch.cat([tensor.reshape(-1).clone() for tensor in tensors])
+
+
+def whole_tensor(tensor):
+    """A DTensor's whole value; any other tensor itself, without its graph."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 @functools.cache

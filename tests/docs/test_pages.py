@@ -55,6 +55,16 @@ def test_blocks_run(page, one_thread, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_block_escapes(page):
+    """Code is in blocks that are named Python's, and all of these are found."""
+    text = page.read_text()
+    languages = re.findall(r"^ *`{3,}(\S+)", text, re.MULTILINE)
+    assert set(languages) <= {"python", "sh", "{eval-rst}", "{toctree}"}
+    assert text.count("```") == 2 * len(languages)  # no block without a name
+    assert languages.count("python") == len(BLOCK.findall(text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page):
     missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert not missing

@@ -1,4 +1,7 @@
-"""What only a GPU can show, of every backend with kernels for it: waiting, graphs, streams, devices, sizes."""
+"""What only a GPU can show, of every backend with kernels for it: waiting, graphs, streams, devices, sizes.
+
+One file, the most important first: a GPU may be at hand for minutes.
+"""
 
 import math
 import re
@@ -9,7 +12,7 @@ from checks import DTYPE_IDS, DTYPES, assert_same_bits, assert_within, values
 from expected import assert_whole_step
 from scene import Scene
 
-from fastsam import FastSAM, methods
+from fastsam import FastSAM, methods, schedules
 from fastsam.backends import load
 
 pytestmark = [
@@ -80,6 +83,11 @@ METHODS = {
     "momentumsam": methods.MomentumSAM(),
     "amp": methods.AMP(inner_steps=2),
     "awp": methods.AWP(),
+    "esam": methods.ESAM(),
+    "stablesam": methods.StableSAM(),
+    "vasso": methods.VaSSO(),
+    "unifiedsam": methods.UnifiedSAM(0.5),
+    "sagm": methods.SAGM(),
     "direction": methods.Direction(lambda params, grads: [g * 2 for g in grads]),
 }
 every_method = pytest.mark.parametrize("method", [*METHODS.values(), methods.RandomSAM()], ids=[*METHODS, "randomsam"])
@@ -122,7 +130,7 @@ def run_captured(backend, options, kinds):
     return results
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@every_method
 def test_every_method_is_captured(backend, method):
     """Each kind of step (with an ascent, without) in a graph of its own."""
     kinds = 2 if isinstance(method, methods.LookSAM) else 1
@@ -132,6 +140,34 @@ def test_every_method_is_captured(backend, method):
 
 def test_a_step_without_an_ascent_is_captured(backend):
     eager, replayed = run_captured(backend, {"lr": 0.1, "momentum": 0.9, "interval": 2}, 2)
+    assert_same_bits(replayed, eager)
+
+
+def test_an_adaptive_schedule_is_captured_as_two_graphs(backend):
+    """As in docs/backends.md; the decisions are those of eager steps, and so are the weights."""
+
+    def run(is_captured):
+        schedule = schedules.AESAM(30)
+        model, optimizer, closure = make_training(backend, lr=0.1, momentum=0.9, schedule=schedule)
+        kinds, seen, graphs = [], set(), {}
+        for _ in range(30):
+            ascends = optimizer.ascends_next
+            kinds.append(ascends)
+            if not is_captured or ascends not in seen:
+                optimizer.step(closure)
+                seen.add(ascends)
+                continue
+            if ascends not in graphs:
+                graphs[ascends] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[ascends]):
+                    optimizer.step(closure)
+            graphs[ascends].replay()
+        torch.cuda.synchronize()
+        return kinds, [p.detach().clone() for p in model.parameters()]
+
+    (eager_kinds, eager), (kinds, replayed) = run(False), run(True)
+    assert set(eager_kinds) == {True, False}
+    assert kinds == eager_kinds
     assert_same_bits(replayed, eager)
 
 

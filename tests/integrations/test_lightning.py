@@ -3,8 +3,9 @@
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
-from setting import RHO, by_norm, by_value, in_steps, make_loader, make_model, mse, train_by_hand
+from setting import RHO, HandWrittenSAM, by_norm, by_value, in_steps, make_loader, make_model, mse, train_by_hand
 
 from fastsam import FastSAM, methods
 from fastsam.integrations.lightning import FastSAMCallback, SharpnessMonitor
@@ -28,6 +29,7 @@ class Module(lightning.LightningModule):
         loss = mse(self.net(x), y)
         if self.logs:
             self.log("loss", loss, on_step=False, on_epoch=True)
+            self.log_dict({"twice the loss": 2 * loss}, on_step=False, on_epoch=True)
         return loss
 
     def on_before_optimizer_step(self, optimizer):
@@ -130,6 +132,38 @@ def test_schedules(table, name):
     table.compare("Lightning", name, module.net, by_hand(schedule=SCHEDULES[name]))
 
 
+def test_a_plateau_of_the_logged_loss(table):
+    plateau = {"factor": 0.5, "patience": 0, "threshold": 0.3}
+
+    class Plateau(Module):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **plateau)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "loss"}}
+
+    module, trainer = fit(Plateau(logs=True), epochs=4)
+    model = make_model()
+    sam = HandWrittenSAM(model.parameters())
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(sam.base, **plateau)
+    for _ in range(4):
+        losses = []
+        for x, y in BATCHES:
+            losses.append(mse(model(x), y).item())
+            sam.step(lambda x=x, y=y: mse(model(x), y).backward())
+        schedule.step(sum(losses) / len(losses))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == sam.base.param_groups[0]["lr"] < 0.1
+    table.compare("Lightning", "ReduceLROnPlateau", module.net, model)
+
+
+def test_an_accumulation_that_changes_between_epochs(table):
+    callbacks = [FastSAMCallback(), GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})]
+    module, trainer = fit(epochs=3, callbacks=callbacks, gradient_clip_val=CLIP)
+    steps = [micro_batches for accumulate in (1, 2, 4) for micro_batches in in_steps(BATCHES, accumulate)]
+    assert trainer.global_step == module.steps == len(steps)
+    expected = train_by_hand(steps, clip=by_norm(CLIP))
+    table.compare("Lightning", "GradientAccumulationScheduler, clipping", module.net, expected)
+
+
 def by_sam_step(method, *, accumulate=1, clip=None, scaler=None, autocast=None, **options):
     """Another method's training; its steps are compared with the oracle in tests/unit/test_training.py."""
     model = make_model()
@@ -219,7 +253,9 @@ def test_the_log_has_the_first_passs_losses():
     optimizer = FastSAM(model.parameters(), rho=RHO, lr=0.1, momentum=0.9)
     loss_fn = lambda model, batch: mse(model(batch[0]), batch[1])  # noqa: E731
     losses = [sam_step(model, loss_fn, micro_batches, optimizer) for micro_batches in in_steps(BATCHES, 2)]
-    torch.testing.assert_close(trainer.callback_metrics["loss"], sum(losses) / len(losses), rtol=1e-5, atol=0)
+    mean = sum(losses) / len(losses)
+    torch.testing.assert_close(trainer.callback_metrics["loss"], mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(trainer.callback_metrics["twice the loss"], 2 * mean, rtol=1e-5, atol=0)
 
 
 class Records(lightning.pytorch.loggers.logger.DummyLogger):
@@ -363,3 +399,21 @@ def test_fabric(table, step):
         optimizer.zero_grad()
         step(None, optimizer, lambda x=x, y=y: fabric.backward(mse(wrapped(x), y)))
     table.compare("Lightning Fabric", "closure" if step is by_closure else "two phases", model, by_hand())
+
+
+def test_fabric_with_accumulation_clipping_and_bf16(table):
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    model = make_model()
+    wrapped, optimizer = fabric.setup(model, FastSAM(model.parameters(), rho=RHO, lr=0.1, momentum=0.9))
+    for micro_batches in in_steps(BATCHES, 2, EPOCHS):
+
+        def closure(micro_batches=micro_batches):
+            optimizer.zero_grad()
+            for i, (x, y) in enumerate(micro_batches):
+                with fabric.no_backward_sync(wrapped, enabled=i < len(micro_batches) - 1):
+                    fabric.backward(mse(wrapped(x), y) / len(micro_batches))
+            fabric.clip_gradients(wrapped, optimizer, max_norm=CLIP)
+
+        optimizer.step(closure=closure)
+    expected = by_hand(accumulate=2, clip=by_norm(CLIP), autocast=torch.autocast("cpu", torch.bfloat16))
+    table.compare("Lightning Fabric", "bf16-mixed, accumulation, clipping", model, expected)

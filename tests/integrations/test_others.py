@@ -5,18 +5,20 @@ import io
 import pickle
 from functools import partial
 
-import fastai.callback.schedule  # noqa: F401  # adds fit_one_cycle to Learner
 import numpy as np
 import pytest
 import torch
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from ignite.engine import Events
+from ignite.handlers import Checkpoint
 from setting import RHO, by_norm, in_steps, make_data, make_loader, make_model, mse, train_by_hand
 from skorch import NeuralNetRegressor
+from skorch.callbacks import GradientNormClipping, LRScheduler
 from torch import nn
 
 from fastsam import FastSAM, methods
@@ -29,6 +31,7 @@ CLIP = 0.05
 SCALE = 1024.0
 SGD = {"lr": 0.1, "momentum": 0.9}
 FLOAT16 = {"scale": SCALE, "autocast": torch.autocast("cpu", torch.float16)}
+BFLOAT16 = torch.autocast("cpu", torch.bfloat16)
 
 
 def by_sam_step(method, accumulate=1, epochs=1, **options):
@@ -54,9 +57,9 @@ class Learning:
             DataLoaders(loader, loader), make_model(), loss_func=mse, opt_func=opt_func, lr=0.1, cbs=callbacks, wd=0.0
         )
 
-    def run(self, epochs=2):
+    def run(self, epochs=2, **options):
         with contextlib.redirect_stdout(io.StringIO()), self.learner.no_logging():
-            self.learner.fit(epochs)
+            self.learner.fit(epochs, **options)
         return self.learner.model
 
 
@@ -65,8 +68,9 @@ class HalfPrecisionOnTheCPU(MixedPrecision):
 
     def before_fit(self):
         super().before_fit()
-        self.autocast = torch.autocast("cpu", torch.float16)
-        self.learn.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        is_float16 = self.amp_mode is AMPMode.FP16
+        self.autocast = torch.autocast("cpu", torch.float16 if is_float16 else torch.bfloat16)
+        self.learn.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=is_float16)
 
 
 FASTAI = {
@@ -76,6 +80,11 @@ FASTAI = {
     "GradientAccumulation, GradientClip": (
         (GradientAccumulation(32), GradientClip(CLIP)),
         {"accumulate": 2, "clip": by_norm(CLIP)},
+    ),
+    "bf16": ((HalfPrecisionOnTheCPU(AMPMode.BF16),), {"autocast": BFLOAT16}),
+    "bf16, GradientAccumulation, GradientClip": (
+        (HalfPrecisionOnTheCPU(AMPMode.BF16), GradientAccumulation(32), GradientClip(CLIP)),
+        {"autocast": BFLOAT16, "accumulate": 2, "clip": by_norm(CLIP)},
     ),
     "fp16 with a scaler": ((HalfPrecisionOnTheCPU(),), {**FLOAT16}),
     "fp16 with a scaler, GradientAccumulation, GradientClip": (
@@ -110,13 +119,27 @@ def test_an_overflow_in_fastai_skips_the_step():
     assert not learning.learner.opt.opt.perturbed
 
 
-def test_fastai_schedules_and_saves(tmp_path):
+def test_a_schedule_in_fastai(table):
+    model = Learning(ParamScheduler({"lr": SchedCos(0.1, 0.01)})).run()
+    rate = SchedCos(0.1, 0.01)
+    schedule = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step / (2 * len(BATCHES))) / 0.1)  # noqa: E731
+    table.compare("fastai", "ParamScheduler", model, train_by_hand(in_steps(BATCHES, 1, 2), schedule=schedule))
+
+
+def test_fit_one_cycle_runs():
     learning = Learning()
     with contextlib.redirect_stdout(io.StringIO()), learning.learner.no_logging():
         learning.learner.fit_one_cycle(1, 0.1)
-    learning.learner.path = tmp_path
-    learning.learner.save("model", with_opt=True)
-    learning.learner.load("model", with_opt=True)
+    assert all(p.isfinite().all() for p in learning.learner.model.parameters())
+
+
+def test_a_fastai_run_goes_on_from_a_file(table, tmp_path):
+    first, second = Learning(), Learning()
+    first.learner.path = second.learner.path = tmp_path
+    first.run(1)
+    first.learner.save("half", with_opt=True)
+    second.learner.load("half", with_opt=True)
+    table.compare("fastai", "resume", second.run(2, start_epoch=1), train_by_hand(in_steps(BATCHES, 1, 2)))
 
 
 def test_fastai_on_a_gpu(table):
@@ -130,8 +153,8 @@ IGNITE = {
     "max_grad_norm": ({"max_grad_norm": CLIP}, {"clip": by_norm(CLIP)}),
     "accumulation": ({"gradient_accumulation_steps": 2}, {"accumulate": 2}),
     "bf16": (
-        {"autocast": torch.autocast("cpu", torch.bfloat16)},
-        {"autocast": torch.autocast("cpu", torch.bfloat16)},
+        {"autocast": BFLOAT16},
+        {"autocast": BFLOAT16},
     ),
     "fp16 with a scaler, accumulation, max_grad_norm": (
         {"scaler": True, "autocast": FLOAT16["autocast"], "gradient_accumulation_steps": 2, "max_grad_norm": CLIP},
@@ -157,6 +180,23 @@ def test_ignite(table, mode):
     table.compare("ignite", mode, model, train_by_hand(in_steps(BATCHES, accumulate, 2), schedule=halve, **expected))
 
 
+def test_an_ignite_run_goes_on_from_a_checkpoint(table, tmp_path):
+    def run(epochs, checkpoint=None):
+        model = make_model()
+        optimizer = FastSAM(model.parameters(), rho=RHO, **SGD)
+        trainer = create_sam_trainer(model, optimizer, mse)
+        parts = {"model": model, "optimizer": optimizer, "trainer": trainer}
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(parts, str(tmp_path / str(epochs))))
+        if checkpoint:
+            Checkpoint.load_objects(parts, torch.load(checkpoint))
+        trainer.run(make_loader(), max_epochs=epochs)
+        return model
+
+    run(1)
+    (checkpoint,) = (tmp_path / "1").iterdir()
+    table.compare("ignite", "resume", run(2, checkpoint), train_by_hand(in_steps(BATCHES, 1, 2)))
+
+
 def test_ignite_refuses_another_optimizer():
     model = make_model()
     with pytest.raises(TypeError, match="must be FastSAM, got SGD"):
@@ -175,9 +215,30 @@ class Net(nn.Module):
         return self.net(x)
 
 
-def test_skorch(table):
+def fit_net(net=None, *callbacks, epochs=2):
     options = {"optimizer": FastSAM, "optimizer__rho": RHO, "optimizer__momentum": 0.9, "lr": 0.1}
-    net = NeuralNetRegressor(Net, **options, batch_size=16, max_epochs=2, train_split=None, verbose=0)
-    net.fit(*(np.asarray(t) for t in make_data()))
-    pickle.loads(pickle.dumps(net))
-    table.compare("skorch", "float32", net.module_.net, train_by_hand(in_steps(BATCHES, 1, 2)))
+    options |= {"batch_size": 16, "train_split": None, "verbose": 0, "callbacks": list(callbacks)}
+    net = net or NeuralNetRegressor(Net, **options).initialize()
+    return net.partial_fit(*(np.asarray(t) for t in make_data()), epochs=epochs)
+
+
+SKORCH = {
+    "float32": ((), {}),
+    "GradientNormClipping": ((GradientNormClipping(CLIP),), {"clip": by_norm(CLIP)}),
+    "LRScheduler": (
+        (LRScheduler(torch.optim.lr_scheduler.StepLR, step_size=3, step_every="batch"),),
+        {"schedule": lambda base: torch.optim.lr_scheduler.StepLR(base, 3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", SKORCH)
+def test_skorch(table, mode):
+    callbacks, expected = SKORCH[mode]
+    net = fit_net(None, *callbacks)
+    table.compare("skorch", mode, net.module_.net, train_by_hand(in_steps(BATCHES, 1, 2), **expected))
+
+
+def test_a_skorch_run_goes_on_from_a_pickle(table):
+    net = fit_net(pickle.loads(pickle.dumps(fit_net(epochs=1))), epochs=1)
+    table.compare("skorch", "resume", net.module_.net, train_by_hand(in_steps(BATCHES, 1, 2)))

@@ -1,9 +1,12 @@
 """timm: its registry, and its training loop with SAMBackward."""
 
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
 from setting import HandWrittenSAM
+from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.optim.lookahead import Lookahead
 from timm.scheduler import CosineLRScheduler
@@ -37,12 +40,13 @@ def native_scaler():
     return scaler
 
 
-def train(optimizer, model, *, scaler=None, accumulate=1, schedule=None, **clip):
+def train(optimizer, model, *, batches=BATCHES, scaler=None, accumulate=1, autocast=None, schedule=None, **clip):
     def loss_fn(x, y):
-        return F.cross_entropy(model(x), y) / accumulate
+        with autocast or nullcontext():
+            return F.cross_entropy(model(x), y) / accumulate
 
     backward = SAMBackward(optimizer, scaler)
-    for i, (x, y) in enumerate(BATCHES):
+    for i, (x, y) in enumerate(batches):
         need_update = (i + 1) % accumulate == 0
         backward(loss_fn, x, y, need_update=need_update, parameters=model.parameters(), **clip)
         if need_update:
@@ -52,7 +56,7 @@ def train(optimizer, model, *, scaler=None, accumulate=1, schedule=None, **clip)
     return model
 
 
-def train_by_hand(model, groups=None, *, accumulate=1, schedule=None, clip=None, **options):
+def train_by_hand(model, groups=None, *, accumulate=1, autocast=None, schedule=None, clip=None, **options):
     base = options.pop("base", torch.optim.SGD)
     groups = groups or [{"params": list(model.parameters())}]
     params = [p for group in groups for p in group["params"]]
@@ -62,7 +66,9 @@ def train_by_hand(model, groups=None, *, accumulate=1, schedule=None, clip=None,
 
         def add_gradients(i=i):
             for x, y in BATCHES[i : i + accumulate]:
-                (F.cross_entropy(model(x), y) / accumulate).backward()
+                with autocast or nullcontext():
+                    loss = F.cross_entropy(model(x), y) / accumulate
+                loss.backward()
 
         sam.step(add_gradients, clip=clip)
         if schedule:
@@ -87,6 +93,26 @@ def test_the_training_loop(table, scaler, clip_mode, accumulate):
     mode = ["NativeScaler" if scaler else "float32", *([f"clipping by {clip_mode}"] if clip_mode else [])]
     mode += ["accumulation"] if accumulate > 1 else []
     table.compare("timm", ", ".join(mode), model, train_by_hand(vit(), accumulate=accumulate, clip=clip, **SGD))
+
+
+def test_bf16(table):
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    model, options = vit(), {"accumulate": 2, "autocast": autocast}
+    train(created(model), model, clip_grad=0.01, **options)
+    clip = lambda params: dispatch_clip_grad(params, 0.01)  # noqa: E731
+    table.compare("timm", "bf16, clipping, accumulation", model, train_by_hand(vit(), clip=clip, **options, **SGD))
+
+
+def test_resume(table, tmp_path):
+    model = vit()
+    optimizer = created(model)
+    train(optimizer, model, batches=BATCHES[:STEPS])
+    torch.save({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "last.pth.tar")
+    resumed = vit()
+    optimizer = created(resumed)
+    resume_checkpoint(resumed, str(tmp_path / "last.pth.tar"), optimizer, log_info=False)
+    train(optimizer, resumed, batches=BATCHES[STEPS:])
+    table.compare("timm", "resume", resumed, train_by_hand(vit(), **SGD))
 
 
 def test_weight_decay_groups_and_another_base(table):

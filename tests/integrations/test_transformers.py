@@ -9,7 +9,14 @@ import pytest
 import torch
 from setting import RHO, HandWrittenSAM, by_norm
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
 
 from fastsam import FastSAM, methods
 from fastsam.integrations.transformers import SAMTrainer
@@ -74,6 +81,7 @@ def trainer_of(
     arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
     kwargs = {"base": base, "rho": RHO, **(optimizer or {}), "method": method or methods.SAM()}
     given = {"sam": {"rho": RHO}} if optimizer is None else {"optimizer_cls_and_kwargs": (FastSAM, kwargs)}
+    given["eval_dataset"] = dataset(16) if "eval_strategy" in options else None
     trainer = Recorded(model, arguments, train_dataset=dataset(language=language), scale=scale, **given)
     if not language:  # Trainer takes it that every model's loss is divided by the number of items; BERT's is not
         trainer.loss_is_scaled_for_ga = False
@@ -94,9 +102,13 @@ def smoothed_loss(model, batches, batch):
     return F.cross_entropy(model(**batch).logits, batch["labels"], label_smoothing=0.1) / len(batches)
 
 
-def train_by_hand(model, steps, *, loss=mean_loss, clip=None, autocast=None, scale=1.0, options=SGD, **kwargs):
+def train_by_hand(
+    model, steps, *, loss=mean_loss, clip=None, autocast=None, scale=1.0, options=SGD, schedule=None, **kwargs
+):
+    """``schedule`` makes of the base a function that is called after each step."""
     model.train()
     sam = HandWrittenSAM(model.parameters(), **options, **kwargs)
+    schedule = schedule and schedule(sam.base)
     for batches in steps:
 
         def add_gradients(batches=batches):
@@ -109,6 +121,8 @@ def train_by_hand(model, steps, *, loss=mean_loss, clip=None, autocast=None, sca
                     param.grad /= scale
 
         sam.step(add_gradients, clip=clip)
+        if schedule:
+            schedule()
     return model
 
 
@@ -138,6 +152,41 @@ def test_classification(table, tmp_path, mode):
     trainer.train()
     assert not trainer.optimizer.optimizer.perturbed
     table.compare("Transformers", mode, trainer.model, train_by_hand(bert(), trainer.steps, **expected))
+
+
+def test_a_schedule_with_warm_up(table, tmp_path):
+    trainer = trainer_of(tmp_path, bert(), lr_scheduler_type="linear", warmup_steps=2)
+    trainer.train()
+    schedule = lambda base: get_linear_schedule_with_warmup(base, 2, len(trainer.steps)).step  # noqa: E731
+    table.compare(
+        "Transformers", "linear schedule", trainer.model, train_by_hand(bert(), trainer.steps, schedule=schedule)
+    )
+
+
+def test_a_plateau_of_the_evaluated_loss(table, tmp_path):
+    plateau, model = {"factor": 0.5, "patience": 0, "threshold": 1e-3}, bert()
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
+    options = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": plateau, **evaluates}
+    trainer = trainer_of(tmp_path, bert(), **options)
+    trainer.train()
+    samples = dataset(16)
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    rates = []
+
+    def evaluation(base):
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(base, **plateau)
+
+        def evaluate():
+            with torch.no_grad():
+                schedule.step(model.eval()(**batch).loss.item())
+            model.train()
+            rates.append(base.param_groups[0]["lr"])
+
+        return evaluate
+
+    train_by_hand(model, trainer.steps, schedule=evaluation)
+    assert 0.1 > rates[-1] == trainer.optimizer.param_groups[0]["lr"]
+    table.compare("Transformers", "ReduceLROnPlateau", trainer.model, model)
 
 
 def test_a_language_model_with_unlike_numbers_of_tokens(table, tmp_path):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import two_ranks
-from setting import in_steps, make_loader, train_by_hand
+from setting import BATCH, by_norm, in_steps, make_loader, train_by_hand
 
-BATCHES = list(make_loader())
+# In the order of the ranks: gradients in 16 bits are rounded before they are added up over ranks.
+PARTS = list(make_loader(batch_size=BATCH // two_ranks.WORLD))
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,10 @@ def test_two_ranks(table, results, case, accumulate):
         expected = train_transformer(gpt2(), steps, loss=token_loss)
     else:
         models = answers
-        expected = train_by_hand(in_steps(BATCHES, accumulate))
+        options = {"clip": by_norm(two_ranks.CLIP)} if "clipping" in parallel else {}
+        if "scaler" in parallel:
+            options |= {"scale": two_ranks.SCALE, "autocast": torch.autocast("cpu", torch.float16)}
+        expected = train_by_hand(in_steps(PARTS, accumulate * two_ranks.WORLD), **options)
     assert torch.equal(*map(weights_of, models))
     table.compare(client, f"{parallel}, 2 ranks" + (accumulate > 1) * ", accumulation", models[0], expected)
 

@@ -5,6 +5,7 @@ import socket
 import tempfile
 import traceback
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from fastsam import FastSAM
 from fastsam.training import sam_step
 
 WORLD = 2
+CLIP = 0.05
+SCALE = 1024.0
 SGD = {"lr": 0.1, "momentum": 0.9}
 
 
@@ -46,14 +49,20 @@ def training_loop(rank, folder, accumulate=1):
     return model.module
 
 
-def lightning_ddp(rank, folder, accumulate=1):
+def lightning_ddp(rank, folder, accumulate=1, **options):
     from test_lightning import Module, trainer_of
 
-    options = {"strategy": "ddp", "devices": WORLD, "accumulate_grad_batches": accumulate}
+    options |= {"strategy": "ddp", "devices": WORLD, "accumulate_grad_batches": accumulate}
     trainer = trainer_of(epochs=1, use_distributed_sampler=False, **options)
     module = Module()
     trainer.fit(module, loader_of(rank))
     return module.net
+
+
+def lightning_ddp_scaler(rank, folder, accumulate=1):
+    from test_lightning import scaler_plugin
+
+    return lightning_ddp(rank, folder, accumulate, plugins=scaler_plugin(SCALE), gradient_clip_val=CLIP)
 
 
 def accelerate_ddp(rank, folder, accumulate=1):
@@ -162,7 +171,7 @@ def accelerate_fsdp2(rank, folder, accumulate=1):
     return whole(model)
 
 
-def lightning_fsdp2(rank, folder, accumulate=1):
+def lightning_fsdp2(rank, folder, accumulate=1, **options):
     from lightning.pytorch.strategies import ModelParallelStrategy
     from test_lightning import Module, trainer_of
 
@@ -171,7 +180,7 @@ def lightning_fsdp2(rank, folder, accumulate=1):
             shard(self.net, self.device_mesh["data_parallel"])
 
     strategy = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
-    options = {"strategy": strategy, "devices": WORLD, "accumulate_grad_batches": accumulate}
+    options |= {"strategy": strategy, "devices": WORLD, "accumulate_grad_batches": accumulate}
     trainer = trainer_of(epochs=1, use_distributed_sampler=False, **options)
     module = Sharded()
     trainer.fit(module, loader_of(rank))
@@ -187,7 +196,9 @@ CASES = {
     ("ignite", "DDP"): ignite_ddp,
     ("timm", "DDP"): timm_ddp,
     ("Lightning", "DDP"): lightning_ddp,
+    ("Lightning", "DDP, scaler, clipping"): lightning_ddp_scaler,
     ("Lightning", "FSDP2"): lightning_fsdp2,
+    ("Lightning", "FSDP2, clipping"): partial(lightning_fsdp2, gradient_clip_val=CLIP),
 }
 
 

@@ -94,5 +94,5 @@ def test_figures(problem, monkeypatch):
     assert axes.get_ylim() == (-1.0, 1.0)
     pyplot.close("all")
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ModuleNotFoundError, match=r"fastsam-optim\[sharpness\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*matplotlib"):
         line.plot()

@@ -180,6 +180,13 @@ def test_sweep_trains_every_method_at_every_rate(monkeypatch, tmp_path, capsys):
     assert torch.get_num_threads() == 2  # the demo's one thread is for the demo
 
 
+def test_sweep_of_one_method_at_given_rates(capsys):
+    assert command_line.main(["demo", "--sweep", "0.02", "--quick", "--batch-size", "450", "--method", "late"]) == 0
+    *_, heading, _, line = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["method", "lr", "0.02"]
+    assert line.startswith("SAM, last quarter")
+
+
 def test_tables():
     run = Run(model=make_cnn(0), test_accuracy=[50.0, 90.0], wrong_labels_learned=12.0, step_ms=4.0, optimizer_ms=1.0)
     better = dataclasses.replace(run, test_accuracy=[60.0, 92.0], wrong_labels_learned=14.0)
@@ -313,11 +320,11 @@ def test_both_passes_see_one_mixture():
 
 def test_rows():
     assert rows(Options()) == METHODS
-    assert rows(Options(mixup=0.2, swa=True)) == (*METHODS, *MIXED, AVERAGED)
+    assert rows(Options(mixup=0.2, swa=True)) == (*METHODS, *MIXED, *AVERAGED)
     assert [method.name for method in MIXED] == ["SGD + Mixup", "FastSAM + Mixup"]
 
 
-@pytest.mark.parametrize("method", [MIXED[1], AVERAGED], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [MIXED[1], AVERAGED[1]], ids=lambda method: method.name)
 def test_added_rows_train(method):
     run = train_quietly(method, dataclasses.replace(TINY, epochs=4, mixup=0.2))
     assert len(run.test_accuracy) == 4

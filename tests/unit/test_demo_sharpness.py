@@ -75,7 +75,7 @@ def test_run_is_measured(name):
     options = SharpnessOptions(seeds=1, epochs=1, batch_size=300, m=name != "FastSAM")
     passes = []
     found = measure.measure_run(name, 0, options, passes.append)
-    assert sum(passes) == pytest.approx(measure.total_passes(name, options))
+    assert sum(passes) == pytest.approx(measure.total_passes(name, 0, options))
     assert found.eigenvalues == sorted(found.eigenvalues, reverse=True)
     assert found.worst >= found.ascent > 0
     assert found.loss == pytest.approx(found.line[measure.RADII.index(0.0)], rel=1e-5)
@@ -83,13 +83,13 @@ def test_run_is_measured(name):
     assert found.density is not None
 
 
-def test_missing_extras_are_named(monkeypatch, capsys):
+def test_missing_packages_are_named(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "hessian_eigenthings" else find_spec(name)
     )
     assert command.run(SharpnessOptions()) == 1
-    assert capsys.readouterr().err == "this needs hessian_eigenthings: pip install fastsam-optim[sharpness]\n"
+    assert capsys.readouterr().err == "this also needs: pip install hessian-eigenthings\n"
 
 
 def test_options_extend_the_demos():

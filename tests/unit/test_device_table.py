@@ -4,8 +4,8 @@ import pytest
 import torch
 from checks import assert_same_bits, values
 
-from fastsam.backends import device_table
 from fastsam.backends.device_table import MOST_OPTIONS, DeviceTable
+from fastsam.runtime import streams
 from fastsam.spec import ROWS, AscentOptions, Row
 from fastsam.tables import Member, TensorTable
 
@@ -35,7 +35,7 @@ def choose_perturbed(table, perturb=True):
 @pytest.fixture
 def capture(monkeypatch):
     """A switch: whether a graph is being captured."""
-    return lambda on: monkeypatch.setattr(device_table, "is_capturing", lambda device: on)
+    return lambda on: monkeypatch.setattr(streams, "is_capturing", lambda device: on)
 
 
 def test_chunks_cover_every_element_once(table):

@@ -22,6 +22,7 @@ from setuptools import Distribution
 
 import fastsam
 from fastsam.backends import Request
+from fastsam.sharpness import hessian
 
 
 @pytest.fixture
@@ -74,11 +75,30 @@ def test_obstacle_shows_in_installed_version(setup_script, monkeypatch):
     assert "options" not in setup_script.choose_build("none")
 
 
-def test_description_has_absolute_links(setup_script):
-    text = setup_script.long_description()
-    assert re.search(r"!\[[^]]+\]\(https://[^)]+/raw/main/docs/demo\.png\)", text)
-    assert re.search(r"[^!]\[[^]]+\]\(https://[^)]+/blob/main/docs/start\.md\)", text)
-    assert not re.search(r"\]\((?!https?:|#)", text)
+def test_addresses_are_made_from_one(setup_script, monkeypatch, tmp_path):
+    """Another repository in pyproject.toml: every address in the package follows."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(text.replace(setup_script.repository(), "https://host.test/me/mine"))
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert all(url.startswith("https://host.test/me/mine") for url in setup_script.project_urls().values())
+    description = setup_script.long_description()
+    assert re.search(r"!\[[^]]+\]\(https://host\.test/me/mine/raw/main/docs/demo\.png\)", description)
+    assert re.search(r"[^!]\[[^]]+\]\(https://host\.test/me/mine/blob/main/docs/start\.md\)", description)
+    assert not re.search(r"\]\((?!https?:|#)", description)
+
+
+def test_no_other_file_has_the_repositorys_address(setup_script):
+    folders = [ROOT, *(ROOT / name for name in (".github", "docs", "fastsam", "examples", "tools"))]
+    files = [path for folder in folders for path in (folder.glob("*") if folder == ROOT else folder.rglob("*"))]
+    texts = [path for path in files if path.suffix in (".md", ".cff", ".yml", ".yaml", ".toml", ".py", ".sh", ".in")]
+    assert [path.name for path in texts if setup_script.repository() in path.read_text()] == ["pyproject.toml"]
+
+
+def test_optional_packages_are_those_that_errors_name():
+    requirements = importlib.metadata.requires("fastsam-optim")
+    extra = {re.match(r"[\w-]+", line)[0] for line in requirements if line.endswith('extra == "sharpness"')}
+    assert extra == set(hessian.REQUIREMENTS)
 
 
 @pytest.fixture

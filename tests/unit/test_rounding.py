@@ -9,10 +9,10 @@ from golden import EDGES, GOLDEN, LOW, random_number, rounded
 from scene import STOCHASTIC, Scene, norm_of
 
 from fastsam.backends import reference
-from fastsam.backends.rounding import make_keys, random_words, round_stochastically
+from fastsam.backends.rounding import make_keys, random_words, round_stochastically, words_of_draw
 from fastsam.distributed import Place
 from fastsam.precision import ascent_seed
-from fastsam.spec import DRAWS, STATE_SLOTS, Ascent, AscentOptions, Draw
+from fastsam.spec import RANDOM_WORDS, STATE_SLOTS, Ascent, AscentOptions, Draw
 
 # ---- the random numbers ----
 
@@ -22,8 +22,8 @@ def test_golden_numbers(key, number):
     assert random_number(*key) == number
     *words, element = key
     seed, step, position, draw = words
-    keys = make_keys(seed, torch.tensor(step), position, draw)
-    assert int(random_words(keys, Place(), element, 1)) == number
+    words = random_words(make_keys(seed, torch.tensor(step), position, draw // 2), Place(), element, 1)
+    assert int(words_of_draw(words, draw)) == number
 
 
 def test_the_bits_are_fair():
@@ -70,11 +70,23 @@ def test_no_two_draws_collide():
     """Of one parameter's results in a step, of two parameters, and of the ascents of a step."""
     draws = [Draw.ASCENT, Draw.WEIGHT, *(Draw.STATE + slot for slot in range(STATE_SLOTS)), Draw.METHOD_STATE]
     assert len(set(draws)) == len(draws)
-    assert max(draws) < DRAWS
-    ascents = [(ascent_seed(5, number), Draw.ASCENT) for number in range(9)]
-    others = [(5, draw) for draw in draws if draw != Draw.ASCENT]
-    keys = [make_keys(seed, 3, position, draw) for seed, draw in ascents + others for position in range(100)]
+    assert max(draws) // 2 < RANDOM_WORDS
+    ascents = [(ascent_seed(5, number), Draw.ASCENT // 2) for number in range(9)]
+    others = [(5, word) for word in sorted({draw // 2 for draw in draws if draw != Draw.ASCENT})]
+    keys = [make_keys(seed, 3, position, word) for seed, word in ascents + others for position in range(100)]
     assert len(set(keys)) == len(keys)
+
+
+def test_draws_of_one_word_are_independent():
+    """The upper 16 bits, which decide a rounding, of one against those of the other."""
+    n = 1 << 16
+    words = random_words(make_keys(3, torch.tensor(5), 7, 1), Place(), 0, n)
+    one, other = words_of_draw(words, 2), words_of_draw(words, 3)
+    assert torch.equal(one, words)
+    assert torch.equal(words_of_draw(other, 3), one)
+    upper = torch.stack([(draw >> bit & 1).double() for draw in (one, other) for bit in range(16, 32)])
+    correlations = torch.corrcoef(upper) - torch.eye(32)
+    assert correlations.abs().max() < 5.5 / math.sqrt(n)
 
 
 def test_pieces_do_not_show(device, monkeypatch):

@@ -1,10 +1,15 @@
-"""``runtime/streams.py``: memory is kept while another stream than its own may use it. Streams are imitated here."""
+"""CUDA streams, imitated: memory that another stream may still use is kept; captured steps count on."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from checks import assert_same_bits
 
+from fastsam import FastSAM, methods
+from fastsam.runtime import streams
+from fastsam.runtime.step_number import StepNumber
 from fastsam.runtime.streams import StreamGuard, current_stream
 
 CUDA = torch.device("cuda")
@@ -69,3 +74,39 @@ def test_a_cpu_has_no_streams():
     guard.keep(torch.device("cpu"), current_stream(torch.device("cpu")), memory)
     del memory
     assert alive() is None
+
+
+def test_a_captured_step_counts_on(monkeypatch):
+    """In a CUDA graph the number is not written but increased, so that each replay has its own."""
+    table = SimpleNamespace(device=torch.device("cpu"))
+    number = StepNumber(table)
+    assert int(number.of(7)) == 7
+    monkeypatch.setattr(streams, "is_capturing", lambda device: True)
+    # What has been captured has not happened on a device; here it has, as in the first replay.
+    assert int(number.of(30)) == 8
+    assert int(number.of(30)) == 8, "several draws of one step"
+    monkeypatch.setattr(streams, "is_capturing", lambda device: False)
+    assert int(number.of(31)) == 31
+
+
+@pytest.mark.parametrize("method", [methods.RandomSAM(), methods.ESAM()], ids=str)
+def test_replays_draw_anew(monkeypatch, method):
+    """The captured operators, run again, perturb as the next step would."""
+    param = torch.nn.Parameter(torch.zeros(50, 2))
+    params = [param, *(torch.nn.Parameter(torch.ones(3)) for _ in range(20))]
+    optimizer = FastSAM(params, lr=0.0, method=method, backend="reference")
+
+    def perturbed():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.first_step(zero_grad=False)
+        result = [p.detach().clone() for p in params]
+        optimizer.second_step()
+        return result
+
+    eager = [perturbed() for _ in range(4)]
+    again = FastSAM(params, lr=0.0, method=method, backend="reference")
+    optimizer = again
+    start = [perturbed()]
+    monkeypatch.setattr(streams, "is_capturing", lambda device: True)
+    assert_same_bits([*start, *(perturbed() for _ in range(3))], eager)

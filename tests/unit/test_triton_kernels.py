@@ -8,8 +8,8 @@ import torch
 from checks import assert_same_bits
 from triton_tables import ASCENT, PRECISIONS, SGD, bind, copy_of, counts, give_grads, make_table, uploads, whole_step
 
-from fastsam.backends import device_table
 from fastsam.precision import Precision
+from fastsam.runtime import streams
 from fastsam.spec import StateNames, Update
 
 
@@ -165,12 +165,7 @@ def test_options_whose_upload_was_cut_off_are_sent_again(triton_gpu, device, mon
 @pytest.fixture
 def capture(monkeypatch, triton_gpu):
     """A function that makes the backend believe that what follows is captured, or no longer."""
-
-    def pretend(on):
-        for module in (device_table, triton_gpu):
-            monkeypatch.setattr(module, "is_capturing", lambda device: on)
-
-    return pretend
+    return lambda on: monkeypatch.setattr(streams, "is_capturing", lambda device: on)
 
 
 def test_a_captured_step_has_uploads_of_its_own(triton_gpu, device, capture):

@@ -21,12 +21,13 @@ from fastsam.demo.sharpness.options import SharpnessOptions
 from fastsam.demo.sharpness.report import measurements_table, verdict
 from fastsam.demo.sharpness.rows import rows
 
+# What this imports, and the distributions that have it.
 EXTRAS = {
-    "hessian_eigenthings": "sharpness",
-    "matplotlib": "demo",
-    "scipy": "sharpness",
-    "sklearn": "demo",
-    "tqdm": "demo",
+    "hessian_eigenthings": "hessian-eigenthings",
+    "matplotlib": "matplotlib",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "tqdm": "tqdm",
 }
 
 Results = dict[str, list[Measured]]
@@ -34,10 +35,9 @@ Results = dict[str, list[Measured]]
 
 def run(options: SharpnessOptions) -> int:
     """Trains, measures, prints the table and writes the picture; returns the exit status."""
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    missing = [package for name, package in EXTRAS.items() if importlib.util.find_spec(name) is None]
     if missing:
-        extras = ",".join(sorted({EXTRAS[name] for name in missing}))
-        print(f"this needs {', '.join(missing)}: pip install fastsam-optim[{extras}]", file=sys.stderr)
+        print(f"this also needs: pip install {' '.join(missing)}", file=sys.stderr)
         return 1
     from fastsam.demo.sharpness.plot import draw
 
@@ -54,7 +54,7 @@ def measure_all(options: SharpnessOptions) -> Results:
 
     names = [method.name for method in rows(options)]
     jobs = [(name, seed) for seed in range(options.seeds) for name in names]
-    total = round(sum(total_passes(name, options) for name, _ in jobs))
+    total = round(sum(total_passes(*job, options) for job in jobs))
     with tqdm(total=total, unit="pass", unit_scale=True, mininterval=0.5, dynamic_ncols=True) as bar:
         if options.processes == 1:
             found = [measure_run(name, seed, options, bar.update) for name, seed in jobs]
@@ -70,7 +70,7 @@ def _in_processes(
     passes = context.Queue()
     with ProcessPoolExecutor(options.processes, context, initializer=_begin, initargs=(passes,)) as pool:
         # The longest first: otherwise the last one would run alone for long.
-        order = sorted(jobs, key=lambda job: -total_passes(job[0], options))
+        order = sorted(jobs, key=lambda job: -total_passes(job[0], job[1], options))
         found = {job: pool.submit(_measure, *job, options) for job in order}
         futures: list[Future[Measured]] = [found[job] for job in jobs]
         try:

@@ -27,8 +27,9 @@ BATCH = 300
 # How many times the ascent sharpness is measured while training, and where the loss around the solution is.
 TIMES = 6
 RADII = [0.1 * step for step in range(-8, 9)]
-# What the measurements count in the progress bar, in epochs' passes.
-MEASURING = 50
+# What measurements count in the progress bar, in passes of a batch of 16 images, which take as long: all of a run's but
+# the density, after EIGENVALUES and TRACE of them the eigenvalues and the trace; and the density.
+MEASURING, EIGENVALUES, TRACE, DENSITY = 1400, 720, 330, 720
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ class Measured:
     density: sharpness.SpectralDensity | None
 
 
-def total_passes(name: str, options: SharpnessOptions) -> float:
+def total_passes(name: str, seed: int, options: SharpnessOptions) -> float:
     """What :func:`measure_run` will report altogether."""
     method = _row(name, options)
-    return _steps(options) * (options.epochs * method.epochs_factor * method.passes + MEASURING)
+    density = DENSITY if seed == 0 else 0
+    return _steps(options) * options.epochs * method.epochs_factor * method.passes + MEASURING + density
 
 
 def measure_run(name: str, seed: int, options: SharpnessOptions, progress: Callable[[float], Any]) -> Measured:
@@ -85,31 +87,24 @@ def measure_run(name: str, seed: int, options: SharpnessOptions, progress: Calla
             rises.append(sharpness.ascent(model, F.cross_entropy, _batches(data), options.radius).value)
 
     trained = train_model(method, data, seed, options, lambda passes, *_: progress(passes), after_epoch)
-    measured = _measure(trained.model, data, options, seed, lambda: progress(_steps(options) * MEASURING / PARTS))
-    return Measured(
-        trained.test_accuracy[-1], *measured, epochs=when, rises=rises,
-        line=_line(trained.model, data, seed), density=_density(trained.model, data) if seed == 0 else None,
-    )  # fmt: skip
-
-
-# How many measurements _measure reports.
-PARTS = 5
+    measured = _measure(trained.model, data, options, seed, progress)
+    density = _density(trained.model, data, progress) if seed == 0 else None
+    line = _line(trained.model, data, seed)
+    return Measured(trained.test_accuracy[-1], *measured, epochs=when, rises=rises, line=line, density=density)
 
 
 def _measure(
-    model: nn.Module, data: NoisyDigits, options: SharpnessOptions, seed: int, done: Callable[[], Any]
+    model: nn.Module, data: NoisyDigits, options: SharpnessOptions, seed: int, progress: Callable[[float], Any]
 ) -> tuple[float, list[float], float, float, float, float]:
     arguments = model, F.cross_entropy, _batches(data)
     eigenvalues = sharpness.hessian_eigenvalues(*arguments, 5, tol=TOLERANCE).values.tolist()
-    done()
+    progress(EIGENVALUES)
     trace = float(sharpness.hessian_trace(*arguments, samples=TRACE_PRODUCTS, seed=seed))
-    done()
+    progress(TRACE)
     ascent = sharpness.ascent(*arguments, options.radius)
-    done()
     worst = sharpness.worst(*arguments, options.radius, steps=WORST_STEPS)
-    done()
     average = sharpness.average(*arguments, options.radius, samples=SAMPLES, seed=seed)
-    done()
+    progress(MEASURING - EIGENVALUES - TRACE)
     return ascent.loss, eigenvalues, trace, ascent.value, worst.value, average.value
 
 
@@ -118,8 +113,10 @@ def _line(model: nn.Module, data: NoisyDigits, seed: int) -> list[float]:
     return sharpness.loss_line(model, F.cross_entropy, _batches(data), direction, RADII).losses
 
 
-def _density(model: nn.Module, data: NoisyDigits) -> sharpness.SpectralDensity:
-    return sharpness.spectral_density(model, F.cross_entropy, _batches(data), runs=1, steps=DENSITY_STEPS)
+def _density(model: nn.Module, data: NoisyDigits, progress: Callable[[float], Any]) -> sharpness.SpectralDensity:
+    found = sharpness.spectral_density(model, F.cross_entropy, _batches(data), runs=1, steps=DENSITY_STEPS)
+    progress(DENSITY)
+    return found
 
 
 def _batches(data: NoisyDigits) -> list[tuple[Tensor, Tensor]]:

@@ -31,10 +31,11 @@ def measurements_table(results: Mapping[str, Sequence[Measured]], options: Sharp
     for name, runs in results.items():
         rows.append((name, *(_spread([value(run) for run in runs]) for _, value in COLUMNS)))
     net = "batch norm with its running statistics" if options.batch_norm else "a network without batch norm"
+    plural, spread = ("s", "mean and standard deviation. ") if options.seeds > 1 else ("", "")
     caption = (
-        f"{options.noise:.0%} of the training labels wrong; {options.seeds} seeds, {options.epochs} epochs; rho "
-        f"{options.rho:g}. Measured on the training images in eval mode, {net};\nmean and standard deviation. ascent, "
-        f"worst, average: how much the loss rises within a radius of {options.radius:g}"
+        f"{options.noise:.0%} of the training labels wrong; {options.seeds} seed{plural}, {options.epochs} epochs; rho "
+        f"{options.rho:g}. Measured on the training images in eval mode, {net};\n{spread}ascent, worst, average: how "
+        f"much the loss rises within a radius of {options.radius:g}"
     )
     return f"{caption}\n\n{aligned(rows, heading_lines=1)}"
 

@@ -1,0 +1,158 @@
+"""Compares the speed of two versions of the package, which take turns at every step.
+
+    python tools/compare_speed.py BEFORE AFTER                    every row
+    python tools/compare_speed.py BEFORE AFTER -k ResNet-18       those whose name contains "ResNet-18"
+
+BEFORE and AFTER are folders that hold a package ``fastsam`` with its compiled extension. Each version has a process of
+its own with the same parameters; a round is one optimizer part of a step (norm, perturb; restore, update) of each, so
+that whatever slows the machine down slows both. What is reported is processor time. A ratio below 1 says that AFTER is
+faster: the median of the rounds' own ratios, with their quartiles, and the ratio of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from text_table import text_table
+
+ROOT = Path(__file__).parents[1]
+WARM_UP = 3
+
+
+class Row(NamedTuple):
+    """What is compared: a model's parameters (a name of ``benchmarks.shapes``), the base, and FastSAM's options."""
+
+    model: str
+    base: str
+    options: dict[str, Any]
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """As it is printed, and looked for by ``-k``."""
+        words = [self.options.get("rounding", ""), "masters" if self.options.get("master_weights") else ""]
+        return " ".join(filter(None, [self.model, self.base, "" if self.dtype == "float32" else self.dtype, *words]))
+
+
+SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
+ADAMW: dict[str, Any] = {"lr": 1e-3}
+ROWS = [
+    Row("ResNet-18", "SGD", SGD),
+    Row("ResNet-18", "AdamW", ADAMW),
+    Row("ResNet-50", "SGD", SGD),
+    Row("2,000 x 256", "SGD", SGD),
+    Row("2,000 x 256", "AdamW", ADAMW),
+    Row("4 x 4096^2", "SGD", SGD),
+    Row("ResNet-18", "SGD", SGD, "bfloat16"),
+    Row("ResNet-18", "SGD", SGD | {"rounding": "stochastic"}, "bfloat16"),
+    Row("ResNet-18", "AdamW", ADAMW | {"master_weights": True}, "bfloat16"),
+]
+
+
+def take_turns(row: Row, folders: list[Path], threads: int, rounds: int) -> list[list[float]]:
+    """Milliseconds of each version in each round."""
+    sys.path.append(str(ROOT))
+    from benchmarks.shapes import shapes_of
+
+    shapes = [(4096, 4096)] * 4 if row.model == "4 x 4096^2" else shapes_of(row.model)
+    children = []
+    for folder in folders:
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        command = [sys.executable, __file__, "--child", repr((*row, shapes, threads))]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        children.append(subprocess.Popen(command, env=environment, cwd=folder, **pipes))
+    times: list[list[float]] = [[] for _ in children]
+    for number in range(WARM_UP + rounds):
+        for child, mine in zip(children, times, strict=True):
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write("\n")
+            answer = child.stdout.readline()
+            if not answer:
+                raise SystemExit(f"compare_speed: {row.name} failed in {folders[children.index(child)]}")
+            if number >= WARM_UP:
+                mine.append(float(answer))
+    for child in children:
+        child.communicate()
+    return times
+
+
+def run_child(argument: str) -> None:
+    """One version: a step for every line of standard input, and its milliseconds as a line of standard output."""
+    import ast
+
+    from fastsam import FastSAM
+
+    _, base, options, dtype, shapes, threads = ast.literal_eval(argument)
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=generator).mul_(0.02).to(getattr(torch, dtype)) for s in shapes]
+    for param in params:
+        param.requires_grad_()
+        param.grad = (torch.randn(param.shape, generator=generator) * 1e-3).to(param.dtype)
+    optimizer = FastSAM(params, getattr(torch.optim, base), rho=0.05, backend="native", **options)
+    gc.disable()
+    for _ in sys.stdin:
+        # Once outside of the clock: the other version's turn has emptied the caches.
+        for _ in range(2):
+            start = time.process_time()
+            optimizer.first_step(zero_grad=False)
+            optimizer.second_step()
+            taken = time.process_time() - start
+        print(1e3 * taken, flush=True)
+
+
+def entry_of(row: Row, times: list[list[float]]) -> dict[str, Any]:
+    """One line of the table."""
+    before, after = times
+    low, middle, high = statistics.quantiles([b / a for a, b in zip(before, after, strict=True)], n=4)
+    medians = statistics.median(before), statistics.median(after)
+    return {
+        "row": row.name,
+        "before, ms": f"{medians[0]:.3f}",
+        "after, ms": f"{medians[1]:.3f}",
+        "ratio": f"{middle:.3f}",
+        "quartiles": f"{low:.3f}-{high:.3f}",
+        "of medians": f"{medians[1] / medians[0]:.3f}",
+        "of minima": f"{min(after) / min(before):.3f}",
+    }
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="BEFORE AFTER")
+    parser.add_argument("-k", default="", help="only rows whose name contains this")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        run_child(arguments.child)
+        return
+    if len(arguments.folders) != 2:
+        parser.error("two folders are needed: BEFORE and AFTER")
+    folders = [folder.resolve() for folder in arguments.folders]
+    if absent := [folder for folder in folders if not (folder / "fastsam").is_dir()]:
+        parser.error(f"there is no package fastsam in {absent[0]}")
+    entries = []
+    for row in ROWS:
+        if arguments.k in row.name:
+            print(f"{row.name} ...", file=sys.stderr, flush=True)
+            entries.append(entry_of(row, take_turns(row, folders, arguments.threads, arguments.rounds)))
+    if not entries:
+        parser.error(f"no row's name contains {arguments.k!r}")
+    print(text_table(list(entries[0]), entries, [[] for _ in entries]))
+
+
+if __name__ == "__main__":
+    main()
