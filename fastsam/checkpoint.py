@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fastsam import methods
 from fastsam.bases import FUSED, FusedUpdate
+from fastsam.distributed import is_distributed
 from fastsam.groups import fill_options, rho_in, split_options
 from fastsam.methods import Method
 from fastsam.schedules import is_schedule
@@ -124,7 +125,7 @@ class LoadHooks:
                 # torch casts what it loads to the parameter's dtype, in which a count may end at 256.
                 if name.startswith("fastsam_") or (options.get("master_weights") and name != "step"):
                     entries[name] = value.to(param.device, copy=True)
-                elif is_torchs and entries[name] is value:
+                elif is_torchs and entries[name] is value and _may_be_cloned(value):
                     entries[name] = value.clone()  # two optimizers may load one dict
 
     def _check_method(self, name: str | None) -> None:
@@ -140,6 +141,11 @@ class LoadHooks:
 
 _FOREIGN = frozenset({"old_p", "e_w"})
 """What other implementations of SAM keep in ``state`` during a step."""
+
+
+def _may_be_cloned(value: Tensor) -> bool:
+    """Whether a tensor is torch's own; a base's own kind (torchao's quantised states) may know no ``clone()``."""
+    return type(value) is Tensor or is_distributed(value)
 
 
 def _without_foreign(entries: Any) -> Any:

@@ -81,6 +81,8 @@ SURGERY = (
 )
 WRAPPERS = ("none", "copies", "forwards", "view")
 MODES = ("none", "none", "default device", "default dtype", "inference")
+# A loop with a scaler must unscale the gradients of both passes.
+UNSCALED = (methods.FriendlySAM, methods.VaSSO, methods.SAGM, methods.AMP, methods.UnifiedSAM, methods.LESAM)
 METHODS = (*(case.method for case in METHOD_CASES.values()), methods.RandomSAM())
 
 

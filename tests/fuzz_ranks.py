@@ -61,6 +61,10 @@ class Replica(Subject):
         if what != "weights are loaded":
             super().refuse(what)
 
+    def operate(self, what):
+        # Of a parameter that an earlier DistributedDataParallel has wrapped autograd remembers the shape.
+        super().operate("replace" if what == "resize" else what)
+
     def assert_same_on_all_ranks(self):
         mine = torch.cat([param.detach().flatten().double() for param in self.params])
         everyones = [torch.empty_like(mine) for _ in range(RANKS)]

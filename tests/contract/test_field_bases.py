@@ -78,6 +78,31 @@ def test_a_base_sees_its_own_keys_and_loads_by_itself(backend):
     assert_equal(twin.parameters(), model.parameters())
 
 
+class Uncloneable(torch.Tensor):
+    """As torchao's quantised states: a kind of tensor that knows few operators."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ == "clone":
+            raise NotImplementedError("clone")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class KeepsItsOwnKind(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["own"] = torch.ones(3).as_subclass(Uncloneable)
+
+
+def test_state_of_a_kind_of_its_own_is_loaded_as_it_is(backend):
+    model, twin = make_model(), make_model()
+    optimizer, resumed = (FastSAM(m.parameters(), KeepsItsOwnKind, lr=0.1, backend=backend) for m in (model, twin))
+    optimizer.step(closure_of(optimizer, model))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert all(type(entries["own"]) is Uncloneable for entries in resumed.state.values())
+
+
 def test_a_base_without_a_learning_rate_may_be_refused_by_name(backend):
     model = make_model()
     groups = [{"params": [p], "size": 0.1} for p in model.parameters()]
