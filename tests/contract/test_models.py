@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -104,6 +105,14 @@ def saved_on_the_cpu(make):
     return train(make, make_model(), loss)
 
 
+def quantisation_aware(make):
+    """The observer of activations writes to its buffers in both passes, as it does by hand."""
+    torch.manual_seed(0)
+    observed = FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
+    model = nn.Sequential(nn.Linear(3, 4), observed, nn.Tanh(), nn.Linear(4, 2))
+    return [*train(make, model), *observed.buffers()]
+
+
 def gradient_penalty(make):
     def loss(model):
         value = loss_of(model)
@@ -187,6 +196,7 @@ CASES = {
     "checkpoint": checkpointed(False),
     "reentrant checkpoint": checkpointed(True),
     "save_on_cpu": saved_on_the_cpu,
+    "quantisation-aware training": quantisation_aware,
     "gradient penalty": gradient_penalty,
     "clip_grads_with_norm_": clipped_with_a_norm,
     "lazy modules": lazy,
