@@ -142,9 +142,10 @@ def _host_time(record: HostTime) -> Iterable[Sequence[str]]:
     yield ("", f"{STATIC} (IQR)", f"{NEW_GRADIENTS} (IQR)", f"{CHANGING_LR} (IQR)", *on_device)
     for name, parts in record.times.items():
         row = [name, *(_microseconds(parts.get(part)) for part in (STATIC, NEW_GRADIENTS, CHANGING_LR))]
-        if on_device and name in record.launches:
-            copies = record.extra_copies.get(name)
-            row += [str(sum(record.launches[name].values())), "" if copies is None else f"{copies:.4f}"]
+        if on_device:
+            launches, copies = record.launches.get(name), record.extra_copies.get(name)
+            row.append("" if launches is None else str(sum(launches.values())))
+            row.append("" if copies is None else f"{copies:.4f}")
         yield row
 
 

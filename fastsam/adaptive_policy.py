@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsam.runtime import streams
+from fastsam.runtime.grad_mode import untracked
 from fastsam.schedules import AESAM
 
 # What one tensor holds, so that a captured step can update it in place.
@@ -46,8 +47,12 @@ class Statistics:
         self._known = self._decision.read()
         return self._known
 
+    @untracked
     def observe(self, norm: Tensor, step: int) -> None:
-        """Takes the norm of this step's gradients at w into account; :meth:`commit` makes that permanent."""
+        """Takes the norm of this step's gradients at w into account; :meth:`commit` makes that permanent.
+
+        ``step`` is where the count on the device begins.
+        """
         state, decision = self._on(norm.device, norm.dtype, step)
         delta, squares = self.config.delta, norm.square()
         mean = delta * state[MEAN] + (1 - delta) * squares
@@ -75,6 +80,7 @@ class Statistics:
             streams.refuse_capture(f"{self.config} decides after the first pass", "use delay=1, which decides before")
         return self._decision.read()
 
+    @untracked
     def commit(self) -> None:
         """The step is done."""
         if self._next is None:
@@ -85,6 +91,7 @@ class Statistics:
         if not streams.is_capturing(self._state.device):
             self._known = None
 
+    @untracked
     def discard(self) -> None:
         """The step has been given up."""
         if self._next is not None:
@@ -133,7 +140,7 @@ class _HostCopy:
 
     def take(self, value: Tensor) -> None:
         """Begins to copy."""
-        self._value.copy_(value, non_blocking=True)
+        self._value.copy_(value, non_blocking=self._event is not None)
         if streams.is_capturing(self._device):
             self._is_in_graphs = True
         elif self._event is not None:

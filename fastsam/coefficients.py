@@ -193,7 +193,6 @@ class _Constants:
         self._spread: dict[str, tuple[list[float], Tensor]] = {}
         self._positions = _send(torch.tensor(table.positions, dtype=torch.int64, device="cpu"), device)
         self._mask: tuple[list[int], Tensor] | None = None
-        self._step = StepNumber(table)
 
     def mask(self, indices: list[int]) -> Tensor | None:
         """Which parameters are among ``indices``, as bools ``(n,)``; None: all are."""
@@ -206,10 +205,10 @@ class _Constants:
             self._mask = indices, _send(flags, self.matrix.device)
         return self._mask[1]
 
-    def uniform(self, seed: int, step: int) -> Tensor:
+    def uniform(self, table: TensorTable, seed: int, step: int) -> Tensor:
         """A number in [0, 1) for each parameter: a hash of seed, step and the parameter's position."""
         mask = 2**62 - 1
-        here = (self._step.of(step) * 0x85EBCA77 + (seed * 0x9E3779B1 & mask)) & mask
+        here = (table.attached(StepNumber).of(step) * 0x85EBCA77 + (seed * 0x9E3779B1 & mask)) & mask
         x = self._positions * -0x61C8864680B583EB + here
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
             x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
@@ -261,7 +260,7 @@ def _facts(
         functools.partial(constants.spread, "rho", [option.rho for option in options], signs),
         lambda: constants.spread("lr", lrs(), signs),
         lambda: constants.matrix,
-        constants.uniform,
+        functools.partial(constants.uniform, table),
         ascent,
     )
 

@@ -234,7 +234,7 @@ class Engine:
     def begin_without_ascent(self, plan: Plan) -> None:
         """Reads the gradients of a step that has no ascent, or none any more; :meth:`descend` follows."""
         with self.tables.holding_grads():
-            for table in self.tables.read_grads(plan.groups):
+            for table in self._read_tables(plan):
                 table.choose_perturbed([False] * len(plan.groups), [])
 
     @untracked
@@ -363,11 +363,18 @@ class Engine:
     def _backend(self, table: TensorTable) -> Backend:
         return operations(self.backend, table.device.type, table.has_own_grads and not table.needs_lists)
 
-    def _read_grads_of_step(self, plan: Plan) -> list[TensorTable]:
-        """The tables with the present gradients, before anything is perturbed."""
+    def _read_tables(self, plan: Plan) -> list[TensorTable]:
+        """The tables with the present gradients; what is watched is what they hold."""
         tables = self.tables.read_grads(plan.groups)
         if self.tables.builds != self._watched_builds:
             self.watch([param for table in tables for param in table.params])
+        return tables
+
+    def _read_grads_of_step(self, plan: Plan) -> list[TensorTable]:
+        """The same, before anything is perturbed."""
+        tables = self._read_tables(plan)
+        for table in tables:
+            table.begin_step()
         self._writes.begin()
         return tables
 

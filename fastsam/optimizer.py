@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -158,7 +159,7 @@ class FastSAM(StepPhases):
         own = with_defaults({"params": []}, own, base)
         del own["params"]
         zero = zero_around()
-        drop_arguments(zero, params)
+        drop_arguments(zero, params, _OF_THE_WHOLE)
         groups = [with_defaults(group, own, base) for group in as_groups(params)]
         if method is PLAIN and interval == 1 and schedule is None and model is None and not replay_rng:
             refuse_groups_of_others(params)
@@ -411,8 +412,12 @@ class FastSAM(StepPhases):
                 self._engine.displace(self._plan(), list(tensors))
                 if self._statistics is not None:
                     self._statistics.save()
-            self._parallel.note_writes()
+            self._parallel.note_ascent()
             yield
         finally:
             if self._engine.perturbed:
                 self._bring_back()
+
+
+# Arguments that no parameter group has.
+_OF_THE_WHOLE = [n for n in inspect.signature(FastSAM).parameters if n not in (*GROUP_OPTIONS, "params", "base_kwargs")]

@@ -245,6 +245,7 @@ class StepPhases(BaseWrapper):
             if grad.requires_grad:
                 param.grad = grad = grad.detach()
             grad.zero_()
+        self._parallel.clear_others_grads()
 
     def _restore_statistics(self) -> None:
         if self._statistics is not None:

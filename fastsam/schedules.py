@@ -139,9 +139,10 @@ class AESAM:
         check("delta", self.delta, "in [0, 1)", 0 <= self.delta < 1)
         check("delay", self.delay, "0 or 1", self.delay in (0, 1))
 
-    def threshold(self, step: Tensor) -> Tensor:
-        """C in ``step``, which a device counts."""
-        done = (step / self.total_steps).clamp(max=1.0)
+    def threshold(self, step: Any) -> Any:
+        """C in ``step``, a number or a tensor."""
+        done = step / self.total_steps
+        done = done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
         return done * self.lambda1 + (1 - done) * self.lambda2
 
 

@@ -12,6 +12,7 @@ faster: the median of the rounds' own ratios, with their quartiles, and the rati
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import statistics
@@ -75,8 +76,10 @@ def take_turns(row: Row, folders: list[Path], threads: int, rounds: int) -> list
         for child, mine in zip(children, times, strict=True):
             assert child.stdin is not None
             assert child.stdout is not None
-            child.stdin.write("\n")
-            answer = child.stdout.readline()
+            answer = ""
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write("\n")
+                answer = child.stdout.readline()
             if not answer:
                 raise SystemExit(f"compare_speed: {row.name} failed in {folders[children.index(child)]}")
             if number >= WARM_UP:
@@ -90,8 +93,10 @@ def run_child(argument: str) -> None:
     """One version: a step for every line of standard input, and its milliseconds as a line of standard output."""
     import ast
 
-    from fastsam import FastSAM
+    from fastsam import _C, FastSAM
 
+    if not Path(_C.__file__).resolve().is_relative_to(Path.cwd().resolve()):
+        raise SystemExit(f"compare_speed: {Path.cwd()} has no compiled extension; build it there first")
     _, base, options, dtype, shapes, threads = ast.literal_eval(argument)
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)

@@ -41,7 +41,7 @@ class AccumulationWatch:
         if param is None:
             param = next((p for p in params if p.grad is not None and p.requires_grad), None)
         grad = None if param is None else param.grad
-        if param is None or grad is None or not param.requires_grad or grad.is_inference():
+        if param is None or grad is None or not param.requires_grad or not _is_counted(grad):
             return
         left, version = self._left
         before = grad._version
@@ -89,7 +89,12 @@ class AccumulationWatch:
             trained = [p for p in params if p.grad is not None and p.requires_grad]
             self._param = min(trained, key=Tensor.numel, default=None)
         grad = None if self._param is None else self._param.grad
-        if grad is None or grad.is_inference():
+        if grad is None or not _is_counted(grad):
             self._left = None, 0
         else:
             self._left = weakref.ref(grad.untyped_storage()), grad._version
+
+
+def _is_counted(grad: Tensor) -> bool:
+    """Whether it has a storage and a version counter."""
+    return grad.layout is torch.strided and not grad.is_inference()

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastsam.runtime.grad_mode import untracked
+
 
 class RunningStatistics:
     """Preserves the running statistics of a model's batch-norm layers during the second pass.
@@ -21,6 +23,7 @@ class RunningStatistics:
         self._saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._spare: dict[Tensor, Tensor] = {}
 
+    @untracked
     def save(self) -> None:
         """Saves the statistics after the first pass."""
         buffers = [

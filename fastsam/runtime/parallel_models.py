@@ -72,6 +72,10 @@ class ParallelModel:
         self._others_weights.restore()
         self.note_writes()
 
+    def clear_others_grads(self) -> None:
+        """This rank's gradients have been cleared between two passes."""
+        self._others_weights.clear_grads()
+
     def note_update(self) -> None:
         """This rank's weights have been updated."""
         self._others_weights.discard()

@@ -20,15 +20,21 @@ class StepNumber:
     """
 
     def __init__(self, table: Any) -> None:
+        if streams.is_capturing(table.device):
+            streams.refuse_capture("fastsam has drawn no random numbers for these parameters before")
         self._number = torch.zeros((), dtype=torch.int64, device=table.device)
-        self._step: int | None = None
+        self._is_of_this_step = False
+
+    def begin_step(self) -> None:
+        """A step begins, or begins once more after a failure."""
+        self._is_of_this_step = False
 
     def of(self, step: int) -> Tensor:
         """``step``, or in a replay that of the replay: int64, 0-dim. It is overwritten by the next step."""
-        if step != self._step:
+        if not self._is_of_this_step:
             if streams.is_capturing(self._number.device):
                 self._number += 1
             else:
                 self._number.fill_(step)
-            self._step = step
+            self._is_of_this_step = True
         return self._number

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsam.runtime.weight_caches import clear_weight_caches
-
-# FastSAM's arguments that are about the whole optimizer.
-NO_GROUP_OPTIONS = (
-    "method", "interval", "schedule", "model", "replay_rng", "shard_groups", "local_ascent", "backend"
-)  # fmt: skip
 
 
 def zero_around() -> Any:
@@ -33,11 +29,15 @@ def zero_around() -> Any:
     return None
 
 
-def drop_arguments(zero: Any, groups: Any) -> None:
-    """Takes what no group may have out of parameter groups, into which ZeroRedundancyOptimizer copies all arguments."""
-    for group in [*zero.param_groups, *groups] if zero is not None else ():
-        for name in NO_GROUP_OPTIONS:
-            group.pop(name, None)
+def drop_arguments(zero: Any, groups: Any, names: Iterable[str]) -> None:
+    """Takes arguments ``names`` out of parameter groups, into which ZeroRedundancyOptimizer copies all that it has."""
+    if zero is None:
+        return
+    copied = {name: zero._optim_defaults[name] for name in names if name in zero._optim_defaults}
+    for group in [*zero.param_groups, *groups]:
+        for name, value in copied.items():
+            if group.get(name) is value:
+                group.pop(name, None)
 
 
 class OthersWeights:
@@ -58,9 +58,7 @@ class OthersWeights:
         if zero is None:
             return
         if not self._backups:
-            mine = {id(param) for group in zero.optim.param_groups for param in group["params"]}
-            params = [param for group in zero.param_groups for param in group["params"] if id(param) not in mine]
-            self._backups = [(param, param.clone()) for param in params]
+            self._backups = [(param, param.clone()) for param in self._params()]
         zero._sync_params()
         clear_weight_caches()
 
@@ -74,3 +72,19 @@ class OthersWeights:
     def discard(self) -> None:
         """ZeroRedundancyOptimizer is about to broadcast the updated weights."""
         self._backups = []
+
+    @torch.no_grad()
+    def clear_grads(self) -> None:
+        """Clears the gradients of these weights: what the next backward added to them would be averaged over ranks."""
+        for param in self._params():
+            if param.grad is not None and param.grad._base is not None:
+                param.grad.zero_()  # a view of a buffer, which is to remain the gradient
+            else:
+                param.grad = None
+
+    def _params(self) -> list[Tensor]:
+        zero = None if self._zero is None else self._zero()
+        if zero is None:
+            return []
+        mine = {id(param) for group in zero.optim.param_groups for param in group["params"]}
+        return [param for group in zero.param_groups for param in group["params"] if id(param) not in mine]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import TYPE_CHECKING
 
@@ -112,18 +113,28 @@ def separate_grads(params: Iterable[Tensor]) -> None:
     ``torch.autograd.grad`` may return one tensor for two parameters, or an expanded one. A gradient that is to be
     written to, for a base that reads it there, must be one parameter's alone.
     """
-    owners = [param for param in params if param.grad is not None]
+    owners = [param for param in params if param.grad is not None and param.grad.layout is torch.strided]
     grads = [local_of(param.grad) for param in owners]
     storages = {grad.untyped_storage()._cdata for grad in grads}
     if len(storages) == len(grads) and not any(map(_is_read_only, grads)):
         return
     copied = [param for param, grad in zip(owners, grads, strict=True) if _is_read_only(grad)]
     rest = [(p, g) for p, g in zip(owners, grads, strict=True) if not _is_read_only(g) and has_memory(g)]
+    if _are_apart([grad for _, grad in rest]):
+        rest = []
     while (pair := find_shared([grad for _, grad in rest])) is not None:
         copied.append(rest.pop(max(pair))[0])
     for param in copied:
         assert param.grad is not None
         param.grad = param.grad.clone(memory_format=torch.contiguous_format)
+
+
+def _are_apart(grads: Sequence[Tensor]) -> bool:
+    """Whether all are contiguous, and none reaches into another one, as DDP's views of a bucket do not."""
+    if not all(grad.is_contiguous() for grad in grads):
+        return False
+    spans = sorted((grad.data_ptr(), grad.data_ptr() + grad.numel() * grad.element_size()) for grad in grads)
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def _is_read_only(grad: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsam.distributed import Place, Sharding, is_distributed, local_of, place_of
 from fastsam.precision import Precision
+from fastsam.runtime.step_number import StepNumber
 from fastsam.runtime.streams import current_stream
 from fastsam.spec import NONE, ROWS, STATE_SLOTS, AscentForm, DescentForm, Row
 from fastsam.tables.gradients import Gradients
@@ -285,6 +286,11 @@ class TensorTable:
         """Sets the directions of this step to ``tensors``, which are laid out like ``values``."""
         self.set_row(Row.DIRECTION, tensors)
         self._of_this_step.add(Row.DIRECTION)
+
+    def begin_step(self) -> None:
+        """A step's first ascent is about to begin."""
+        if (number := self._attachments.get(StepNumber)) is not None:
+            number.begin_step()
 
     def end_step(self) -> None:
         """Drops what lives for one step: first-pass gradients and directions."""

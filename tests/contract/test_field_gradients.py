@@ -8,7 +8,7 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import nn
 
-from fastsam import FastSAM, methods
+from fastsam import FastSAM, methods, schedules
 
 pytestmark = pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
 
@@ -194,6 +194,47 @@ def test_inference_mode_has_no_effect(backend, base):
         return [w]
 
     assert_equal(train([True, False, True, False]), train([False] * 4))
+
+
+def test_inference_mode_has_no_effect_on_statistics(backend):
+    """AE-SAM's of the gradients' norm, and those that batch norm keeps."""
+
+    def train(modes):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        schedule = schedules.AESAM(total_steps=9)
+        optimizer = FastSAM(model.parameters(), lr=0.1, rho=0.3, schedule=schedule, model=model, backend=backend)
+        x = torch.linspace(-1, 1, 24).reshape(8, 3)
+        for mode in modes:
+            model(x).square().sum().backward()
+            with torch.inference_mode(mode):
+                again = optimizer.first_step()
+            if again:
+                model(x).square().sum().backward()
+            with torch.inference_mode(mode):
+                optimizer.second_step(zero_grad=True)
+        return [*model.parameters(), *model.buffers()]
+
+    assert_equal(train([True, False, True, False]), train([False] * 4))
+
+
+def test_a_sparse_gradient_is_refused_and_forgotten(backend):
+    """The steps after it are as those before it."""
+    w = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+    optimizer = FastSAM([w], lr=0.1, backend=backend)
+
+    def step(sparse):
+        def closure():
+            optimizer.zero_grad()
+            w.grad = w.detach().square().to_sparse() if sparse else w.detach().square()
+
+        optimizer.step(closure)
+
+    step(False)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="sparse gradients are not supported"):
+            step(True)
+    step(False)
 
 
 def test_parameters_made_in_inference_mode_are_refused_by_name(backend):

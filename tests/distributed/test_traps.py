@@ -69,6 +69,11 @@ def test_zero_with_a_rank_that_has_no_parameters(ranks, method):
     assert max(ranks(traps.zero_around, method, "arguments", few=True)) < 1e-12
 
 
+def test_zero_clears_the_gradients_of_all_ranks(ranks):
+    """Between the passes; and the checkpoint holds no classes."""
+    assert max(ranks(traps.zero_without_clearing)) < 1e-12
+
+
 def test_failing_pass_under_zero_restores_the_weights_of_all_ranks(ranks):
     assert ranks(traps.zero_fails, 2) == [([False, True], True)] * 2
 

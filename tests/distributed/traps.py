@@ -205,6 +205,27 @@ def zero_around(method, given_by, few=False):
     return ways.error_of(module, ways.whole(single))
 
 
+def zero_without_clearing():
+    """The error with a closure that leaves it to the optimizer to clear gradients between the passes."""
+    torch.manual_seed(0)
+    model, single = ways.Block().double(), ways.Block().double()
+    single.load_state_dict(model.state_dict())
+    module, rank, ranks = ways.ddp(model)
+    options = {"shard_groups": dist.group.WORLD, "rho": 0.1, "lr": 0.1, "momentum": 0.9}
+    optimizer = ZeroRedundancyOptimizer(module.parameters(), FastSAM, base=torch.optim.SGD, **options)
+    x, y = ways.batch(0, ranks, rank)
+    optimizer.zero_grad()
+    optimizer.step(lambda: torch.nn.functional.mse_loss(module(x), y).backward())
+    alone = ways.optimizer_for(single, "sgd", "sam", backend="reference")
+    x, y = ways.batch(0, ranks, None)
+    alone.step(lambda: torch.nn.functional.mse_loss(single(x), y).backward())
+    optimizer.consolidate_state_dict(to=0)
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict() if rank == 0 else {}, saved)
+    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+    return ways.error_of(module, ways.whole(single))
+
+
 def zero_fails(number):
     """Whether a closure that raises in a pass, on one rank alone, leaves all weights as before there, bit for bit."""
     module, rank, ranks = ways.ddp(ways.Block().double())

@@ -83,10 +83,21 @@ def test_a_captured_step_counts_on(monkeypatch):
     assert int(number.of(7)) == 7
     monkeypatch.setattr(streams, "is_capturing", lambda device: True)
     # What has been captured has not happened on a device; here it has, as in the first replay.
+    number.begin_step()
     assert int(number.of(30)) == 8
     assert int(number.of(30)) == 8, "several draws of one step"
+    number.begin_step()
+    assert int(number.of(30)) == 9, "a capture that begins once more counts once more"
     monkeypatch.setattr(streams, "is_capturing", lambda device: False)
-    assert int(number.of(31)) == 31
+    number.begin_step()
+    assert int(number.of(30)) == 30, "what was captured has not happened"
+
+
+def test_a_count_cannot_begin_in_a_graph(monkeypatch):
+    """Each replay would begin it anew."""
+    monkeypatch.setattr(streams, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="run a step outside the capture first"):
+        StepNumber(SimpleNamespace(device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize("method", [methods.RandomSAM(), methods.ESAM()], ids=str)
