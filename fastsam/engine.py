@@ -254,6 +254,7 @@ class Engine:
         self.begin_without_ascent(plan)
         if plan.update is None:
             base_step()
+            self._writes.end()
         with self.tables.holding_grads():
             self._read_grads_again()
             keepers = [self._bindings.keepers(table, plan, ascended=False) for table in self.tables]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from fastsam import FastSAM, methods, schedules
 
@@ -505,6 +506,20 @@ def test_two_optimizers_between_the_phases_are_refused(backend, other):
             optimizer.second_step()
     optimizer.restore()
     assert torch.equal(w, torch.ones(3))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_the_step_that_makes_state_is_no_foreign_write(backend, base):
+    """torch.distributed.checkpoint calls it; who writes in the step after it is still found."""
+    w = nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([w], base, lr=0.1, backend=backend)
+    get_optimizer_state_dict(nn.ParameterList([w]), optimizer)
+    w.grad = torch.ones(3)
+    optimizer.first_step(zero_grad=False)
+    torch.optim.SGD([w], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="was written to"):
+        optimizer.second_step()
+    optimizer.restore()
 
 
 @pytest.mark.parametrize("method", [methods.SAM(), methods.SAM(inner_steps=2), methods.MomentumSAM()], ids=str)
