@@ -1,4 +1,4 @@
-"""One step over tables: perturb, restore, update, from a plan that says what the optimizer wants."""
+"""One step over tables: perturb, restore, update, from a plan. One file: each phase leaves what the next one needs."""
 
 from __future__ import annotations
 
