@@ -169,8 +169,6 @@ class FastSAM(StepPhases):
         self._policy, self._replay_rng = Policy(interval, schedule), replay_rng
         self._policy.check(method, local_ascent)
         self._parallel = ParallelModel(model, local_ascent, method, zero)
-        if local_ascent and self._policy.statistics is not None:
-            raise ValueError(f"local_ascent=True is not possible with {schedule}: the ranks might decide differently")
         self._statistics = RunningStatistics(model) if model is not None else None
         self._engine = Engine(backend, method, shard_groups)
         for group in groups:
