@@ -1,6 +1,8 @@
 """Who else touches gradients and parameters: accumulation, other writers, caches; odd frozen parameters."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -323,3 +325,25 @@ def test_params_may_be_any_iterable(backend, kind):
     optimizer.param_groups[0]["params"] = kind([w])
     optimizer.step(lambda: w.sum().backward())
     torch.testing.assert_close(w.detach(), torch.full((3,), 0.9))
+
+
+def test_a_replaced_parameter_is_let_go(backend):
+    """In steps without an ascent, too."""
+    old = nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([old], lr=0.1, interval=1000, backend=backend)
+
+    def step():
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.ones(3)
+        optimizer.first_step()
+        optimizer.step()
+
+    step()
+    step()
+    alive = weakref.ref(old)
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3))
+    optimizer.state.clear()
+    del old
+    step()
+    gc.collect()
+    assert alive() is None
