@@ -155,8 +155,8 @@ def wide_accesses(kernel: Any) -> int:
     restore = kept + 1
     method = (size["Y_DTYPE"] if y >= 0 else 0) + (1 + 2 * kept if constants["KEEPS"] else 0)
     if constants["UPDATE"] == 0:
-        # FIRST_GRAD as y is read once.
-        method -= constants["KEEPS"] and y == 7
+        # FIRST_GRAD or METHOD_STATE as y is read once.
+        method -= kept if constants["KEEPS"] and y == 9 else constants["KEEPS"] and y == 7
         return restore + (2 + method + constants["DECOUPLED"] if has_form else 0)
     # Read what is updated and the gradient, write w; with masters, read w and write the master.
     plain = kept + 1 + 1 + (1 + kept if kept != 1 or kernel.kind.masters else 0)
