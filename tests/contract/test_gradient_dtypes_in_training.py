@@ -164,6 +164,7 @@ def test_a_model_that_trains_on_wide_gradients(backend, device):
             problem.step(optimizer)
     assert wide.loss().item() < before
     torch.testing.assert_close(wide.weights(), narrow.weights(), rtol=0.1, atol=0.1)
+    assert any(not torch.equal(one, other) for one, other in zip(wide.weights(), narrow.weights(), strict=True))
 
 
 def test_a_cast_of_the_data_leaves_gradients_of_the_old_dtype(backend, device):

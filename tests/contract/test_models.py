@@ -11,12 +11,20 @@ from fastsam import FastSAM
 
 pytestmark = pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
 
-X = torch.linspace(-1, 1, 24).sin().reshape(8, 3)
-Y = torch.linspace(1, -1, 16).cos().reshape(8, 2)
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).sin().reshape(8, 3)
+Y = torch.linspace(1, -1, 16, dtype=torch.float64).cos().reshape(8, 2)
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    """All models, so that a difference is a fault and not rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 class ByHand(torch.optim.SGD):
-    """Foret et al., equation 2, in plain PyTorch."""
+    """Foret et al., equation 2, in plain PyTorch, with the constant of FastSAM's denominator."""
 
     def __init__(self, params, rho, **options):
         super().__init__(params, **options)
@@ -29,7 +37,7 @@ class ByHand(torch.optim.SGD):
         self.kept = [(param, param.clone()) for param in params]
         for param in params:
             if param.grad is not None:
-                param.add_(param.grad * (self.rho / norm))
+                param.add_(param.grad * (self.rho / (norm + 1e-12)))
         self.zero_grad()
 
     @torch.no_grad()
@@ -213,4 +221,4 @@ def test_models_and_loops(backend, case):
     expected = CASES[case](ByHand)
     found = CASES[case](lambda params, **options: FastSAM(params, backend=backend, **options))
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
