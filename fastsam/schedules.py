@@ -107,9 +107,8 @@ class AESAM:
     ``mu <- delta * mu + (1 - delta) * ||g||^2`` and ``s^2 <- delta * s^2 + (1 - delta) * (||g||^2 - mu)^2``, from 0 on
     and with the new mu; a step has an ascent if ``||g||^2 >= mu + c * s``, where c goes linearly from ``lambda2`` in
     the first step to ``lambda1`` in the last. Jiang et al., ICLR 2023, https://arxiv.org/abs/2304.14647. The equations
-    and their order were checked against a published transcription of the paper's algorithm; the paper's own text was
-    not at hand, so that the values of ``lambda1``, ``lambda2`` and ``delta`` are defaults that work here, not figures
-    quoted from it. Ends of opposite sign and equal size let about half of the steps ascend.
+    and their order follow a published transcription of the paper's algorithm. The default values of ``lambda1``,
+    ``lambda2`` and ``delta`` are ours: with them about half of the steps perturb.
 
     The norm is that of the perturbed parameters' gradients. It depends on the loss scale: with a ``GradScaler``,
     unscale before ``first_step()``. A non-finite norm leaves mu and s as they are, and the step perturbs (which a
