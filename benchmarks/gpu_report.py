@@ -148,6 +148,8 @@ class Stage:
                     text=True,
                     errors="replace",
                     start_new_session=True,
+                    # Where this process runs in the background of a shell it ignores Ctrl-C, and so would the command.
+                    preexec_fn=_heed_interrupts,
                 )
             except OSError as error:
                 return 127, str(error)
@@ -161,6 +163,10 @@ class Stage:
                 interrupt(process)
                 reader.join()
         return status, last[0] if last else ""
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _read(process: subprocess.Popen[str], log: TextIO, last: deque[str]) -> None:
