@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    ours = [method for method in results if method.name == "FastSAM"]
-    others = [method for method in results if method.name != "FastSAM"]
-    # The whole family has more lines than there are such colours.
-    line_styles = product(("-", "--"), _COLOURS) if ours else product(("-", "--"), _COLOURS[1:])
-    styles = {m: {"color": c, "linestyle": dash} for m, (dash, c) in zip(ours + others, line_styles, strict=False)}
+    styles = line_styles(list(results))
     crowded = len(results) > _FEW
     with pyplot.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
         figure, (left, right) = pyplot.subplots(
@@ -59,6 +55,18 @@ def draw(
         )
         figure.savefig(options.output)
         pyplot.close(figure)
+
+
+def line_styles(methods: Sequence[Method]) -> Styles:
+    """A colour and a dash for each method; FastSAM has the first."""
+    ours = [method for method in methods if method.name == "FastSAM"]
+    others = [method for method in methods if method.name != "FastSAM"]
+    # The whole family has more lines than there are colours.
+    lines = cycle(product(("-", "--", ":", "-."), _COLOURS if ours else _COLOURS[1:]))
+    return {
+        method: {"linestyle": dash, "color": colour}
+        for method, (dash, colour) in zip(ours + others, lines, strict=False)
+    }
 
 
 def _draw_accuracy(axes: Any, results: Mapping[Method, Sequence[Run]], styles: Styles, *, crowded: bool) -> None:

@@ -16,6 +16,7 @@ from fastsam.demo.methods import AVERAGED, FAMILY, LEARNING_RATES, METHODS, MIXE
 from fastsam.demo.mixup import mix, plain
 from fastsam.demo.model import make_cnn
 from fastsam.demo.options import FAMILY_NAMES, Options
+from fastsam.demo.plot import line_styles
 from fastsam.demo.report import results_table, sweep_table
 from fastsam.demo.train import Run, train_model
 
@@ -350,3 +351,8 @@ def test_network_without_batch_norm():
     model = make_cnn(0, batch_norm=False)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     assert model[0].bias is not None
+
+
+def test_each_of_all_methods_has_a_line_of_its_own():
+    styles = line_styles(rows(Options(method="all", mixup=0.2, swa=True)))
+    assert len({tuple(style.values()) for style in styles.values()}) == len(styles) > 20
