@@ -77,7 +77,9 @@ class Coefficients:
         form = self.method.ascent_form(further)
         assert form is not None
         facts = [_facts(table, options, step) for table in tables]
-        maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
+        maps = [_constants(table).ascent for table in tables]
+        if form.map != Map.IDENTITY:
+            maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
         each: Sequence[Tensor] = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
         each, totals = self._add_up(tables, each, lambda dots: self._weigh(dots, facts))
         is_norm = form.x == Row.GRAD and form.map != Map.POWER
@@ -185,13 +187,13 @@ class _Constants:
             self.descent[:, column].fill_(default)
         self.no_dots = torch.zeros((n, 3), dtype=torch.float64, device=device)
         columns = [column.name.startswith("KEEP") for column in DescentCoefficients]
-        self.keeps = _send(torch.tensor(columns, device="cpu"), device)
+        self.keeps = streams.send(torch.tensor(columns, device="cpu"), device)
         flags = torch.tensor([float(param.dim() > 1) for param in table.params], dtype=torch.float64, device="cpu")
-        self.matrix = _send(flags, device)
+        self.matrix = streams.send(flags, device)
         groups = torch.tensor(table.groups, dtype=torch.int64, device="cpu")
-        self._in_group = {group: _send(groups == group, device) for group in sorted(set(table.groups))}
+        self._in_group = {group: streams.send(groups == group, device) for group in sorted(set(table.groups))}
         self._spread: dict[str, tuple[list[float], Tensor]] = {}
-        self._positions = _send(torch.tensor(table.positions, dtype=torch.int64, device="cpu"), device)
+        self._positions = streams.send(torch.tensor(table.positions, dtype=torch.int64, device="cpu"), device)
         self._mask: tuple[list[int], Tensor] | None = None
 
     def mask(self, indices: list[int]) -> Tensor | None:
@@ -202,7 +204,7 @@ class _Constants:
         if self._mask is None or self._mask[0] is not indices:
             flags = torch.zeros(len(self.matrix), dtype=torch.bool, device="cpu")
             flags[indices] = True
-            self._mask = indices, _send(flags, self.matrix.device)
+            self._mask = indices, streams.send(flags, self.matrix.device)
         return self._mask[1]
 
     def uniform(self, table: TensorTable, seed: int, step: int) -> Tensor:
@@ -308,9 +310,3 @@ def _all_finite(sums: Tensor) -> Tensor:
 def _is_elsewhere(value: float | Tensor) -> bool:
     """Whether reading the value would wait for an accelerator."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -11,10 +11,11 @@ from torch import Tensor
 from fastsam.backends import Backend, operations
 from fastsam.bindings import StateBindings
 from fastsam.coefficients import Coefficients, divide_kept, whole_direction
-from fastsam.directions import choose_directions, draw_noise, set_displacements
+from fastsam.directions import choose_directions, set_displacements
 from fastsam.distributed import GlobalSums, ShardGroups, check_missing_grads, local_of
 from fastsam.groups import learning_rate
 from fastsam.methods import Method
+from fastsam.noise import draw_noise
 from fastsam.plan import Plan
 from fastsam.precision import ascent_seed
 from fastsam.runtime.accumulation import AccumulationWatch

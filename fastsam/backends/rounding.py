@@ -38,7 +38,7 @@ def mix(x: Word) -> Word:
     return x ^ (x >> 16)
 
 
-def make_keys(seed: int, step: Word, position: int, word: int) -> tuple[Word, Word]:
+def make_keys(seed: int, step: Word, position: Word, word: int) -> tuple[Word, Word]:
     """What one random word has in common for all elements of a parameter.
 
     Args:
@@ -102,9 +102,14 @@ def followed_master(master: Tensor, param: Tensor) -> Tensor:
     return torch.where(differs, param.to(torch.float32), master)
 
 
+def piece_size(device: torch.device) -> int:
+    """How many elements are handled at a time."""
+    return PIECE_ON_CPU if device.type == "cpu" else PIECE
+
+
 def pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """First elements and lengths of the pieces into which ``count`` elements are cut."""
-    size = PIECE_ON_CPU if device.type == "cpu" else PIECE
+    size = piece_size(device)
     for start in range(0, count, size):
         yield start, min(size, count - start)
 
