@@ -1,4 +1,4 @@
-"""Random directions of ascent: drawn for many tensors at a time, in a number of launches that hardly depends on them."""
+"""Random directions of ascent, drawn for many tensors together: their number is not that of the launches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw_noise(tables: Sequence[TensorTable], seed: int, step: int) -> None:
             for start, count in pieces(len(memory[i]), table.device):
                 words = [random_words(key, table.places[i], start, count) for key in keys]
                 memory[i][start : start + count] = _normal(words)
-        table.set_directions(directions)
+        table.set_directions([*directions])
 
 
 class _Batches:

@@ -51,8 +51,7 @@ class Steps:
 
 # ---- what a step asks of PyTorch ----
 
-# What waits for an accelerator. On one, an index that is a list, and a tensor of the host's numbers, would be sent there
-# by a copy that waits.
+# What waits for an accelerator: on one, an index that is a list, and a tensor of the host's numbers, would be copied.
 SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::lift_fresh"}
 NO_LAUNCHES = {"unbind", "expand", "select", "slice", "unsqueeze", "detach", "alias", "view", "reshape", "as_strided"}
 NO_LAUNCHES |= {"split", "split_with_sizes", "empty", "empty_like", "new_empty"}

@@ -9,7 +9,7 @@ lowbias32 (Chris Wellons, https://nullprogram.com/blog/2018/07/31/).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def mix(x: Word) -> Word:
     return x ^ (x >> 16)
 
 
-def make_keys(seed: int, step: Word, position: Word, word: int) -> tuple[Word, Word]:
+def make_keys(seed: int, step: Word, position: Word | int, word: int) -> tuple[Word, Word]:
     """What one random word has in common for all elements of a parameter.
 
     Args:
@@ -47,7 +47,7 @@ def make_keys(seed: int, step: Word, position: Word, word: int) -> tuple[Word, W
         position: of the parameter over the flattened parameter groups.
         word: which of an element's, 0 ... ``RANDOM_WORDS`` - 1.
     """
-    number = position * RANDOM_WORDS + word & _MASK
+    number: Any = position * RANDOM_WORDS + word & _MASK
     return mix(mix(step ^ mix(seed ^ 0x9E3779B9)) ^ number), mix(step ^ mix(mix(seed ^ 0xC2B2AE35) ^ number))
 
 

@@ -1,4 +1,4 @@
-"""What a step of each method asks of a GPU by way of the CUDA kernels (on the CPU): launches, uploads, waits, graphs."""
+"""What a step of each method asks of a GPU by way of the CUDA kernels (on the CPU)."""
 
 import collections
 
