@@ -71,6 +71,13 @@ class Backend(Protocol):
         """
 
     @staticmethod
+    def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+        """Compiles and loads what :meth:`restore_and_update_` will run after an ascent; called before the first write.
+
+        To do so takes memory, which may have run out when the weights are perturbed.
+        """
+
+    @staticmethod
     def perturb_(table: TensorTable, ascent: Ascent) -> None:
         """Moves the perturbed parameters uphill.
 

@@ -122,10 +122,14 @@ def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tenso
     return result
 
 
+def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+    kernels.update(table.attached(_View).kind, update, form).prepare(table.device)
+
+
 def perturb_(table: TensorTable, ascent: Ascent) -> None:
     view = table.attached(_View)
     if ascent.form.y != PERTURBATION:
-        # Loading a kernel needs memory, which may have run out when the weights have to be restored.
+        # As the update, so that the weights can be restored.
         kernels.update(view.kind, Update.NONE, None).prepare(table.device)
     kernel = kernels.perturb(view.kind, ascent.form if ascent.norm is None else None)
     reads_options = "options_ptr" not in kernel.absent

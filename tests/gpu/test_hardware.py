@@ -421,6 +421,19 @@ def test_thousands_of_tensors(backend, device, count):
     assert_whole_step(load(backend, "cuda"), Scene(shapes, torch.float32, device))
 
 
+def test_tables_of_two_dtypes_have_one_norm(backend):
+    """And numbers of tensors that differ."""
+    params = [torch.nn.Parameter(torch.ones(3, device="cuda")) for _ in range(5)]
+    params += [torch.nn.Parameter(torch.ones(2, device="cuda", dtype=torch.bfloat16)) for _ in range(8)]
+    optimizer = FastSAM(params, lr=0.5, rho=math.sqrt(31), backend=backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.first_step(zero_grad=False)
+    assert all(bool((param.detach() == 2).all()) for param in params)
+    optimizer.second_step()
+    assert all(bool((param.detach() == 0.5).all()) for param in params)
+
+
 @pytest.mark.slow
 def test_more_elements_than_32_bits_count(backend, device):
     size = 2**31 + 9

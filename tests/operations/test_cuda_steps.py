@@ -1,6 +1,7 @@
 """What a step of each method asks of a GPU by way of the CUDA kernels (on the CPU)."""
 
 import collections
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from gpu_steps import (
 )
 from operations.test_cuda_kernels import cuda_kernels, operators  # noqa: F401 (fixtures)
 
-from fastsam import methods
+from fastsam import FastSAM, methods
 from fastsam.backends.native_table import CudaTable
 from fastsam.runtime import streams
 
@@ -73,6 +74,38 @@ def test_plain_sam_is_three_launches(cuda_kernels, base):  # noqa: F811
     for _ in range(3):
         steps()
     assert count(steps, cuda_kernels) == (3, 0, {})
+
+
+@every_method
+@every_base
+@every_precision
+def test_the_update_is_ready_before_anything_is_perturbed(cuda_kernels, method, base, precision):  # noqa: F811
+    """Loading a kernel takes memory, which may have run out by then. Dot products write to no weight."""
+    steps = Steps("native", base, method=method, **precision)
+    steps.closure()
+    cuda_kernels.loads(True)
+    for _ in range(method.ascents):
+        steps.optimizer.first_step(zero_grad=False)
+        steps.closure()
+    loads, launches = cuda_kernels.loads(False), cuda_kernels.launches()
+    steps.optimizer.second_step()
+    assert cuda_kernels.loads(False) - loads <= cuda_kernels.launches() - launches - 1
+
+
+def test_tables_of_two_dtypes_and_of_many_tensors(cuda_kernels):  # noqa: F811
+    """They have one norm, and kernels of their own, all of which are loaded before the first of them is perturbed."""
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(499)]
+    params += [torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(13)]
+    optimizer = FastSAM(params, lr=0.5, rho=math.sqrt(525), backend="native")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    cuda_kernels.loads(True)
+    optimizer.first_step(zero_grad=False)
+    assert all(bool((param == 2).all()) for param in params)
+    loads = cuda_kernels.loads(False)
+    optimizer.second_step()
+    assert cuda_kernels.loads(False) == loads
+    assert all(bool((param == 0.5).all()) for param in params)
 
 
 @every_method

@@ -104,6 +104,21 @@ def test_restore_is_ready_before_anything_is_perturbed(fake_gpu):  # noqa: F811
 
 
 @every_method
+@every_base
+@every_precision
+def test_the_update_is_ready_before_anything_is_perturbed(fake_gpu, method, base, precision):  # noqa: F811
+    """But for dot products of the descent, which write to no weight."""
+    steps = Steps("triton", base, method=method, **precision)
+    steps.closure()
+    for _ in range(method.ascents):
+        steps.optimizer.first_step(zero_grad=False)
+        steps.closure()
+    launches, compiled, _ = fake_gpu.count(steps.optimizer.second_step)
+    assert launches[-1] == "restore_and_update_kernel"
+    assert compiled <= launches.count("dots_kernel")
+
+
+@every_method
 def test_every_kind_of_step_can_be_captured(fake_gpu, method):  # noqa: F811
     """With an ascent and without, whatever the step before was."""
     for warm_up in (4, 5):
