@@ -421,6 +421,34 @@ def test_thousands_of_tensors(backend, device, count):
     assert_whole_step(load(backend, "cuda"), Scene(shapes, torch.float32, device))
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_training_step(backend, compiler):
+    """Closure and all: what FastSAM does is left out of the graphs."""
+
+    def train(wrap):
+        torch.manual_seed(0)
+        model, optimizer, _ = make_training(backend, lr=0.1, momentum=0.9)
+        x = torch.randn(32, 16, device="cuda")
+
+        def step():
+            def closure():
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            return optimizer.step(closure)
+
+        run = wrap(step)
+        losses = [run().detach() for _ in range(4)]
+        return torch.stack(losses)
+
+    torch._dynamo.reset()
+    eager, compiled = train(lambda step: step), train(lambda step: torch.compile(step, backend=compiler))
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+    assert compiled[-1] < compiled[0]
+
+
 def test_tables_of_two_dtypes_have_one_norm(backend):
     """And numbers of tensors that differ."""
     params = [torch.nn.Parameter(torch.ones(3, device="cuda")) for _ in range(5)]
