@@ -114,6 +114,7 @@ def test_what_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]
     (_, hardware, environment), (_, contract, _), (_, memcheck, _), *_, (_, measure, measuring) = stage.commands
     assert environment["FASTSAM_REQUIRE_BACKENDS"] == "native:cuda,triton:cuda,foreach:cuda"
+    assert environment["FASTSAM_TEST_DEVICES"] == "cuda"
     assert environment["PYTHONPATH"].split(":")[1:] == [str(ROOT), "/elsewhere"]
     assert all(tuple(command[command.index("-m", 3) :][:2]) == ("-m", "gpu") for command in (hardware, contract))
     assert Path(hardware[-1]).exists()
