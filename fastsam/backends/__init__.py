@@ -19,6 +19,8 @@ logger = logging.getLogger("fastsam")
 
 BACKENDS = ("reference", "foreach", "native", "triton")
 
+OPERATIONS = ("grad_norm", "dots", "perturb_", "restore_", "restore_and_update_")
+
 _MODULES = {name: f"fastsam.backends.{name}" for name in BACKENDS} | {"triton": "fastsam.backends.triton_gpu"}
 
 # What "auto" tries, fastest first; on any other device the last resort runs everywhere.
@@ -205,6 +207,8 @@ class _ObservedBackend:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = getattr(self._backend, name)
+        if name not in OPERATIONS:
+            return cast(Callable[..., Any], operation)
         return lambda *args, **options: self._observer(name, functools.partial(operation, *args, **options))
 
 

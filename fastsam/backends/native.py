@@ -123,14 +123,17 @@ def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tenso
 def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
     view = _view(table)
     if isinstance(view, CudaTable) and view.prepares(update, form):
-        count, precision = ctypes.c_int64(len(table.params)), (table.stochastic, table.has_masters)
-        dtype, number = _DTYPES[table.dtype], ctypes.c_int64(update)
-        with torch.cuda.device(table.device):
-            obstacle: bytes | None = _cuda_functions().fastsam_cuda_load_update(
-                dtype, number, count, *map(ctypes.c_bool, (*precision, form is not None))
-            )
-        if obstacle:
-            raise RuntimeError(obstacle.decode())
+        _load_update(table, update, form is not None)
+
+
+def _load_update(table: TensorTable, update: Update, has_descent: bool) -> None:
+    dtype, count = _DTYPES[table.dtype], ctypes.c_int64(len(table.params))
+    flags = map(ctypes.c_bool, (table.stochastic, table.has_masters, has_descent))
+    load = _cuda_functions().fastsam_cuda_load_update
+    with torch.cuda.device(table.device):
+        obstacle: bytes | None = load(dtype, ctypes.c_int64(update), count, *flags)
+    if obstacle:
+        raise RuntimeError(obstacle.decode())
 
 
 def perturb_(table: TensorTable, ascent: Ascent) -> None:
