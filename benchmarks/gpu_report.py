@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -205,21 +206,43 @@ def find_tool(name: str) -> str | None:
 
 
 def build(stage: Stage, dry: bool) -> None:
-    """Puts the package into ``LIBRARY``: with the extension that is in the checkout if that loads, else a new one."""
+    """Puts the package into ``LIBRARY``: with the extension that is in the checkout if that loads, else a new one.
+
+    Or with that of an earlier stage, if it was built from the same sources.
+    """
     shutil.rmtree(LIBRARY, ignore_errors=True)
     shutil.copytree(ROOT / "fastsam", LIBRARY / "fastsam", ignore=shutil.ignore_patterns("__pycache__", "kernels"))
     shutil.copytree(ROOT / "kernels", LIBRARY / "fastsam" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     check = [sys.executable, "-c", f"from fastsam.backends import load; load('native', '{device_type(dry)}')"]
-    if stage.run("load the extension of the checkout", check, 60.0, importing()).status == "passed":
+
+    def loads(which: str) -> bool:
+        return stage.run(f"load the {which}", check, 60.0, importing()).status == "passed"
+
+    if loads("extension of the checkout"):
         return
     stage.outcomes.pop()  # there may be none
     for stale in (LIBRARY / "fastsam").glob("*.so"):
         stale.unlink()
     choice = {"FASTSAM_BUILD": "cpu"} if dry else {"FASTSAM_BUILD": "cuda", **_arch()}
+    earlier = WORK / "built" / _digest(*choice.values())
+    if earlier.exists():
+        shutil.copytree(earlier, LIBRARY / "fastsam", dirs_exist_ok=True)
+        if loads("extension of an earlier stage"):
+            return
     folders = ["--build-lib", str(LIBRARY), "--build-temp", str(WORK / "objects")]
     command = [sys.executable, "setup.py", "--quiet", "build_ext", *folders]
     stage.run(f"build {' '.join(choice.values())}", command, BUILD_SECONDS, choice, ROOT)
-    stage.run("load the new extension", check, 60.0, importing())
+    if loads("new extension"):
+        earlier.mkdir(parents=True, exist_ok=True)
+        for library in (LIBRARY / "fastsam").glob("*.so"):
+            shutil.copy2(library, earlier)
+
+
+def _digest(*choice: str) -> str:
+    """Of what an extension is built from."""
+    sources = [ROOT / "setup.py", *(path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file())]
+    contents = (hashlib.sha256(path.read_bytes()).hexdigest() for path in sources if path.exists())
+    return hashlib.sha256(" ".join([*choice, *contents]).encode()).hexdigest()[:16]
 
 
 def _arch() -> dict[str, str]:

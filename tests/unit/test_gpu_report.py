@@ -141,6 +141,7 @@ def test_without_a_sanitizer_there_is_a_reason(tmp_path: Path, monkeypatch: pyte
 def test_the_extension_of_the_checkout_is_used_if_it_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: bool
 ) -> None:
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path)
     monkeypatch.setattr(gpu_report, "LIBRARY", tmp_path / "lib")
     monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "90")
     load = "load the extension of the checkout"
@@ -155,3 +156,28 @@ def test_the_extension_of_the_checkout_is_used_if_it_loads(
         environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
         found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         assert found.stdout.startswith(str(tmp_path / "lib"))
+
+
+def test_the_second_stage_builds_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that both stages have; unless the sources or the GPU have changed in between."""
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path)
+    monkeypatch.setattr(gpu_report, "LIBRARY", tmp_path / "lib")
+    monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "90")
+    load = "load the extension of the checkout"
+
+    class Building(Recorded):
+        def run(self, name, *args, **options) -> Outcome:
+            if name.startswith("build"):
+                (tmp_path / "lib" / "fastsam" / "_C_cuda.abi3.so").write_text("built")
+            return super().run(name, *args, **options)
+
+    def names() -> list[str]:
+        stage = Building(tmp_path, failing=(load,))
+        gpu_report.build(stage, dry=False)
+        return [name for name, *_ in stage.commands]
+
+    assert names() == [load, "build cuda 90", "load the new extension"]
+    assert names() == [load, "load the extension of an earlier stage"]
+    assert (tmp_path / "lib" / "fastsam" / "_C_cuda.abi3.so").read_text() == "built"
+    monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "100")
+    assert names() == [load, "build cuda 100", "load the new extension"]
