@@ -194,8 +194,8 @@ class _Constants:
         """Which parameters are among ``indices``, as bools ``(n,)``; None: all are."""
         if len(indices) == len(self.matrix):
             return None
-        # The list is the same object from step to step.
-        if self._mask is None or self._mask[0] is not indices:
+        # The list is the same object from step to step, unless steps without an ascent come between.
+        if self._mask is None or (self._mask[0] is not indices and self._mask[0] != indices):
             flags = torch.zeros(len(self.matrix), dtype=torch.bool, device="cpu")
             flags[indices] = True
             self._mask = indices, streams.send(flags, self.matrix.device)

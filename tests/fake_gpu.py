@@ -4,7 +4,7 @@ import collections
 
 import pytest
 import torch
-from gpu_steps import CountingSyncs, hide_the_host
+from gpu_steps import CountingSyncs, allow_uploads_of_graphs_alone, hide_the_host
 
 from fastsam.backends import triton_gpu
 from fastsam.runtime import streams
@@ -77,4 +77,5 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(kernels.Kernel, "prepare", prepare)
     monkeypatch.setattr(triton_gpu, "unsupported_reason", lambda request: "")
     monkeypatch.setattr(streams, "is_capturing", lambda device: fake.capturing)
+    allow_uploads_of_graphs_alone(monkeypatch)
     return fake

@@ -8,8 +8,9 @@ import registry
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsam import FastSAM, coefficients, engine, groups, methods
-from fastsam.backends.device_table import DeviceTable
+from fastsam import FastSAM, coefficients, engine, groups, methods, noise
+from fastsam.backends import device_table
+from fastsam.runtime import streams
 
 METHODS = {name: case.method for name, case in registry.METHODS.items()}
 METHODS |= {"random": methods.RandomSAM(), "direction": methods.Direction(lambda params, grads: [2 * g for g in grads])}
@@ -65,13 +66,30 @@ def hide_the_host(monkeypatch):
 
     Of all that a table reads there, only its uploads are a GPU's business, and they are counted elsewhere.
     """
-    read = DeviceTable.read
+    read = device_table.DeviceTable.read
 
     def unobserved(*args):
         with torch._C._DisableTorchDispatch():
             return read(*args)
 
-    monkeypatch.setattr(DeviceTable, "read", unobserved)
+    monkeypatch.setattr(device_table.DeviceTable, "read", unobserved)
+
+
+def allow_uploads_of_graphs_alone(monkeypatch):
+    """While a graph is captured, nothing is copied to the device but by the one function that knows of graphs."""
+
+    def watch(owner, name):
+        function = getattr(owner, name)
+
+        def watched(*args):
+            assert not streams.is_capturing(torch.device("cpu")), name
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(device_table.Uploads, "write")
+    for module in (streams, noise):
+        watch(module, "send")
 
 
 class CountingSyncs(TorchDispatchMode):

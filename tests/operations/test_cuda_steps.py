@@ -8,6 +8,7 @@ import torch
 from gpu_steps import (
     CountingSyncs,
     Steps,
+    allow_uploads_of_graphs_alone,
     assert_at_most_six_around_the_formula,
     every_base,
     every_method,
@@ -36,6 +37,7 @@ def hidden_host(monkeypatch):
 @pytest.fixture
 def capture(monkeypatch):
     """A switch: whether a graph is being captured."""
+    allow_uploads_of_graphs_alone(monkeypatch)
     return lambda on: monkeypatch.setattr(streams, "is_capturing", lambda device: on)
 
 
@@ -134,6 +136,24 @@ def test_every_kind_of_step_can_be_captured(capture, method):
         capture(True)
         steps()
         capture(False)
+
+
+@pytest.mark.parametrize("left", ["a group that is not perturbed", "a frozen tensor", "one without a gradient"])
+@every_method
+def test_steps_of_a_part_of_the_parameters_can_be_captured(capture, method, left):
+    steps = Steps("native", method=method)
+    if "group" in left:
+        steps.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "perturb": False})
+        steps.params.append(steps.optimizer.param_groups[1]["params"][0])
+    elif "frozen" in left:
+        steps.params.pop().requires_grad_(False)
+    else:
+        steps.params.pop(0)
+    for _ in range(4):
+        steps()
+    capture(True)
+    steps()
+    capture(False)
 
 
 @pytest.mark.parametrize("warm_up", [4, 5])

@@ -142,6 +142,24 @@ def test_captured_step_says_what_its_ascent_has_measured(fake_gpu):  # noqa: F81
     assert "aten::_local_scalar_dense" not in syncs
 
 
+@pytest.mark.parametrize("left", ["a group that is not perturbed", "a frozen tensor", "one without a gradient"])
+@every_method
+def test_steps_of_a_part_of_the_parameters_can_be_captured(fake_gpu, method, left):  # noqa: F811
+    steps = Steps("triton", method=method)
+    if "group" in left:
+        steps.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "perturb": False})
+        steps.params.append(steps.optimizer.param_groups[1]["params"][0])
+    elif "frozen" in left:
+        steps.params.pop().requires_grad_(False)
+    else:
+        steps.params.pop(0)
+    for _ in range(4):
+        steps()
+    fake_gpu.capturing = True
+    steps()
+    fake_gpu.capturing = False
+
+
 @pytest.mark.parametrize("warm_up", [4, 5])
 @pytest.mark.parametrize("kind", ["interval=2", "interval=3", "8 closures", "new gradients"])
 def test_steps_of_a_schedule_can_be_captured(fake_gpu, kind, warm_up):  # noqa: F811
