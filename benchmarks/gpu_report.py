@@ -200,6 +200,12 @@ def describe(stage: Stage) -> None:
         stage.say(f"{tool}: {'NOT FOUND' if path is None else f'{path}, {first_line([path, option])}'}")
 
 
+def finds_gpu(stage: Stage) -> bool:
+    """Before anything is built for it."""
+    code = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_properties(0))"
+    return stage.run("find the GPU", [sys.executable, "-c", code], 60.0).status == "passed"
+
+
 def find_tool(name: str) -> str | None:
     cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(name) or shutil.which(name, path=f"{cuda_home}/bin")
@@ -337,9 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in chosen.stage:
         stage = Stage(name, out, 60 * chosen.minutes)
         describe(stage)
-        if name == chosen.stage[0]:
-            build(stage, chosen.dry)
-        STAGES[name](stage, chosen.dry)
+        if chosen.dry or finds_gpu(stage):
+            if name == chosen.stage[0]:
+                build(stage, chosen.dry)
+            STAGES[name](stage, chosen.dry)
         outcomes += stage.outcomes
     print(*outcomes, f"written: {', '.join(sorted(path.name for path in out.iterdir()))} in {chosen.out}", sep="\n")
     return 0 if all(outcome.status in ("passed", "skipped") for outcome in outcomes) else 1

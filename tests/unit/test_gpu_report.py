@@ -181,3 +181,18 @@ def test_the_second_stage_builds_nothing_anew(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "lib" / "fastsam" / "_C_cuda.abi3.so").read_text() == "built"
     monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "100")
     assert names() == [load, "build cuda 100", "load the new extension"]
+
+
+def test_without_a_gpu_nothing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def run(self, name, *args, **options) -> Outcome:
+        commands.append(name)
+        return self.note(Outcome(name, "failed", 0.0, "Found no NVIDIA driver on your system"))
+
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path)
+    monkeypatch.setattr(Stage, "run", run)
+    monkeypatch.setattr(gpu_report.signal, "signal", lambda *args: None)
+    assert gpu_report.main(["--out", str(tmp_path / "out")]) == 1
+    assert commands == ["find the GPU"] * 2
+    assert "Found no NVIDIA driver" in (tmp_path / "out" / "measure.log").read_text()
