@@ -26,7 +26,7 @@ _OPTIONS = frozenset(GROUP_OPTIONS)
 
 def lacks_options(group: Mapping[str, Any]) -> bool:
     """Whether the base was given, or has loaded, the group without FastSAM."""
-    return any(name not in group for name in GROUP_OPTIONS)
+    return not group.keys() >= _OPTIONS
 
 
 def split_options(group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
