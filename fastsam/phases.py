@@ -18,7 +18,7 @@ from fastsam.runtime.replay_rng import GeneratorStates
 from fastsam.runtime.scaler import name_way_to_clip
 from fastsam.schedules import is_schedule
 from fastsam.tables.memory import have_grads
-from fastsam.wrapper import BaseWrapper
+from fastsam.wrapper import BaseWrapper, check_group
 
 Closure = Callable[[], Any]
 
@@ -66,21 +66,22 @@ class StepPhases(BaseWrapper):
     def _ascend(self, micro_batch: int = 0) -> None:
         """Norm, perturb."""
         self._complete_groups()
-        for group in self.param_groups:
-            self._check_group(group)
-        if self.method.needs_first_pass:
+        plan, method = self._plan(micro_batch), self.method
+        for group in plan.groups:
+            check_group(type(self.base_optimizer), method, plan.update is not None, group)
+        if method.needs_first_pass:
             self._parallel.check_first_pass()
-        if self._statistics is not None and self.method.needs_first_pass and not self._engine.perturbed:
+        if self._statistics is not None and method.needs_first_pass and not self._engine.perturbed:
             self._statistics.save()
         try:
             with DeferredInterrupts():
-                self._engine.ascend(self._plan(micro_batch))
+                self._engine.ascend(plan)
             self._parallel.note_ascent()
         except BaseException:
             if not self._engine.perturbed:
                 self._restore_statistics()
             raise
-        if self.method.needs_first_grads:
+        if method.needs_first_grads:
             self._clear_grads()
 
     def _descend(self) -> None:

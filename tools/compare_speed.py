@@ -55,10 +55,13 @@ ROWS = [
     Row("2,000 x 256", "SGD", SGD),
     Row("2,000 x 256", "AdamW", ADAMW),
     Row("4 x 4096^2", "SGD", SGD),
+    Row("161 x 8", "SGD", SGD),
     Row("ResNet-18", "SGD", SGD, "bfloat16"),
     Row("ResNet-18", "SGD", SGD | {"rounding": "stochastic"}, "bfloat16"),
     Row("ResNet-18", "AdamW", ADAMW | {"master_weights": True}, "bfloat16"),
 ]
+
+OTHER_SHAPES = {"4 x 4096^2": [(4096, 4096)] * 4, "161 x 8": [(8,)] * 161}
 
 
 def take_turns(row: Row, folders: list[Path], threads: int, rounds: int) -> list[list[float]]:
@@ -66,7 +69,7 @@ def take_turns(row: Row, folders: list[Path], threads: int, rounds: int) -> list
     sys.path.append(str(ROOT))
     from benchmarks.shapes import shapes_of
 
-    shapes = [(4096, 4096)] * 4 if row.model == "4 x 4096^2" else shapes_of(row.model)
+    shapes = OTHER_SHAPES.get(row.model) or shapes_of(row.model)
     children = []
     for folder in folders:
         environment = {**os.environ, "PYTHONPATH": str(folder)}

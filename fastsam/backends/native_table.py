@@ -26,6 +26,9 @@ Arguments = tuple[Tensor, Tensor, Tensor, int, torch.dtype, Tensor | None, Tenso
 positions, masters."""
 
 
+_NOTHING = nullcontext()
+
+
 class HostTable:
     """For operators that run on the CPU.
 
@@ -57,7 +60,7 @@ class HostTable:
 
     def counting(self) -> AbstractContextManager[None]:
         """Nothing is counted here."""
-        return nullcontext()
+        return _NOTHING
 
 
 class CudaTable:
@@ -76,7 +79,7 @@ class CudaTable:
         self.norm_partials = torch.empty(chunks, dtype=torch.float64, device=table.device)
         self.dot_partials = torch.empty((chunks, 3), dtype=torch.float64, device=table.device)
         counts = self._copy.bounds.diff().to(torch.int32)
-        self._finished = torch.stack([torch.zeros_like(counts), counts])
+        self._counting = nullcontext(torch.stack([torch.zeros_like(counts), counts]))
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Arguments, Tensor]:
         """The table with its copy, and its options as the device reads them."""
@@ -87,7 +90,7 @@ class CudaTable:
 
     def counting(self) -> AbstractContextManager[Tensor]:
         """What the blocks of a launch count themselves by, back to 0; and the number of each tensor's chunks."""
-        return nullcontext(self._finished)
+        return self._counting
 
 
 def cuda_chunk_size(elements: int) -> int:

@@ -61,7 +61,7 @@ class StateSlots:
         self._has_shards = False
         self._watch: Watch | None = None
         self._made: dict[str, set[int]] = {}
-        self._known: list[Wanted] = []
+        self._known: list[tuple[Any, ...]] = []
 
     def bind(self, table: TensorTable, state: OptimizerState, wanted: Wanted) -> bool:
         """Fills the table's rows from ``state`` and allocates what is wanted and missing; ``state`` is not changed.
@@ -148,10 +148,10 @@ class StateSlots:
 
     def _covers(self, wanted: Wanted) -> bool:
         # The lists are the same objects from step to step.
-        if any(wanted[2:] == known[2:] for known in self._known):
+        if wanted[2:] in self._known:
             return True
         if all(self._made[name].issuperset(getattr(wanted, name)) for name in self._made):
-            self._known = [*self._known[-2:], wanted]
+            self._known = [*self._known[-2:], wanted[2:]]
             return True
         return False
 
