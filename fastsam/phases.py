@@ -67,8 +67,10 @@ class StepPhases(BaseWrapper):
         """Norm, perturb."""
         self._complete_groups()
         plan, method = self._plan(micro_batch), self.method
-        for group in plan.groups:
-            check_group(type(self.base_optimizer), method, plan.update is not None, group)
+        if not plan.options.are_checked:
+            for group in plan.groups:
+                check_group(type(self.base_optimizer), method, plan.update is not None, group)
+            plan.options.are_checked = True
         if method.needs_first_pass:
             self._parallel.check_first_pass()
         if self._statistics is not None and method.needs_first_pass and not self._engine.perturbed:
@@ -196,8 +198,9 @@ class StepPhases(BaseWrapper):
     def _plan(self, micro_batch: int = 0) -> Plan:
         step, scaler = self._step_count(), self._engine.scaler
         scale, found_inf = scaler.get("grad_scale"), scaler.get("found_inf")
-        rho_scale = self._policy.rho_scale(step)
-        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch, rho_scale)
+        groups, update = self.param_groups, self._update
+        options = self._engine.options.of(groups, update, step, self._policy.rho_scale(step))
+        return Plan(groups, self.state, step, update, options, scale, found_inf, micro_batch)
 
     def _generator_states(self) -> GeneratorStates | None:
         return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None

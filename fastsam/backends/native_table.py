@@ -42,7 +42,7 @@ class HostTable:
         chunks = table.chunks(CHUNK_SIZE)
         cut = chunks, CHUNK_SIZE
         self._arguments = table.addresses, table.tensors, *cut, table.dtype, None, positions, table.has_masters
-        self._packed: dict[type, tuple[list[tuple[float, ...]], Tensor]] = {}
+        self._packed: dict[type, tuple[Options | None, list[tuple[float, ...]] | None, Tensor]] = {}
         self.norm = torch.empty((), dtype=torch.float64, device="cpu")
         self.norm_partials = torch.empty(len(chunks), dtype=torch.float64, device="cpu")
         self.dot_partials = torch.empty((len(chunks), 3), dtype=torch.float64, device="cpu")
@@ -51,11 +51,16 @@ class HostTable:
         """The table and its options, float64 ``(groups, fields)``, made anew only when a number has changed."""
         if not options:
             return self._arguments, table.addresses
+        kind = type(options[0])
+        same, known, packed = self._packed.get(kind, (None, None, table.addresses))
+        if options is same:
+            return self._arguments, packed
         numbers = [tuple(map(float, group)) for group in options]
-        known, packed = self._packed.get(type(options[0]), (None, table.addresses))
         if known != numbers:
             packed = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-            self._packed[type(options[0])] = numbers, packed
+        # A tensor is read anew.
+        is_fixed = not any(isinstance(value, Tensor) for group in options for value in group)
+        self._packed[kind] = options if is_fixed else None, numbers, packed
         return self._arguments, packed
 
     def counting(self) -> AbstractContextManager[None]:
