@@ -23,6 +23,12 @@ from .walk import (
 # Partials that are added up at a time.
 PARTIALS_BLOCK: tl.constexpr = tl.constexpr(1024)
 
+# The bits of a float32, moved to where a float64 has them, are its value times _NARROW_SCALE, and of an infinite or
+# undefined one at least _NARROW_INFINITY. Sums below _NARROW_LEAST (squares of 2**-80) may have lost bits in float32.
+_NARROW_SCALE: tl.constexpr = tl.constexpr(2.0**-896)
+_NARROW_INFINITY: tl.constexpr = tl.constexpr(2.0**-768)
+_NARROW_LEAST: tl.constexpr = tl.constexpr(2.0**-976)
+
 
 @triton.jit
 def _sum_of_partials(partials_ptr, count, STRIDE: tl.constexpr):
@@ -55,6 +61,31 @@ def _square_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr
 
 
 @triton.jit
+def _narrow_square_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr):
+    """Adds squares of 16-bit numbers, times ``_NARROW_SCALE``: exact in float32, whose bits, moved, are a float64's.
+
+    That is cheaper than a conversion, of which a multiprocessor makes 16 in a clock, or 2.
+    """
+    term = widened(_loaded(pointers[0], at, mask), tl.float32)
+    bits = (term * term).to(tl.uint32, bitcast=True).to(tl.uint64) << 29
+    return (sums[0] + bits.to(tl.float64, bitcast=True),)
+
+
+@triton.jit
+def _plain_squares(grad, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """A chunk's sum of squares, not adaptive."""
+    if DTYPE.primitive_bitwidth == 16:
+        squares = walk(_narrow_square_element, (grad,), (DTYPE,), (), (), length, 1, BLOCK, 4)[0]
+        if (squares >= _NARROW_LEAST) & (squares < _NARROW_INFINITY):
+            squares *= 1 / _NARROW_SCALE
+        else:
+            squares = walk(_square_element, (grad, grad), (DTYPE, DTYPE), (), (False,), length, 1, BLOCK)[0]
+        return squares
+    else:
+        return walk(_square_element, (grad, grad), (DTYPE, DTYPE), (), (False,), length, 1, BLOCK)[0]
+
+
+@triton.jit
 def _chunk_squares(
     addresses_ptr,
     chunks_ptr,
@@ -74,7 +105,7 @@ def _chunk_squares(
     if read_number(options_ptr, group * FIELDS + 1) != 0:
         squares = walk(_square_element, (param, grad), (DTYPE, DTYPE), (), (True,), length, 1, BLOCK)[0]
     else:
-        squares = walk(_square_element, (tl.zeros_like(grad), grad), (DTYPE, DTYPE), (), (False,), length, 1, BLOCK)[0]
+        squares = _plain_squares(grad, length, DTYPE, BLOCK)
     return squares
 
 

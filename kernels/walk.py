@@ -84,6 +84,7 @@ def walk(
     length,
     SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr = 1,
 ):
     """Runs ``element(pointers, at, mask, arguments, sums, CONSTANTS)``, which returns the new sums, over a chunk.
 
@@ -97,6 +98,8 @@ def walk(
         length: elements of the chunk.
         SUMS: float64 sums that ``element`` adds to.
         BLOCK: elements that are walked at a time.
+        UNROLL: whole blocks of one iteration, all of which can then be loaded first. NVIDIA's assembler unrolls short
+            loops by itself; those over many tensors have enough to load.
 
     Returns:
         The totals of the sums.
@@ -105,7 +108,7 @@ def walk(
     lanes = tl.arange(0, BLOCK)
     wide = _pointers(addresses, DTYPES, True)
     sums = _zeros(SUMS, BLOCK)
-    for start in range(0, whole, BLOCK):
+    for start in tl.range(0, whole, BLOCK, loop_unroll_factor=UNROLL):
         sums = element(wide, start + lanes, None, arguments, sums, CONSTANTS)
     lanes = tl.arange(0, BLOCK // NARROW)
     narrow = _pointers(addresses, DTYPES, False)

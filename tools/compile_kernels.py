@@ -3,12 +3,15 @@
     python tools/compile_kernels.py                         every kernel, dtype and target, with the installed triton
     python tools/compile_kernels.py --quick                 float32 and bfloat16 for one target of each vendor
     python tools/compile_kernels.py --triton build/triton/3.6.0      with the triton in that folder, too
+    python tools/compile_kernels.py -k 'dots .*masters.*sm_90'       what the pattern is found in: kernel, precision,
+                                                                     dtype and target, as in a row of the table
 
 The list of kernels and their options are the launcher's own (``fastsam.backends.triton_kernels``). Writes the PTX and
 cubin (NVIDIA) or amdgcn and hsaco (AMD) of each specialisation, report.json and a table; ``resident`` is how many
-programs a multiprocessor has at a time, ``waves`` how often these fill the GPU with ViT-B/16's chunks. Fails where
-registers are spilled, or where there are fewer 16-byte accesses to global memory than the paths over full blocks need:
-where a compiler cannot prove an alignment it falls back to accesses of one element, in silence.
+programs a multiprocessor has at a time, ``waves`` how often these fill the GPU with ViT-B/16's chunks, ``lanes`` how
+many scalars AMD's compiler has put into lanes of a vector register. Fails where registers are spilled to memory, or
+where there are fewer 16-byte accesses to global memory than the paths over full blocks need: where a compiler cannot
+prove an alignment it falls back to accesses of one element, in silence.
 """
 
 from __future__ import annotations
@@ -43,6 +46,11 @@ PRECISIONS = {
     "stochastic masters": {"stochastic": True, "masters": True},
 }
 QUICK = {"targets": ("sm_90", "gfx942"), "dtypes": ("float32", "bfloat16")}
+
+# A wave of gfx942 has 102 scalar registers, and no option gives it more. What does not fit is moved to lanes of a
+# vector register, which costs an instruction for each use but no memory. The most that is known are 20: "update ADAM
+# FIRST_GRAD decoupled", stochastic float16, Triton 3.9.0; none of these instructions is in a loop over whole blocks.
+MOST_LANES = 20
 
 WIDE_PTX = re.compile(r"\b(?:ld|st)\.global\S*\.(?:v4\.\w32|v2\.\w64)\b")
 
@@ -142,8 +150,9 @@ def wide_accesses(kernel: Any) -> int:
     size = {name: kept if constants.get(name) != constants["DTYPE"] else 1 for name in ("X_DTYPE", "Y_DTYPE")}
     has_form = "coefficients_ptr" not in kernel.absent
     y = constants.get("Y", -1)
-    if kernel.name == "grad_norm_kernel":  # SAM, ASAM
-        return 1 + 2
+    if kernel.name == "grad_norm_kernel":
+        # SAM, ASAM; first for 16-bit gradients, SAM in four blocks at a time and in one.
+        return 1 + 2 + (4 + 1 if kernel.kind.dtype.itemsize == 2 else 0)
     if kernel.name == "dots_kernel":
         reads_param = constants["MAP"] == 2 or y == -2
         return size["X_DTYPE"] + reads_param + (kept if y == -2 else size["Y_DTYPE"] if y >= 0 else 0)
@@ -212,7 +221,7 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
             content = compiled.asm[suffix]
             files.append(folder / f"{stem}.{suffix}")
             files[-1].write_bytes(content if isinstance(content, bytes) else content.encode())
-    registers, spills, wide = (measure_nvidia if is_nvidia else measure_amd)(files)
+    registers, spills, lanes, wide = (measure_nvidia if is_nvidia else measure_amd)(files)
     # An assembler that unrolls one loop would hide that another is not wide; PTX has each access once.
     written = len(WIDE_PTX.findall(compiled.asm["ptx"])) if "ptx" in compiled.asm else wide
     threads = kernel.options["num_warps"] * target.warp_size
@@ -228,6 +237,7 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
         "resident": programs,
         "waves": waves(target_name, programs, most_programs(kernel)),
         "spills": spills,
+        "lanes": lanes,
         "wide_found": wide,
         "wide_needed": wide_accesses(kernel) * (kernel.block * kernel.kind.dtype.itemsize // (16 * threads)),
         "wide_written": written,
@@ -236,8 +246,8 @@ def compile_job(job: Job, out: Path) -> dict[str, Any]:
     }
 
 
-def measure_nvidia(files: list[Path]) -> tuple[int, int, int]:
-    """Registers, instructions that spill or reload, 16-byte accesses: from the machine code."""
+def measure_nvidia(files: list[Path]) -> tuple[int, int, int, int]:
+    """Registers, instructions that spill or reload, scalars in lanes, 16-byte accesses: from the machine code."""
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -248,15 +258,17 @@ def measure_nvidia(files: list[Path]) -> tuple[int, int, int]:
     sass = subprocess.run([tools / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
     match = re.search(r"\bREG:(\d+)", usage)
     assert match, usage
-    return int(match[1]), len(re.findall(r"\b(?:STL|LDL)\b", sass)), len(re.findall(r"\b(?:LDG|STG)\.\S*\b128\b", sass))
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    return int(match[1]), spills, 0, len(re.findall(r"\b(?:LDG|STG)\.\S*\b128\b", sass))
 
 
-def measure_amd(files: list[Path]) -> tuple[int, int, int]:
-    """The same from amdgcn's text: vector registers, spilled registers, 16-byte accesses."""
+def measure_amd(files: list[Path]) -> tuple[int, int, int, int]:
+    """The same from amdgcn's text, where the registers are vector registers and spills may be counted in bytes."""
     (text,) = (file.read_text() for file in files if file.suffix == ".amdgcn")
-    counts = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+_count):\s+(\d+)", text, re.MULTILINE)}
+    counts = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+_(?:count|size)):\s+(\d+)", text, re.MULTILINE)}
     wide = re.findall(r"^\s*(?:global|buffer|flat)_(?:load|store)_(?:dwordx4|b128)\b", text, re.MULTILINE)
-    return counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"], len(wide)
+    spills = counts["vgpr_spill_count"] or counts["private_segment_fixed_size"]
+    return counts["vgpr_count"], spills, counts["sgpr_spill_count"], len(wide)
 
 
 def compile_share(arguments: argparse.Namespace) -> None:
@@ -278,7 +290,7 @@ def all_jobs(arguments: argparse.Namespace) -> list[Job]:
         for precision in (PRECISIONS if dtype in ROUNDED_DTYPES else ["nearest"])
         for all_forms in [precision == "nearest" and not arguments.quick]
         for number, (label, _) in enumerate(every_kernel(target, dtype, precision, all_forms=all_forms))
-        if not arguments.kernels or any(label.startswith(start) for start in arguments.kernels)
+        if re.search(arguments.pattern, f"{label} {precision} {dtype} {target}")
     ]
 
 
@@ -300,6 +312,8 @@ def faults(entry: dict[str, Any]) -> list[str]:
     found = []
     if entry["spills"]:
         found.append("spills")
+    if entry["lanes"] > MOST_LANES:
+        found.append("scalars in lanes")
     if min(entry["wide_found"], entry["wide_written"]) < entry["wide_needed"]:
         found.append("not all accesses are wide")
     return found
@@ -312,7 +326,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one target of each vendor, two dtypes")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--triton", action="append", default=[], help="a folder with another triton; may be repeated")
-    parser.add_argument("--kernels", nargs="+", help="beginnings of labels, such as 'perturb by norm'")
+    parser.add_argument("-k", dest="pattern", default="", help="a regular expression, as above")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--targets", nargs="+", choices=TARGETS)
     parser.add_argument("--share", help=argparse.SUPPRESS)
@@ -338,7 +352,7 @@ def main(command_line: list[str]) -> int:
     entries.sort(key=lambda e: (e["triton"], e["target"], e["kernel"], e["dtype"], e["precision"]))
     (arguments.out / "report.json").write_text(json.dumps(entries, indent=1) + "\n")
     columns = ("kernel", "precision", "dtype", "target", "triton", "registers", "resident", "waves")
-    columns += ("spills", "wide_found", "wide_written", "wide_needed")
+    columns += ("spills", "lanes", "wide_found", "wide_written", "wide_needed")
     print(text_table(columns, entries, [faults(entry) for entry in entries]))
     bad = sum(bool(faults(entry)) for entry in entries)
     versions = ", ".join(sorted({entry["triton"] for entry in entries}))

@@ -16,14 +16,18 @@ CHUNK_SIZE = 8192
 
 
 class GPU(NamedTuple):
-    """What bounds the programs that are resident at a time (CUDA C++ Programming Guide, compute capabilities)."""
+    """What bounds the programs that are resident at a time: of one multiprocessor, at most.
+
+    From the compute capabilities in the CUDA C++ Programming Guide; AMD's from the CDNA 3 instruction set architecture
+    (4 vector units, each with 512 registers for each of 64 lanes and 8 waves).
+    """
 
     name: str
     multiprocessors: int
     threads: int
-    """Of one multiprocessor, at most."""
     blocks: int
-    """The same."""
+    registers: int = 65536
+    warp: int = 32
 
 
 GPUS = {
@@ -31,8 +35,8 @@ GPUS = {
     "sm_90": GPU("H100", 132, 2048, 32),
     "sm_100": GPU("B200", 148, 2048, 32),
     "sm_120": GPU("RTX PRO 6000", 188, 1536, 24),
+    "gfx942": GPU("MI300X", 304, 2048, 16, registers=4 * 512 * 64, warp=64),
 }
-REGISTERS = 65536
 
 
 def resident(target: str, registers: int, threads: int) -> int | None:
@@ -40,8 +44,8 @@ def resident(target: str, registers: int, threads: int) -> int | None:
     gpu = GPUS.get(target.rstrip("a"))
     if gpu is None:
         return None
-    of_a_warp = -(-registers // 8) * 8 * 32
-    return min(REGISTERS // of_a_warp // (threads // 32), gpu.threads // threads, gpu.blocks)
+    of_a_warp = -(-registers // 8) * 8 * gpu.warp
+    return min(gpu.registers // of_a_warp // (threads // gpu.warp), gpu.threads // threads, gpu.blocks)
 
 
 def waves(target: str, programs_at_a_time: int | None, most_programs: int | None = None) -> float | None:

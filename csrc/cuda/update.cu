@@ -173,11 +173,15 @@ __device__ __forceinline__ void advance_steps(const Arguments& args) {
   }
 }
 
-// Adam in double needs most registers.
+// Adam in double needs most registers, all the more beside a method's tensors.
+template <typename scalar_t, template <typename> typename Base>
+constexpr bool kIsDoubleAdam = sizeof(scalar_t) == 8 && Base<scalar_t>::kSlots > 1;
+
 template <typename scalar_t, template <typename> typename Base, bool kHasMore>
-constexpr int kUpdateBlocks = kHasMore || (sizeof(scalar_t) == 8 && Base<scalar_t>::kSlots > 1) ? kHeavy
-                              : std::is_same_v<scalar_t, float> && Base<float>::kSlots == 1     ? kLight
-                                                                                                : kMedium;
+constexpr int kUpdateBlocks = kHasMore && kIsDoubleAdam<scalar_t, Base>                     ? kHeaviest
+                              : kHasMore || kIsDoubleAdam<scalar_t, Base>                   ? kHeavy
+                              : std::is_same_v<scalar_t, float> && Base<float>::kSlots == 1 ? kLight
+                                                                                            : kMedium;
 
 template <typename scalar_t, template <typename> typename Base, bool kStochastic, bool kMasters, bool kDescent,
           int64_t kCapacity>

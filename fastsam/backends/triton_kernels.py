@@ -35,8 +35,9 @@ from fastsam.tables import TensorTable
 interpreted: bool = INTERPRETED.value
 
 WARPS = 4
-# The most registers of a thread. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills.
-REGISTERS, MOST_REGISTERS = 128, 192
+# The most registers of a thread. Left to itself, NVIDIA's assembler holds small kernels to 40, and spills. With 128,
+# four programs fit on a multiprocessor of 65,536 registers, with 168 three.
+REGISTERS, MOST_REGISTERS = 128, 168
 # Enough for Adam in float32 without a method, and twice as many programs fit on a multiprocessor.
 ADAM_REGISTERS = 80
 # What a program reads of one tensor at a time: two accesses of 16 bytes for each of 4 warps of 32 threads. The
@@ -173,7 +174,9 @@ def dots(kind: Kind, form: AscentForm | DescentForm) -> Kernel:
     x, mapping = (form.x, form.map) if isinstance(form, AscentForm) else (Row.GRAD, Map.IDENTITY)
     absent = frozenset() if mapping != Map.IDENTITY else frozenset({"coefficients_ptr"})
     constants = _rows(kind, x, form.y) | {"MAP": int(mapping), "ASCENT": is_ascent}
-    return Kernel(dots_kernel, kind, constants, absent, plain=kind.dtype.itemsize > 2)
+    reads_wide = kind.state_dtype in (_row_dtype(kind, x), _row_dtype(kind, form.y))
+    registers = _registers(kind if reads_wide else kind._replace(masters=False), form)
+    return Kernel(dots_kernel, kind, constants, absent, plain=kind.dtype.itemsize > 2, registers=registers)
 
 
 @functools.cache
@@ -224,5 +227,7 @@ def _row_dtype(kind: Kind, row: int) -> torch.dtype:
 
 
 def _registers(kind: Kind, form: AscentForm | DescentForm | None) -> int:
-    # With a second tensor more are needed in float64.
-    return MOST_REGISTERS if form is not None and kind.dtype == torch.float64 else REGISTERS
+    # A form's second tensor is too much for the others where each number takes two registers (float64), and where
+    # numbers of 16 and of 32 bits are held at the same time (masters).
+    is_wide = kind.dtype == torch.float64 or kind.masters
+    return MOST_REGISTERS if form is not None and is_wide else REGISTERS

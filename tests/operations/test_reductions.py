@@ -72,6 +72,7 @@ def test_grad_norm_is_one_over_all_tables(operations, device):
         (torch.float64, 1e-150),
         (torch.bfloat16, 1e30),
         (torch.bfloat16, 1e-30),
+        (torch.bfloat16, 2.0**-70),
         (torch.float16, 1e4),
         (torch.float16, 1e-7),
     ],
@@ -83,6 +84,20 @@ def test_squares_neither_overflow_nor_vanish(operations, device, dtype, size):
     norm = operations.grad_norm([scene.table], [AscentOptions(0.05, False, False)])
     expected = oracle.norm(scene.originals, scene.grads, [False, False])
     assert expected > 20 * size or dtype == torch.float16  # the input is what the test says
+    assert float(norm) == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("sizes", [(0.0,), (1e38, 1.0, 1e-30, 0.0), (1e-39, 1e-30)], ids=str)
+def test_each_chunk_has_a_range_of_its_own(operations, device, sizes):
+    """And numbers of any size beside each other, down to 0 and to those below bfloat16's normal ones."""
+    scene = Scene([(CHUNK * len(sizes),), (CHUNK * len(sizes),)], torch.bfloat16, device)
+    scene.begin_ascent()
+    with torch.no_grad():
+        for chunk, size in zip(scene.params[0].grad.chunk(len(sizes)), sizes, strict=True):
+            chunk *= size
+        scene.params[1].grad *= torch.tensor(sizes, device=device).repeat(CHUNK).bfloat16()
+    norm = operations.grad_norm([scene.table], [AscentOptions(0.05, False, False)])
+    expected = oracle.norm(scene.originals, scene.grads, [False, False])
     assert float(norm) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
