@@ -125,6 +125,7 @@ def _stubbed_native(stack: contextlib.ExitStack) -> None:
     if reason := obstacle("native", "cpu"):
         raise Unavailable(reason)
     stack.enter_context(mock.patch.object(native, "_ops", _Operators()))
+    stack.enter_context(mock.patch.object(native, "_load_update", do_nothing))
     stack.enter_context(mock.patch.object(native, "_view", lambda table: table.attached(native_table.CudaTable)))
     stack.enter_context(mock.patch.object(streams, "is_capturing", do_nothing))
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from fastsam.backends import Backend, operations
 from fastsam.bindings import StateBindings
 from fastsam.coefficients import Coefficients, divide_kept, whole_direction
-from fastsam.directions import choose_directions, draw_noise, set_displacements
+from fastsam.directions import choose_directions, set_displacements
 from fastsam.distributed import GlobalSums, ShardGroups, check_missing_grads, local_of
 from fastsam.groups import learning_rate
 from fastsam.methods import Method
+from fastsam.noise import draw_noise
 from fastsam.plan import KnownOptions, Plan
 from fastsam.precision import ascent_seed
 from fastsam.runtime.accumulation import AccumulationWatch
@@ -117,6 +118,8 @@ class Engine:
                 check_missing_grads(param for group in plan.groups for param in group["params"])
                 raise RuntimeError("no parameter has a gradient; call backward() first")
             self._choose_perturbed(tables, plan, further)
+            if not further:
+                self._prepare_update(tables, plan)
             self._perturb(tables, self._plan_ascents(tables, plan, further))
             if self.method.needs_first_grads:
                 for table in tables:
@@ -156,6 +159,11 @@ class Engine:
         if self.method.needs_first_grads:
             self._coefficients.note_norms(norms)
         return [Ascent(options, norms[table.device]) for table in tables]
+
+    def _prepare_update(self, tables: Sequence[TensorTable], plan: Plan) -> None:
+        kind, form = Update.NONE if plan.update is None else plan.update.kind, self.method.descent_form(ascended=True)
+        for table in tables:
+            self._backend(table).prepare_update(table, kind, form)
 
     def may_have_grads(self, present: Iterable[Any]) -> bool:
         """Whether any of ``present`` is true, or another rank may have gradients and count on this one."""

@@ -16,7 +16,6 @@ from fastsam.backends import (
     triton_gpu,
 )
 from fastsam.bases import FUSED as FUSED_CLASSES
-from fastsam.coefficients import Coefficients
 from fastsam.precision import PRECISION_OPTIONS
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.replay_rng import GeneratorStates
@@ -37,7 +36,6 @@ __all__ = [
     "Request",
     "backups",
     "base_step",
-    "coefficient_phases",
     "first_gradients",
     "foreach",
     "load",
@@ -59,8 +57,6 @@ WORK_FILES = ("tables", "backends")
 
 # (object, attribute) of the functions that begin the update: the state is published, the base's own step runs.
 publish_state = (StateSlots, "publish")
-# Those that compute a method's coefficients in each phase.
-coefficient_phases = [(Coefficients, "ascents"), (Coefficients, "descents")]
 base_step = (phases, "run_step")
 
 

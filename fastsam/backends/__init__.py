@@ -19,6 +19,8 @@ logger = logging.getLogger("fastsam")
 
 BACKENDS = ("reference", "foreach", "native", "triton")
 
+OPERATIONS = ("grad_norm", "dots", "perturb_", "restore_", "restore_and_update_")
+
 _MODULES = {name: f"fastsam.backends.{name}" for name in BACKENDS} | {"triton": "fastsam.backends.triton_gpu"}
 
 # What "auto" tries, fastest first; on any other device the last resort runs everywhere.
@@ -68,6 +70,13 @@ class Backend(Protocol):
 
         Returns:
             Float64 ``(n, 3)``: ``<map(x), x>, <x, y>, <y, y>`` of each parameter; zeros where it has no part.
+        """
+
+    @staticmethod
+    def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+        """Compiles and loads what :meth:`restore_and_update_` will run after an ascent; called before the first write.
+
+        To do so takes memory, which may have run out when the weights are perturbed.
         """
 
     @staticmethod
@@ -198,6 +207,8 @@ class _ObservedBackend:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = getattr(self._backend, name)
+        if name not in OPERATIONS:
+            return cast(Callable[..., Any], operation)
         return lambda *args, **options: self._observer(name, functools.partial(operation, *args, **options))
 
 

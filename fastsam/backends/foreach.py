@@ -201,6 +201,10 @@ def _mapped(xs: Tensors, points: Tensors, form: Map, coefficients: Tensor) -> Te
 # ---- the descent ----
 
 
+def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+    pass  # PyTorch loads its kernels
+
+
 def restore_(table: TensorTable) -> None:
     if table.perturbed:
         copy = torch._foreach_copy_ if table.has_masters else copy_bits_

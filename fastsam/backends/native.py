@@ -39,6 +39,9 @@ except ImportError as error:
 
 _ops: Any = torch.ops.fastsam
 
+# torch::headeronly::ScalarType.
+_DTYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+
 
 def unsupported_reason(request: Request) -> str:
     """Why the compiled operators cannot run ``request``, and what would help; empty if they can."""
@@ -63,6 +66,15 @@ def cuda_library() -> Path:
 
 
 @functools.cache
+def _cuda_functions() -> ctypes.CDLL:
+    """What the library of the CUDA kernels has beside its operators. Each returns why it could not, or None."""
+    library = ctypes.CDLL(str(cuda_library()))
+    for function in (library.fastsam_cuda_obstacle, library.fastsam_cuda_load_update):
+        function.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
 def _load_cuda() -> str:
     """Registers the CUDA kernels; why they cannot run on a GPU of this machine, or an empty text."""
     if torch.version.cuda is None:
@@ -75,10 +87,9 @@ def _load_cuda() -> str:
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     try:
-        find_obstacle = ctypes.CDLL(str(cuda_library())).fastsam_cuda_obstacle
+        find_obstacle = _cuda_functions().fastsam_cuda_obstacle
     except OSError as error:
         return f"the CUDA kernels cannot be loaded ({error})"
-    find_obstacle.restype = ctypes.c_char_p
     for index in range(torch.cuda.device_count()):
         with torch.cuda.device(index):
             obstacle: bytes | None = find_obstacle()
@@ -108,6 +119,22 @@ def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tenso
     with view.counting() as finished:
         _ops.dots_.default(*arguments, coefficients, x, form.y, how, is_ascent, view.dot_partials, result, finished)
     return result
+
+
+def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+    view = _view(table)
+    if isinstance(view, CudaTable) and view.prepares(update, form):
+        _load_update(table, update, form is not None)
+
+
+def _load_update(table: TensorTable, update: Update, has_descent: bool) -> None:
+    dtype, count = _DTYPES[table.dtype], ctypes.c_int64(len(table.params))
+    flags = map(ctypes.c_bool, (table.stochastic, table.has_masters, has_descent))
+    load = _cuda_functions().fastsam_cuda_load_update
+    with torch.cuda.device(table.device):
+        obstacle: bytes | None = load(dtype, ctypes.c_int64(update), count, *flags)
+    if obstacle:
+        raise RuntimeError(obstacle.decode())
 
 
 def perturb_(table: TensorTable, ascent: Ascent) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends.device_table import GPU_CHUNK_SIZE, STEP_ROWS, DeviceTable, Options, fit_chunk_size
-from fastsam.spec import ROWS
+from fastsam.spec import ROWS, DescentForm, Update
 from fastsam.tables import TensorTable
 
 # 256 KiB of float32: small enough to share out evenly, large enough for the prefetchers (at 64 KiB and less, walking
@@ -85,6 +85,7 @@ class CudaTable:
         self.dot_partials = torch.empty((chunks, 3), dtype=torch.float64, device=table.device)
         counts = self._copy.bounds.diff().to(torch.int32)
         self._counting = nullcontext(torch.stack([torch.zeros_like(counts), counts]))
+        self._prepared: set[tuple[Update, bool]] = set()
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Arguments, Tensor]:
         """The table with its copy, and its options as the device reads them."""
@@ -92,6 +93,13 @@ class CudaTable:
         addresses, packed = copy.read(table, options)
         cut, precision = (copy.chunks, self._chunk_size), (copy.positions, table.has_masters)
         return (table.addresses, table.tensors, *cut, table.dtype, addresses, *precision), packed
+
+    def prepares(self, update: Update, form: DescentForm | None) -> bool:
+        """Whether the kernel of such an update is to be loaded: the first time that this is asked."""
+        key = update, form is not None
+        is_new = key not in self._prepared
+        self._prepared.add(key)
+        return is_new
 
     def counting(self) -> AbstractContextManager[Tensor]:
         """What the blocks of a launch count themselves by, back to 0; and the number of each tensor's chunks."""

@@ -150,6 +150,10 @@ def _times(factor: Tensor, tensor: Tensor) -> Tensor:
 # ---- the descent ----
 
 
+def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+    pass  # PyTorch loads its kernels
+
+
 def restore_(table: TensorTable) -> None:
     for i in table.perturbed:
         table.values[i].copy_(_present(table.backups[i]))
