@@ -2,7 +2,6 @@
 
 import math
 
-import internals
 import oracle
 import pytest
 import torch
@@ -139,8 +138,6 @@ def test_rho_follows_learning_rate(device):
 def test_random_directions(backend, device):
     """Average-direction SAM (Wen et al., arXiv:2211.05729): a gaussian direction of length rho, another each step."""
     method = methods.RandomSAM(seed=3)
-    if reason := internals.unavailable(backend, device, method):
-        pytest.skip(reason)
     weights = [torch.randn(40, 30, dtype=torch.float64, device=device), torch.randn(50, dtype=torch.float64).to(device)]
 
     def run():
