@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install pytest-benchmark")
-    # pytest-benchmark's own table would list whole rounds, of which nobody asks.
+    # pytest-benchmark's own table would list whole rounds, which are of no interest here.
     config.option.benchmark_quiet = True
     torch.set_num_threads(config.getoption("threads"))
     torch.backends.cudnn.benchmark = True
@@ -117,7 +117,7 @@ def session(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iter
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
-    """Whatever a case ends with is among the findings; what cannot be measured here is no failure."""
+    """Records how each case ends; one that cannot be measured here is skipped, not failed."""
     session = pyfuncitem.config.stash.get(SESSION, None)
     try:
         return (yield)

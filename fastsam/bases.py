@@ -143,6 +143,6 @@ def note_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _replaced_step(optimizer: torch.optim.Optimizer) -> Any:
-    """A ``step`` that somebody has set on the instance; a learning-rate scheduler's only notes the call."""
+    """A ``step`` set on the instance that replaces the class's; a learning-rate scheduler's only notes the call."""
     step = optimizer.__dict__.get("step")
     return None if getattr(step, "_wrapped_by_lr_sched", False) else step

@@ -266,7 +266,7 @@ def _combine(a: Tensor, xs: Tensors, b: Tensor, ys: Tensors | None) -> Tensors:
 
 
 def _hand_over_(table: TensorTable, directions: _Directions) -> None:
-    """For a base that runs by itself: it reads the gradients, and what is decoupled comes after it."""
+    """Prepares the gradients for an unfused base; the decoupled part is subtracted after its step."""
     for row, results in (
         (table.grads, directions.grads),
         (table.method_state, directions.states),

@@ -204,7 +204,7 @@ def _direction(table: TensorTable, i: int, descent: Descent) -> _Direction:
 
 
 def _hand_over_(table: TensorTable, i: int, direction: _Direction) -> None:
-    """For a base that runs by itself: it reads the gradients, and what is decoupled comes after it."""
+    """Prepares the gradients for an unfused base; the decoupled part is subtracted after its step."""
     _present(table.grads[i]).copy_(direction.grad)
     if direction.method_state is not None:
         _present(table.method_state[i]).copy_(direction.method_state)
