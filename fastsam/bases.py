@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastsam.precision import rounding_seed
-from fastsam.spec import STEP_NAME, AdamOptions, SGDOptions, StateNames, Update
+from fastsam.spec import STEP_NAME, AdamOptions, BaseOptions, SGDOptions, StateNames, Update
 
 Group = Mapping[str, Any]
 
@@ -18,7 +18,7 @@ class FusedUpdate(NamedTuple):
     """How one base optimizer class runs on the backends."""
 
     kind: Update
-    options: Callable[[Group], SGDOptions | AdamOptions]
+    options: Callable[[Group], BaseOptions]
     state_names: Callable[[Group], StateNames]
     saved: Callable[[dict[str, Any]], dict[str, Any]] = dict
     """The entries of a parameter's state that a state_dict contains."""

@@ -23,6 +23,7 @@ from fastsam.spec import (
     AscentCoefficients,
     AscentForm,
     AscentOptions,
+    BaseOptions,
     Descent,
     DescentCoefficients,
     DescentForm,
@@ -158,7 +159,7 @@ def restore_(table: TensorTable) -> None:
 def restore_and_update_(
     table: TensorTable,
     update: Update,
-    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    options: Sequence[BaseOptions],
     descent: Descent | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -215,7 +216,7 @@ def _hand_over_(table: TensorTable, i: int, direction: _Direction) -> None:
 def _update_parameter_(
     table: TensorTable,
     i: int,
-    group: SGDOptions | AdamOptions,
+    group: BaseOptions,
     direction: _Direction | None,
     inverse_scale: Tensor | None,
     found_inf: Tensor | None,
