@@ -1,4 +1,4 @@
-"""Carries out lives of an optimizer (fuzz_lives.py).
+"""Runs lives of an optimizer (fuzz_lives.py). One file: every operation shares one optimizer and its twin.
 
 A life's twin, plain and undisturbed, takes the same steps by ``step(closure)``: both must have the same weights after
 every operation.
