@@ -194,7 +194,7 @@ class Subject:
     def may_average(self):
         """Micro-batches have perturbations of their own, and so roundings of their own."""
         method = self.life.method
-        averages = method.needs_first_pass and method.descent_form(ascended=True) is None
+        averages = not method.why_no_micro_batches
         return averages and not isinstance(method, methods.ESAM) and self.life.precision != "stochastic"
 
     def in_two_phases(self, way, gradients):

@@ -119,6 +119,18 @@ class Method:
         return self.needs_first_pass and not own_descent and self.state_name is None
 
     @property
+    def why_no_micro_batches(self) -> str:
+        """Why a step cannot have an ascent for each micro-batch and the average of their gradients; empty if it can."""
+        form = self.descent_form(ascended=True)
+        if not self.needs_first_pass:
+            return "whose ascent depends on no gradient and is the same for each micro-batch: accumulate gradients"
+        if self.state_name is not None:
+            return "whose state is made of the step's one gradient at w"
+        if form is not None and form.decoupled:
+            return "whose decoupled part is no gradient that could be averaged; use decouple=False"
+        return ""
+
+    @property
     def ascents(self) -> int:
         """How many ascent steps a step has; each one by a gradient is one more pass."""
         return 1

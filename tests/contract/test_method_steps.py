@@ -8,6 +8,7 @@ import torch
 import triton_interpreter
 from checks import assert_same_bits, assert_within
 from method_cases import ALIKE, MIXED, groups_with
+from registry import PRECISIONS, low_dtypes
 from torch import nn
 from trajectory import (
     STEPS,
@@ -25,7 +26,7 @@ from fastsam.davda54 import SAM as OldSAM
 # ---- micro-batches, intervals, ascent closures, rho over time ----
 
 
-@pytest.mark.parametrize("name", ["sam", "sam-3-steps", "asam", "amp", "awp"])
+@pytest.mark.parametrize("name", ["sam", "sam-3-steps", "asam", "amp", "awp", "gsam", "wsam-coupled", "stable", "sagm"])
 def test_micro_batches(backend, device, name, case):
     """mSAM, Behdin et al. (arXiv:2302.09693): the average of the micro-batches' SAM gradients."""
     network = Network(device, 14)
@@ -49,6 +50,26 @@ def test_micro_batches(backend, device, name, case):
         assert len(calls) == len(parts) * case.passes_of(step)
         actual.append(detached(params))
     assert_same_trajectory(actual, follow_oracle(network, averaged, MIXED, steps=8), 1e-9)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@low_dtypes
+@pytest.mark.parametrize("name", ["asam", "gsam", "wsam-coupled", "stable", "sagm"])
+def test_one_micro_batch_is_a_step(backend, device, name, case, dtype, precision):
+    """But for the roundings of the gradient that the base is given, and of what follows from it."""
+    network, weights = Network(device, 14), []
+    for whole in (True, False):
+        params = network.params(dtype)
+        optimizer = optimizer_for(params, backend, ALIKE, method=case.method, **PRECISIONS[precision])
+        starts = detached(params)
+        for step in range(2):
+            closure = closure_for(network, params, optimizer, step)
+            optimizer.step(closure) if whole else optimizer.step(closures=[closure])
+        weights.append(detached(params))
+    for one, other, start in zip(*weights, starts, strict=True):
+        assert not torch.equal(one, start)
+        size = torch.maximum(start.abs().max(), (one - start).abs().max())
+        assert float((one.double() - other.double()).abs().max() / size) <= 3 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", ["sam", "gsam", "asam", "friendly"])
@@ -241,8 +262,14 @@ def test_closures_that_are_refused():
         optimizer.step(closures=[])
     with pytest.raises(ValueError, match="closures"):
         optimizer.step(lambda: None, closures=[lambda: None])
-    with pytest.raises(ValueError, match="GSAM"):
-        FastSAM(params, method=methods.GSAM(), lr=0.1).step(closures=[lambda: None])
+    for method, reason in {
+        methods.LookSAM(): r"LookSAM\(.*\), whose state is made of the step's one gradient at w",
+        methods.FriendlySAM(): "FriendlySAM.*one gradient at w",
+        methods.WSAM(): "WSAM.*decoupled part.*use decouple=False",
+        methods.RandomSAM(): "RandomSAM.*depends on no gradient.*accumulate gradients",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            FastSAM(params, method=method, lr=0.1).step(closures=[lambda: None])
 
 
 def test_method_cannot_be_changed():
