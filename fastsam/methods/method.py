@@ -149,7 +149,7 @@ class Method:
         """
         if group["adaptive"] and self.ascent_form(further=False) is not None:
             raise ValueError(
-                f"adaptive=True is for methods that ascend as SAM() does, not for {self}; see methods.ASAM"
+                f"adaptive=True changes SAM's own perturbation, and {self} defines another one; see methods.ASAM"
             )
 
     def noise_seed(self) -> int | None:
