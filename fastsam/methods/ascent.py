@@ -126,8 +126,8 @@ class MomentumSAM(Method):
         super().check_group(base, group, fused=fused)
         if not fused:
             raise ValueError(
-                "MomentumSAM ascends against the base's momentum and needs SGD with momentum, Adam or AdamW as its base, "
-                f"got {base.__name__}"
+                "MomentumSAM ascends against its base's momentum: that must be SGD with momentum, Adam or AdamW, got "
+                f"{base.__name__}"
             )
         if base is torch.optim.SGD and group.get("momentum", 0) == 0:
             raise ValueError("MomentumSAM needs a base with momentum, got SGD with momentum=0")
