@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install pytest-benchmark")
-    # pytest-benchmark's own table would list whole rounds, which are of no interest here.
+    # pytest-benchmark's own table would list whole rounds, of which nobody asks.
     config.option.benchmark_quiet = True
     torch.set_num_threads(config.getoption("threads"))
     torch.backends.cudnn.benchmark = True

@@ -1,9 +1,8 @@
-"""Steps of each method by the CUDA kernels (on the CPU): what they compute, and launches, uploads and waits."""
+"""What a step of each method asks of a GPU by way of the CUDA kernels (on the CPU): launches, uploads, waits."""
 
 import collections
 
 import pytest
-from contract.test_method_precision import test_passes_and_updates  # noqa: F401 (in every precision)
 from fake_gpu import CountingSyncs
 from gpu_steps import Steps, every_base, every_method, every_precision
 from operations.test_cuda_kernels import cuda_kernels, operators  # noqa: F401 (fixtures)
@@ -14,7 +13,7 @@ from fastsam.backends.native_table import CudaTable
 pytestmark = [
     pytest.mark.parametrize("device", ["cpu"], indirect=True),
     pytest.mark.parametrize("backend", ["native"], indirect=True),
-    pytest.mark.usefixtures("backend", "cuda_kernels"),
+    pytest.mark.usefixtures("backend"),
 ]
 
 
