@@ -8,6 +8,7 @@ import torch
 import triton_interpreter
 from checks import assert_same_bits, assert_within
 from method_cases import ALIKE, MIXED, groups_with
+from problem import Problem, Snapshot, Stop
 from registry import PRECISIONS, low_dtypes
 from torch import nn
 from trajectory import (
@@ -70,6 +71,23 @@ def test_one_micro_batch_is_a_step(backend, device, name, case, dtype, precision
         assert not torch.equal(one, start)
         size = torch.maximum(start.abs().max(), (one - start).abs().max())
         assert float((one.double() - other.double()).abs().max() / size) <= 3 * torch.finfo(dtype).eps
+
+
+def test_micro_batch_that_fails_undoes_the_step(backend, device):
+    """In its second pass, after another one's gradients have been combined."""
+    problem, calls = Problem(device), []
+    optimizer = problem.optimizer(backend, method=methods.GSAM())
+    problem.step(optimizer)
+    snapshot = Snapshot(optimizer)
+
+    def closure():
+        calls.append(problem.closure(optimizer)())
+        if len(calls) == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        optimizer.step(closures=[closure, closure])
+    snapshot.assert_unchanged(grads=False)
 
 
 @pytest.mark.parametrize("name", ["sam", "gsam", "asam", "friendly"])
