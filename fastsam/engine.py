@@ -314,6 +314,18 @@ class Engine:
                     param.sub_(move)
             self._writes.end()
 
+    @untracked
+    def combine_grads(self, plan: Plan) -> None:
+        """Restores the weights, without an update, and makes the gradients what the method gives the base."""
+        separate_grads(param for group in plan.groups for param in group["params"])
+        with self.tables.holding_grads():
+            self._read_grads_again()
+            tables = list(self.tables)
+            for table in tables:
+                table.gather()
+            self._prepare_base(tables, self._plan_descents(tables, plan))
+        self._end_step()
+
     def _plan_descents(self, tables: Sequence[TensorTable], plan: Plan) -> list[Descent] | None:
         form = self.method.descent_form(self.ascents > 0)
         if form is None:

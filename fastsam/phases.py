@@ -49,9 +49,13 @@ class StepPhases(BaseWrapper):
 
     # ---- perturb; restore and update ----
 
-    def _bring_back(self) -> None:
+    def _bring_back(self, combine: bool = False) -> None:
+        """Restores the weights; ``combine``: a method's descent then takes the gradients' place."""
         with DeferredInterrupts():
-            self._engine.restore()
+            if combine:
+                self._engine.combine_grads(self._plan())
+            else:
+                self._engine.restore()
             self._restore_statistics()
         self._parallel.note_restore()
 

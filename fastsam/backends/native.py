@@ -15,15 +15,14 @@ from torch import Tensor
 from fastsam.backends.native_table import CudaTable, HostTable
 from fastsam.spec import (
     NONE,
-    AdamOptions,
     Ascent,
     AscentForm,
     AscentOptions,
+    BaseOptions,
     Descent,
     DescentForm,
     Map,
     Row,
-    SGDOptions,
     Update,
 )
 from fastsam.tables import TensorTable
@@ -150,7 +149,7 @@ def restore_(table: TensorTable) -> None:
 def restore_and_update_(
     table: TensorTable,
     update: Update,
-    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    options: Sequence[BaseOptions],
     descent: Descent | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
