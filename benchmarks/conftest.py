@@ -130,7 +130,7 @@ def session(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iter
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
-    """Whatever a case ends with is among the findings; what cannot be measured here is no failure."""
+    """Records how each case ends; one that cannot be measured here is skipped, not failed."""
     session = pyfuncitem.config.stash.get(SESSION, None)
     try:
         return (yield)

@@ -183,7 +183,7 @@ def _read(process: subprocess.Popen[str], log: TextIO, last: deque[str]) -> None
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
-    """As by Ctrl-C; what is still there after a while, and what it has started and left behind, is killed."""
+    """Sends Ctrl-C; after a grace period kills the command and every process that it has left behind."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -300,7 +300,7 @@ def tests(stage: Stage, dry: bool) -> None:
             stage.note(Outcome(tool, "skipped", 0.0, "there is no compute-sanitizer"))
             continue
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "application-only", *steps]
-        # Every allocation by itself, so that an access behind one is seen.
+        # Without the caching allocator, so that an access past the end of an allocation is detected.
         stage.run(tool, command, SANITIZER_SECONDS, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **environment})
 
 

@@ -153,8 +153,8 @@ def by_every_clock(device: Device, prepare: Step, step: Step) -> Seconds:
 def settle_allocator() -> None:
     """Puts glibc's malloc where a long training run leaves it, at its best for implementations that allocate.
 
-    Otherwise it is chance, through what else lies on the heap, whether a step's clones reuse memory or fault in every
-    page anew. Blocks over 32 MiB are always mapped anew, here as in training. Other allocators are left alone.
+    Otherwise the state of the heap decides whether a step's clones reuse memory or fault in every page
+    anew. Blocks over 32 MiB are always mapped anew, here as in training. Other allocators are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -69,7 +69,7 @@ class Record:
         return self.ratio(than, implementation)
 
     def figures(self, implementation: str) -> dict[str, Any]:
-        """What follows from the times, for who reads the file without this class."""
+        """Figures derived from the times, for readers of the file who do not have this class."""
         return {}
 
     def as_json(self) -> dict[str, Any]:

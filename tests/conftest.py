@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -143,6 +144,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is a KeyboardInterrupt here even where the test run ignores it, as one in the background does."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, previous)
 
 
 def _unavailable(name, device_type):

@@ -1,6 +1,5 @@
 """What the tests of the public face reach inside the package for: faults to inject, and what no public name shows."""
 
-import torch
 from torch import Tensor
 
 from fastsam import phases
@@ -36,6 +35,7 @@ __all__ = [
     "Request",
     "backups",
     "base_step",
+    "directions",
     "first_gradients",
     "foreach",
     "load",
@@ -45,7 +45,6 @@ __all__ = [
     "resolve",
     "table_count",
     "table_params",
-    "unavailable",
     "update_operations",
 ]
 
@@ -65,15 +64,6 @@ def update_operations(operations) -> list[tuple[object, str]]:
     return [(module, name) for module in {operations, foreach} for name in UPDATE_OPERATIONS]
 
 
-def unavailable(backend: str, device: torch.device, method) -> str:
-    """Why ``backend`` cannot run ``method``; empty if it can."""
-    try:
-        resolve(backend, device.type)
-    except BackendUnavailable as reason:
-        return str(reason)
-    return ""
-
-
 def table_params(table: TensorTable) -> list[Tensor]:
     """The parameters that an operation is given."""
     return table.params
@@ -91,3 +81,8 @@ def backups(optimizer) -> list[Tensor]:
 def first_gradients(optimizer) -> list[Tensor | None]:
     """The first pass's gradients that are held for the update."""
     return [tensor for table in optimizer._engine.tables for tensor in table.first_grads]
+
+
+def directions(optimizer) -> list[Tensor | None]:
+    """The directions of ascent that are held for the step."""
+    return [tensor for table in optimizer._engine.tables for tensor in table.directions]

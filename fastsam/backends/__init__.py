@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from fastsam.spec import AdamOptions, Ascent, AscentForm, AscentOptions, Descent, DescentForm, SGDOptions, Update
+from fastsam.spec import Ascent, AscentForm, AscentOptions, BaseOptions, Descent, DescentForm, Update
 from fastsam.tables import TensorTable
 
 logger = logging.getLogger("fastsam")
@@ -102,7 +102,7 @@ class Backend(Protocol):
     def restore_and_update_(
         table: TensorTable,
         update: Update,
-        options: Sequence[SGDOptions | AdamOptions],
+        options: Sequence[BaseOptions],
         descent: Descent | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,

@@ -15,15 +15,14 @@ from torch import Tensor
 from fastsam.backends.native_table import CudaTable, HostTable
 from fastsam.spec import (
     NONE,
-    AdamOptions,
     Ascent,
     AscentForm,
     AscentOptions,
+    BaseOptions,
     Descent,
     DescentForm,
     Map,
     Row,
-    SGDOptions,
     Update,
 )
 from fastsam.tables import TensorTable
@@ -99,13 +98,14 @@ def _load_cuda() -> str:
 
 
 def grad_norm(tables: Sequence[TensorTable], options: Sequence[AscentOptions]) -> Tensor:
-    norm = _view(tables[0]).norm
-    with _view(tables[0]).counting() as finished:
+    first_view = _view(tables[0])
+    norm = first_view.norm
+    with first_view.counting() as finished:
         for position, table in enumerate(tables):
             view = _view(table)
             arguments, packed = view.read(table, options)
             first, last = position == 0, position == len(tables) - 1
-            _ops.grad_norm_(*arguments, packed, view.norm_partials, norm, finished, first, last)
+            _ops.grad_norm_.default(*arguments, packed, view.norm_partials, norm, finished, first, last)
     return norm
 
 
@@ -116,7 +116,7 @@ def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tenso
     is_ascent = isinstance(form, AscentForm)
     result = torch.empty((len(table.params), 3), dtype=torch.float64, device=table.device)
     with view.counting() as finished:
-        _ops.dots_(*arguments, coefficients, x, form.y, how, is_ascent, view.dot_partials, result, finished)
+        _ops.dots_.default(*arguments, coefficients, x, form.y, how, is_ascent, view.dot_partials, result, finished)
     return result
 
 
@@ -138,18 +138,18 @@ def _load_update(table: TensorTable, update: Update, has_descent: bool) -> None:
 
 def perturb_(table: TensorTable, ascent: Ascent) -> None:
     arguments, packed = _view(table).read(table, ascent.options)
-    _ops.perturb_(*arguments, packed, ascent.norm, ascent.coefficients, *ascent.form)
+    _ops.perturb_.default(*arguments, packed, ascent.norm, ascent.coefficients, *ascent.form)
 
 
 def restore_(table: TensorTable) -> None:
     arguments, _ = _view(table).read(table)
-    _ops.restore_(*arguments)
+    _ops.restore_.default(*arguments)
 
 
 def restore_and_update_(
     table: TensorTable,
     update: Update,
-    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    options: Sequence[BaseOptions],
     descent: Descent | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -158,7 +158,9 @@ def restore_and_update_(
     arguments, packed = view.read(table, options)
     coefficients, form = (None, DescentForm(NONE)) if descent is None else (descent.coefficients, descent.form)
     with view.counting() as finished:
-        _ops.restore_and_update_(*arguments, update, packed, grad_scale, found_inf, finished, coefficients, *form)
+        _ops.restore_and_update_.default(
+            *arguments, update, packed, grad_scale, found_inf, finished, coefficients, *form
+        )
 
 
 def _view(table: TensorTable) -> HostTable | CudaTable:

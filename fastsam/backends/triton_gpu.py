@@ -13,14 +13,13 @@ from fastsam.backends.device_table import DeviceTable
 from fastsam.runtime import streams
 from fastsam.spec import (
     PERTURBATION,
-    AdamOptions,
     Ascent,
     AscentForm,
     AscentOptions,
+    BaseOptions,
     Descent,
     DescentForm,
     Map,
-    SGDOptions,
     Update,
 )
 from fastsam.tables import TensorTable
@@ -146,7 +145,7 @@ def restore_(table: TensorTable) -> None:
 def restore_and_update_(
     table: TensorTable,
     update: Update,
-    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    options: Sequence[BaseOptions],
     descent: Descent | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,

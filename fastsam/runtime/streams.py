@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class StreamGuard:
-    """Keeps what was made on one stream and used last on another, until that one has come so far.
+    """Keeps memory that was allocated on one stream and last used on another until the other has finished with it.
 
     PyTorch's allocator would hand it out again at once.
     """

@@ -1,6 +1,6 @@
-"""What only a GPU can show, of every backend with kernels for it: waiting, graphs, streams, devices, sizes.
+"""What only a GPU can show. One file, the most important first: a GPU may be at hand for minutes.
 
-One file, the most important first: a GPU may be at hand for minutes.
+Of every backend with kernels for it: waiting, graphs, streams, devices, sizes.
 """
 
 import math

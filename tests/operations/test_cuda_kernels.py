@@ -317,9 +317,4 @@ def test_a_correct_call_is_accepted(use, mode):
     ("use", "mode", "spoil"), [(u, m, spoil) for u, m, _, spoil in CASES], ids=["-".join(c[:3]) for c in CASES]
 )
 def test_what_is_no_table_is_refused(use, mode, spoil):
-    call = Call(use, mode)
-    spoil(call.arguments)
-    before = call.everything()
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"fastsam"):
-        call.run()
-    assert_same_bits(call.everything(), before)
+    guards.assert_refused(Call(use, mode), spoil)
