@@ -22,12 +22,29 @@ from registry import every_base, every_fused_base, every_variant
 from resumed import alone, assert_go_on_alike, fused, train
 from torch import nn
 
-from fastsam import FastSAM
+from fastsam import FastSAM, checkpoint
 
 pytestmark = pytest.mark.face
 
 
 # ---- state_dict ----
+
+
+@pytest.mark.parametrize("option", [None, "capturable", "fused"])
+def test_step_counts_leave_the_device_together(monkeypatch, option):
+    """Unless a base loads them that keeps them there: torch's others would wait for each in every step."""
+    problem = Problem("cpu")
+    options = {} if option is None else {option: True}
+    optimizer = problem.optimizer("reference", "adamw", **options)
+    problem.step(optimizer)
+    waits, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(checkpoint, "_is_on_device", lambda value: isinstance(value, torch.Tensor))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (waits.append(tensor), cpu(tensor))[1])
+    saved = optimizer.state_dict()["state"]
+    assert len(waits) == (option is None)
+    assert all(entries["step"] == 1 for entries in saved.values())
+    problem.step(optimizer)
+    assert all(entries["step"] == 1 for entries in saved.values()), "they are copies"
 
 
 @every_variant

@@ -436,6 +436,16 @@ def test_a_compiled_training_step(backend, compiler):
     assert compiled[-1] < compiled[0]
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_step_counts_of_a_checkpoint(backend, capturable):
+    """On the CPU, where torch's AdamW reads them without a wait, unless it is capturable."""
+    _, optimizer, closure = make_training(backend, torch.optim.AdamW, lr=0.01, capturable=capturable)
+    optimizer.step(closure)
+    steps = [entries["step"] for entries in optimizer.state_dict()["state"].values()]
+    assert {step.device.type for step in steps} == {"cuda" if capturable else "cpu"}
+    assert all(float(step) == 1 for step in steps)
+
+
 def test_tables_of_two_dtypes_have_one_norm(backend):
     """And numbers of tensors that differ."""
     params = [torch.nn.Parameter(torch.ones(3, device="cuda")) for _ in range(5)]
