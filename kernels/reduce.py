@@ -31,13 +31,26 @@ _NARROW_LEAST: tl.constexpr = tl.constexpr(2.0**-976)
 
 
 @triton.jit
-def _sum_of_partials(partials_ptr, count, STRIDE: tl.constexpr):
-    sums = tl.zeros([PARTIALS_BLOCK], tl.float64)
-    for start in range(0, count, PARTIALS_BLOCK):
-        at = start + tl.arange(0, PARTIALS_BLOCK)
-        # .cg: from where all programs see the same memory, not from this one's cache.
-        sums += tl.load(partials_ptr + STRIDE * at, mask=at < count, other=0.0, cache_modifier=".cg")
-    return tl.sum(sums)
+def _sums_of_partials(partials_ptr, count, COLUMNS: tl.constexpr):
+    """Of each column of ``(count, COLUMNS)`` partials, all of them in one pass."""
+    # More of several columns would take more registers than the rest of the kernel.
+    ROWS: tl.constexpr = PARTIALS_BLOCK if COLUMNS == 1 else PARTIALS_BLOCK // 2
+    sums = ()
+    for _ in tl.static_range(COLUMNS):
+        sums = sums + (tl.zeros([ROWS], tl.float64),)  # noqa: RUF005 (Triton has no unpacking)
+    for start in range(0, count, ROWS):
+        at = start + tl.arange(0, ROWS)
+        more = ()
+        for i in tl.static_range(COLUMNS):
+            # .cg: from where all programs see the same memory, not from this one's cache.
+            column_ptr = partials_ptr + COLUMNS * at + i
+            partials = tl.load(column_ptr, mask=at < count, other=0.0, cache_modifier=".cg")
+            more = more + (sums[i] + partials,)  # noqa: RUF005
+        sums = more
+    totals = ()
+    for i in tl.static_range(COLUMNS):
+        totals = totals + (tl.sum(sums[i]),)  # noqa: RUF005
+    return totals
 
 
 @triton.jit
@@ -158,7 +171,7 @@ def grad_norm_kernel(
         partial += _chunk_squares(addresses_ptr, chunks_ptr, options_ptr, chunk, tensor_count, DTYPE, FIELDS, BLOCK)
     tl.store(partials_ptr + first_partial + program, partial)
     if is_last_to_finish(finished_ptr, partial_count):
-        tl.store(norm_ptr, tl.sqrt(_sum_of_partials(partials_ptr, partial_count, 1)))
+        tl.store(norm_ptr, tl.sqrt(_sums_of_partials(partials_ptr, partial_count, 1)[0]))
 
 
 # ---- dot products ----
@@ -279,6 +292,6 @@ def dots_kernel(
     count = (tl.load(bounds_ptr + tensor + 1) - first).to(tl.int32)
     # A table without elements has one chunk, which is no tensor's.
     if is_last_to_finish(finished_ptr + tensor, tl.maximum(count, 1)):
+        totals = _sums_of_partials(partials_ptr + 3 * first, count, 3)
         for i in tl.static_range(3):
-            total = _sum_of_partials(partials_ptr + 3 * first + i, count, 3)
-            tl.store(result_ptr + 3 * tensor + i, total)
+            tl.store(result_ptr + 3 * tensor + i, totals[i])

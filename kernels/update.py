@@ -275,6 +275,7 @@ def restore_and_update_kernel(
     Y_DTYPE: tl.constexpr,
     KEEPS: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    RELAXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``w <- update(backup, A * x + B * y, state)``, or ``w <- backup`` without a gradient or after an overflow.
@@ -303,6 +304,8 @@ def restore_and_update_kernel(
         Y_DTYPE: of y: ``DTYPE`` or ``STATE_DTYPE``.
         KEEPS: whether the method keeps state.
         DECOUPLED: whether ``w`` also moves past the base update.
+        RELAXED: whether programs count themselves without a fence: the last one writes the steps, which the others have
+            read, and reads nothing of theirs.
         BLOCK: elements that are walked at a time.
     """
     tensor, start, length, group = read_chunk(chunks_ptr, tl.program_id(0))
@@ -377,6 +380,6 @@ def restore_and_update_kernel(
                 walk(_update_element, addresses, dtypes, arguments, fewer, length, 0, BLOCK)
         elif backup != 0:
             walk(_restore_element, (param, backup), (DTYPE, STATE_DTYPE), (), (), length, 0, BLOCK)
-        is_last = is_last_to_finish(finished_ptr, tl.num_programs(0))
+        is_last = is_last_to_finish(finished_ptr, tl.num_programs(0), RELAXED)
         if is_last & is_committed:
             _advance_steps(addresses_ptr, tensor_count)

@@ -150,14 +150,19 @@ def read_step(addresses_ptr, tensor, tensor_count):
 
 
 @triton.jit
-def is_last_to_finish(finished_ptr, program_count):
+def is_last_to_finish(finished_ptr, program_count, RELAXED: tl.constexpr = False):
     """Whether all of ``program_count`` programs have come here, this one last; ``finished_ptr`` counts them from 0.
 
-    What the others did before is then done, and seen by this one. The counter is 0 again afterwards.
+    What the others did before is then done, and seen by this one; ``RELAXED``: only what they have read and used is
+    done, which spares an AMD GPU writing back and emptying its caches. The counter is 0 again afterwards.
     """
     # Every warp's reads and writes come before the one thread that counts.
     tl.debug_barrier()
-    last = tl.atomic_add(finished_ptr, 1) == program_count - 1
+    if RELAXED:
+        before = tl.atomic_add(finished_ptr, 1, sem="relaxed")
+    else:
+        before = tl.atomic_add(finished_ptr, 1)
+    last = before == program_count - 1
     if last:
         tl.store(finished_ptr, 0)
     return last

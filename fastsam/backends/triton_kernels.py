@@ -211,6 +211,7 @@ def update(kind: Kind, base: Update, form: DescentForm | None) -> Kernel:
         "MOMENTS": _MOMENTS[base],
         "KEEPS": form.keeps,
         "DECOUPLED": form.decoupled,
+        "RELAXED": not kind.nvidia,
     }
     constants |= _rows(kind, Row.GRAD, form.y)
     return Kernel(restore_and_update_kernel, kind, constants, frozenset(absent), plain=plain, registers=registers)

@@ -150,3 +150,18 @@ def test_dots_of_several_chunks_are_added_by_tensor(triton_gpu, device, monkeypa
         pairs = [(p.grad.double().flatten().cpu(), p.double().flatten().cpu()) for p in table.params]
         expected = torch.stack([torch.stack([x @ x, x @ y, y @ y]) for x, y in pairs])
         torch.testing.assert_close(dots, expected, rtol=1e-12, atol=0)
+
+
+def test_dots_of_more_chunks_than_are_added_at_a_time(triton_gpu, device, monkeypatch):
+    from fastsam.kernels import reduce
+
+    if device.type == "cpu":  # compiled code does not ask again
+        monkeypatch.setattr(reduce, "PARTIALS_BLOCK", type(reduce.PARTIALS_BLOCK)(8))
+    monkeypatch.setattr(triton_gpu, "CHUNK_SIZE", 4)
+    count = 17 if device.type == "cpu" else PARTIALS_BLOCK
+    table = make_table([(4 * count,), (3,)], torch.float32, device)
+    dots = triton_gpu.dots(table, AscentForm(y=Row.PARAM), None).cpu()
+    assert len(copy_of(table).chunks) == count + 1
+    pairs = [(p.grad.double().flatten().cpu(), p.double().flatten().cpu()) for p in table.params]
+    expected = torch.stack([torch.stack([x @ x, x @ y, y @ y]) for x, y in pairs])
+    torch.testing.assert_close(dots, expected, rtol=1e-12, atol=0)
