@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("benchmark"):
         return
-    if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install pytest-benchmark")
-    # pytest-benchmark's own table would list whole rounds, of which nobody asks.
-    config.option.benchmark_quiet = True
+    if config.pluginmanager.hasplugin("benchmark"):
+        # pytest-benchmark's own table would list whole rounds, of which nobody asks.
+        config.option.benchmark_quiet = True
+    else:
+        config.pluginmanager.register(_PlainRounds())
     torch.set_num_threads(config.getoption("threads"))
     torch.backends.cudnn.benchmark = True
     settle_allocator()
@@ -60,6 +61,18 @@ def pytest_configure(config: pytest.Config) -> None:
         seconds = 0.0 if dry else SECONDS[kind]
     results = Results(environment(kind), lines=_writer(config.getoption("lines")))
     config.stash[SESSION] = Session(device, results, lambda line: _say(config, line), dry, seconds)
+
+
+class _PlainRounds:
+    """In the place of pytest-benchmark, where it is not installed."""
+
+    @pytest.fixture
+    def benchmark(self) -> Any:
+        return self
+
+    def pedantic(self, one_round: Callable[[], Any], rounds: int) -> None:
+        for _ in range(rounds):
+            one_round()
 
 
 def _device_type(config: pytest.Config) -> str:
@@ -117,7 +130,7 @@ def session(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iter
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Any:
-    """Whatever a case ends with is among the findings; what cannot be measured here is no failure."""
+    """Records how each case ends; one that cannot be measured here is skipped, not failed."""
     session = pyfuncitem.config.stash.get(SESSION, None)
     try:
         return (yield)

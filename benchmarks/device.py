@@ -53,7 +53,7 @@ class Device:
         return float("inf")
 
     def release_memory(self) -> None:
-        """Gives back what nobody holds any more, cycles of objects too."""
+        """Frees what is no longer referenced, reference cycles included."""
         gc.collect()
 
     def peak_bytes(self, step: Step) -> int:
@@ -65,7 +65,7 @@ class Device:
         raise Unavailable("the CPU has no launches")
 
     def capture(self, step: Step) -> Step:
-        """The step as a CUDA graph, which replays it."""
+        """Captures the step into a CUDA graph; returns a function that replays it."""
         raise Unavailable("the CPU has no CUDA graphs")
 
 
@@ -163,7 +163,7 @@ def reason_of(error: BaseException) -> str:
 
 
 class OutOfTime(BaseException):
-    """Raised anywhere in :func:`at_most`. No ``Exception``: nobody on the way takes it for a failure and carries on."""
+    """Raised anywhere in :func:`at_most`. Not an ``Exception``: no handler in between takes it for a failure."""
 
 
 @contextmanager

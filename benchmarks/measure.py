@@ -153,8 +153,8 @@ def by_every_clock(device: Device, prepare: Step, step: Step) -> Seconds:
 def settle_allocator() -> None:
     """Puts glibc's malloc where a long training run leaves it, at its best for implementations that allocate.
 
-    Otherwise it is chance, through what else lies on the heap, whether a step's clones reuse memory or fault in every
-    page anew. Blocks over 32 MiB are always mapped anew, here as in training. Other allocators are left alone.
+    Otherwise the state of the heap decides whether a step's clones reuse memory or fault in every page
+    anew. Blocks over 32 MiB are always mapped anew, here as in training. Other allocators are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -191,11 +191,16 @@ class Copy:
 
 
 class Gradients:
-    """Two sets of gradients that each list of parameters gets in turn, as autograd allocates anew for every step."""
+    """Two sets of gradients that each list of parameters gets in turn, as autograd allocates anew for every step.
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], **options: Any) -> None:
+    ``shifted``: by one element, so that they are aligned otherwise than the parameters, as views of buckets may be.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], *, shifted: bool = False, **options: Any) -> None:
         first = [torch.randn(shape, **options).mul_(1e-2) for shape in shapes]
         self._sets = first, [grad * 0.5 for grad in first]
+        if shifted:
+            self._sets = [*map(_shifted, self._sets[0])], [*map(_shifted, self._sets[1])]
         self._turns: dict[int, int] = {}
 
     def hand_to(self, params: Sequence[Tensor]) -> None:
@@ -203,3 +208,7 @@ class Gradients:
         self._turns[id(params)] = 1 - turn
         for param, grad in zip(params, self._sets[turn], strict=True):
             param.grad = grad
+
+
+def _shifted(grad: Tensor) -> Tensor:
+    return torch.empty(grad.numel() + 1, dtype=grad.dtype, device=grad.device)[1:].view(grad.shape).copy_(grad)

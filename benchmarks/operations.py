@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -112,8 +113,8 @@ def stubbed_launches(backend: str) -> Iterator[None]:
 class _Operators:
     """In the place of ``torch.ops.fastsam``."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return do_nothing
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(default=do_nothing)
 
 
 def do_nothing(*args: Any, **options: Any) -> None:
@@ -124,6 +125,7 @@ def _stubbed_native(stack: contextlib.ExitStack) -> None:
     if reason := obstacle("native", "cpu"):
         raise Unavailable(reason)
     stack.enter_context(mock.patch.object(native, "_ops", _Operators()))
+    stack.enter_context(mock.patch.object(native, "_load_update", do_nothing))
     stack.enter_context(mock.patch.object(native, "_view", lambda table: table.attached(native_table.CudaTable)))
     stack.enter_context(mock.patch.object(streams, "is_capturing", do_nothing))
 

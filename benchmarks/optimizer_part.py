@@ -75,7 +75,7 @@ class PartRun:
         faults: dict[str, int] = {}
         skipped, counts, copies = dict(skipped), [], []
         copy = Copy(self._device)
-        gradients = Gradients(self._shapes, **self._options)
+        gradients = Gradients(self._shapes, shifted=self._part.shifted, **self._options)
         shifts = self._shifts(names)
         with operations.chunk_size(self._part.chunk_size):
             for shift in shifts:
@@ -103,6 +103,7 @@ class PartRun:
             copy_gb_s=max(copy.gb_s(timing) for timing in copies),
             bytes_per_parameter=floor,
             chunk_size=self._part.chunk_size,
+            shifted=self._part.shifted,
             page_faults={} if self._device.asynchronous else faults,
         )
 

@@ -32,6 +32,7 @@ class Part(NamedTuple):
         chunk_size: if given, only FastSAM's kernels are measured, with tables cut into chunks of so many elements.
         pace: what the seconds of a case are multiplied by.
         fewer: leaves out all but FastSAM's kernels and the fused base.
+        shifted: the gradients are not aligned as the parameters are.
     """
 
     model: str
@@ -41,11 +42,13 @@ class Part(NamedTuple):
     chunk_size: int | None = None
     pace: float = 1.0
     fewer: bool = False
+    shifted: bool = False
 
     @property
     def id(self) -> str:
         dtype = "" if self.dtype == "float32" else self.dtype
         more = [self.base, dtype, "compiled" if self.compiled else "", str(self.chunk_size or "")]
+        more += ["shifted" if self.shifted else ""]
         return "-".join([plain(self.model), *filter(None, more)])
 
 
@@ -122,6 +125,7 @@ def _gpu() -> Plan:
     for case in HOST_TIMES:
         yield "test_host_time", case
     yield "test_optimizer_part", Part("ResNet-50", compiled=True)
+    yield "test_optimizer_part", Part("ViT-B/16", pace=0.5, fewer=True, shifted=True)
     for model in ("ViT-B/16", "Llama 1B"):
         for base, dtype in (("AdamW", "float32"), ("SGD", "bfloat16"), ("AdamW", "bfloat16")):
             yield "test_optimizer_part", Part(model, base, dtype, pace=0.5, fewer=model == "Llama 1B")
@@ -164,6 +168,7 @@ def _dry() -> Plan:
     yield "test_optimizer_part", Part(TINY)
     yield "test_optimizer_part", Part(TINY, chunk_size=CHUNK_SIZES[0])
     yield "test_optimizer_part", Part(TINY, "AdamW", "bfloat16", compiled=True)
+    yield "test_optimizer_part", Part(TINY, fewer=True, shifted=True)
     yield "test_host_time", HostTime(2)
     yield "test_method_costs", MethodCosts(TINY)
     yield "test_rank_costs", RankCosts(TINY)

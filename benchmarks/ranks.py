@@ -39,11 +39,14 @@ def rank_costs(model: str, base: str, seconds: float, fewest: int = FEWEST_ROUND
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "OMP_NUM_THREADS": "1"}
         shared |= {
             "WORLD_SIZE": str(RANKS),
-            "PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(
+                [*sys.path, os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1])]
+            ),
         }
         listener.close()
         ranks = [
-            subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}, cwd=Path(__file__).parents[1])
+            # Not in the checkout, whose package would come before the one that is measured.
+            subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}, cwd=folder)
             for rank in range(RANKS)
         ]
         try:

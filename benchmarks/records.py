@@ -69,7 +69,7 @@ class Record:
         return self.ratio(than, implementation)
 
     def figures(self, implementation: str) -> dict[str, Any]:
-        """What follows from the times, for who reads the file without this class."""
+        """Figures derived from the times, for readers of the file who do not have this class."""
         return {}
 
     def as_json(self) -> dict[str, Any]:
@@ -86,6 +86,7 @@ class OptimizerPart(Record):
         copy_gb_s: of a large copy in the same rounds, bytes read plus bytes written.
         bytes_per_parameter: by implementation, what cannot be done without, of float32.
         page_faults: by implementation, in a step; on the CPU.
+        shifted: the gradients are not aligned as the parameters are.
     """
 
     kind = "optimizer part"
@@ -95,11 +96,13 @@ class OptimizerPart(Record):
     dtype: str = "float32"
     chunk_size: int | None = None
     page_faults: dict[str, int] = field(default_factory=dict)
+    shifted: bool = False
 
     @property
     def name(self) -> str:
-        dtype = "" if self.dtype == "float32" else f", {self.dtype}"
-        return super().name + dtype + (f", chunks of {self.chunk_size:,}" if self.chunk_size else "")
+        more = "" if self.dtype == "float32" else f", {self.dtype}"
+        more += f", chunks of {self.chunk_size:,}" if self.chunk_size else ""
+        return super().name + more + (", gradients aligned otherwise" if self.shifted else "")
 
     def gb_s(self, implementation: str) -> float:
         """The floor's bytes, whatever is moved beyond them, by the device's time."""

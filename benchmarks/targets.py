@@ -95,7 +95,7 @@ def _figure(value: float, unit: str) -> str:
 
 
 def _of_gpu(results: Results) -> Iterator[Verdict]:
-    parts = [part for part in results.of(OptimizerPart) if part.chunk_size is None]
+    parts = [part for part in results.of(OptimizerPart) if part.chunk_size is None and not part.shifted]
     float32 = [part for part in parts if part.dtype == "float32"]
     for backend in KERNELS:
         measured = [part for part in float32 if backend in part.times]

@@ -20,7 +20,7 @@ from benchmarks.training import FASTSAM, HALF_BATCH, IN_A_GRAPH, prepare, rows
 
 
 def test_operations(case: plan.Backend, session: Session) -> None:
-    """Before anything is timed: what is timed is right."""
+    """Checks the operations before anything is timed."""
     if reason := operations.obstacle(case.name, session.device.type):
         if case.name in session.required:
             pytest.fail(f"{case.name}: {reason}", pytrace=False)

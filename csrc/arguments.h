@@ -73,7 +73,7 @@ inline Map check_map(int64_t map) {
 }
 
 inline Update check_update(int64_t update) {
-  STD_TORCH_CHECK(update >= 0 && update <= static_cast<int64_t>(Update::kAdam), "fastsam: there is no update ", update);
+  STD_TORCH_CHECK(update >= 0 && update < kUpdates, "fastsam: there is no update ", update);
   return static_cast<Update>(update);
 }
 

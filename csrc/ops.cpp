@@ -17,6 +17,7 @@
 #include "cpu/operations.h"
 #include "elementwise.h"
 #include "table.h"
+#include "watch.h"
 
 namespace fastsam {
 namespace {
@@ -190,7 +191,10 @@ STABLE_TORCH_LIBRARY(fastsam, m) {
   m.def("restore_and_update_(" FASTSAM_TABLE
         ", int update, Tensor options, Tensor? grad_scale, Tensor? found_inf, Tensor(a!)? finished, "
         "Tensor? coefficients, int y, bool keeps, bool decoupled) -> ()");
+  m.def("watch(Tensor[] tensors) -> int");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(fastsam, CompositeExplicitAutograd, m) { m.impl("watch", TORCH_BOX(&fastsam::watch)); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CPU, m) {
   m.impl("grad_norm_", TORCH_BOX(&fastsam::grad_norm_cpu));

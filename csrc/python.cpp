@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "python.h"
+#include "watch.h"
 
 // torch refuses its copy of DLPack's header under its own stable ABI. DLPack has a version of its own, asked below.
 #undef TORCH_TARGET_VERSION
@@ -58,8 +59,8 @@ struct Questions {
 };
 
 // Appends to `metadata` that of `tensor`, and its address to `addresses`; false and an exception if it cannot be
-// told this way (a sparse tensor, say). No `questions`: its values are known to be neither conjugated nor negated.
-bool describe_one(PyObject* tensor, DLPackDLTensorFromPyObjectNoSync view, const Questions* questions,
+// told this way (a sparse tensor, say).
+bool describe_one(PyObject* tensor, DLPackDLTensorFromPyObjectNoSync view, const Questions& questions,
                   std::vector<int64_t>& addresses, std::vector<int64_t>& metadata) {
   DLTensor seen;
   if (view(tensor, &seen) != 0) return false;
@@ -68,9 +69,8 @@ bool describe_one(PyObject* tensor, DLPackDLTensorFromPyObjectNoSync view, const
   // DLPack knows of no lazy conjugation or negation. A negated real tensor is every other number of a complex one,
   // which its strides tell, unless it is a single element.
   const bool is_complex = seen.dtype.code == kDLComplex;
-  const int conjugated = questions != nullptr && is_complex ? questions->is_conj.ask(tensor) : 0;
-  const bool asks = questions != nullptr && conjugated >= 0 && (is_complex || elements == 1);
-  const int negated = asks ? questions->is_neg.ask(tensor) : 0;
+  const int conjugated = is_complex ? questions.is_conj.ask(tensor) : 0;
+  const int negated = conjugated >= 0 && (is_complex || elements == 1) ? questions.is_neg.ask(tensor) : 0;
   if (conjugated < 0 || negated < 0) return false;
   addresses.push_back(identity(seen.data) + static_cast<int64_t>(seen.byte_offset));
   metadata.push_back(int64_t{seen.device.device_type} << 32 | seen.device.device_id);
@@ -81,14 +81,11 @@ bool describe_one(PyObject* tensor, DLPackDLTensorFromPyObjectNoSync view, const
   return true;
 }
 
-// describe(tensors: list, Tensor: type, exchange_api, as_stored: bool) -> (bytes, bytes) or None: the address of each
-// tensor (0 for None), and their metadata: device, dtype, shape, strides and, unless as_stored, whether values are to
-// be conjugated or negated. None: ask them in Python.
+// describe(tensors: list, Tensor: type, exchange_api) -> (bytes, bytes) or None: the address of each tensor (0 for
+// None), and their metadata: device, dtype, shape, strides. None: ask them in Python.
 PyObject* describe(PyObject*, PyObject* arguments) {
   PyObject *tensors = nullptr, *type = nullptr, *capsule = nullptr;
-  int as_stored = 0;
-  if (!PyArg_ParseTuple(arguments, "O!O!Op:describe", &PyList_Type, &tensors, &PyType_Type, &type, &capsule,
-                        &as_stored)) {
+  if (!PyArg_ParseTuple(arguments, "O!O!O:describe", &PyList_Type, &tensors, &PyType_Type, &type, &capsule)) {
     return nullptr;
   }
   const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
@@ -109,8 +106,7 @@ PyObject* describe(PyObject*, PyObject* arguments) {
       } else if (!PyType_IsSubtype(Py_TYPE(tensor), reinterpret_cast<PyTypeObject*>(type))) {
         PyErr_SetString(PyExc_TypeError, "describe() takes a list of tensors");
         return nullptr;
-      } else if (!describe_one(tensor, api->dltensor_from_py_object_no_sync, as_stored ? nullptr : &questions,
-                               addresses, metadata)) {
+      } else if (!describe_one(tensor, api->dltensor_from_py_object_no_sync, questions, addresses, metadata)) {
         PyErr_Clear();
         Py_RETURN_NONE;
       }
@@ -161,9 +157,26 @@ PyObject* nested_identities(PyObject*, PyObject* arguments) {
   return result;
 }
 
+// is_unchanged(number: int) -> bool: whether the tensors handed to torch.ops.fastsam.watch are what they were then.
+PyObject* is_unchanged(PyObject*, PyObject* argument) {
+  const int64_t number = PyLong_AsLongLong(argument);
+  if (number == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  return PyBool_FromLong(fastsam::is_unchanged(number));
+}
+
+// unwatch(number: int) -> None
+PyObject* unwatch(PyObject*, PyObject* argument) {
+  const int64_t number = PyLong_AsLongLong(argument);
+  if (number == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  fastsam::unwatch(number);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {{"describe", describe, METH_VARARGS, nullptr},
                          {"identities", identities, METH_O, nullptr},
                          {"nested_identities", nested_identities, METH_VARARGS, nullptr},
+                         {"is_unchanged", is_unchanged, METH_O, nullptr},
+                         {"unwatch", unwatch, METH_O, nullptr},
                          {"spec", fastsam::spec, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 

@@ -35,6 +35,7 @@ constexpr int64_t kStateSlots = 3;
 constexpr int64_t kNone = -1, kPerturbation = -2;
 
 enum class Update : int64_t { kNone, kSgd, kAdam };
+constexpr int64_t kUpdates = 3;
 
 enum class Map : int64_t { kIdentity, kPower, kAdaptive };
 

@@ -36,7 +36,7 @@ struct TensorTable {
     return reinterpret_cast<scalar_t*>(addresses[row * tensor_count + tensor]);
   }
 
-  // The updates that a tensor has had; where nobody counts them, some.
+  // How many updates a tensor has had; 1 where they are not counted.
   float step(int64_t tensor) const { return has(kStep, tensor) ? *pointer<float>(kStep, tensor) : 1; }
 
   // Whether a row's elements are float32 where the parameters may be narrower.

@@ -39,7 +39,7 @@ class Statistics:
         if streams.is_capturing(self._state.device):
             if self._known is None:
                 streams.refuse_capture(
-                    "which kind of step this is to be is on the device",
+                    "whether this step ascends is known on the device only",
                     "read optimizer.ascends_next before the capture",
                 )
             return self._known

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastsam.precision import rounding_seed
-from fastsam.spec import STEP_NAME, AdamOptions, SGDOptions, StateNames, Update
+from fastsam.spec import STEP_NAME, AdamOptions, BaseOptions, SGDOptions, StateNames, Update
 
 Group = Mapping[str, Any]
 
@@ -18,7 +18,7 @@ class FusedUpdate(NamedTuple):
     """How one base optimizer class runs on the backends."""
 
     kind: Update
-    options: Callable[[Group], SGDOptions | AdamOptions]
+    options: Callable[[Group], BaseOptions]
     state_names: Callable[[Group], StateNames]
     saved: Callable[[dict[str, Any]], dict[str, Any]] = dict
     """The entries of a parameter's state that a state_dict contains."""
@@ -143,6 +143,6 @@ def note_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _replaced_step(optimizer: torch.optim.Optimizer) -> Any:
-    """A ``step`` that somebody has set on the instance; a learning-rate scheduler's only notes the call."""
+    """A ``step`` set on the instance that replaces the class's; a learning-rate scheduler's only notes the call."""
     step = optimizer.__dict__.get("step")
     return None if getattr(step, "_wrapped_by_lr_sched", False) else step

@@ -35,7 +35,7 @@ class StateBindings:
         method: Sequence[int] = (),
     ) -> Binding:
         """Fills the table's rows from ``state`` and allocates what is missing, for the parameters of these indices."""
-        wanted = Wanted(plan.state_names, self._method.state_name, masters, moments, method)
+        wanted = Wanted(plan.options.state_names, self._method.state_name, masters, moments, method)
         return Binding(table, wanted, table.slots.bind(table, plan.state, wanted))
 
     def bind_for_ascent(self, table: TensorTable, plan: Plan) -> None:

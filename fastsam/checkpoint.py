@@ -72,7 +72,7 @@ def _is_on_device(value: Any) -> bool:
 
 
 class LoadHooks:
-    """What FastSAM does around the base's ``load_state_dict``, whoever calls it.
+    """What FastSAM does before and after the base's ``load_state_dict``, also where that is called directly.
 
     Args:
         base: the base optimizer; its hooks do not refer to it.

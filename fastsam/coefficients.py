@@ -77,7 +77,9 @@ class Coefficients:
         form = self.method.ascent_form(further)
         assert form is not None
         facts = [_facts(table, options, step) for table in tables]
-        maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
+        maps = [_constants(table).ascent for table in tables]
+        if form.map != Map.IDENTITY:
+            maps = [_pack(_constants(t), self.method.map_terms(f)) for t, f in zip(tables, facts, strict=True)]
         each: Sequence[Tensor] = [b.dots(t, form, c) for b, t, c in zip(backends, tables, maps, strict=True)]
         each, totals = self._add_up(tables, each, lambda dots: self._weigh(dots, facts))
         is_norm = form.x == Row.GRAD and form.map != Map.POWER
@@ -114,29 +116,27 @@ class Coefficients:
         facts = [_facts(t, options, step, lrs, dots) for t, dots in zip(tables, ascents, strict=True)]
         # A parameter that was not perturbed has no part in a combination of both gradients.
         masks = [_constants(table).mask(table.perturbed) if ascended else None for table in tables]
+        each: Sequence[Tensor] = [_constants(table).no_dots for table in tables]
+        totals = {table.device: _constants(table).no_dots[0] for table in tables if table.params}
+        measured: dict[torch.device, Tensor] = {}
         if self.method.measures(ascended):
             found = [b.dots(t, form, _constants(t).descent) for b, t in zip(backends, tables, strict=True)]
-            each: Sequence[Tensor] = [
-                d if m is None else torch.where(m[:, None], d, 0.0) for d, m in zip(found, masks, strict=True)
-            ]
-        else:
-            each = [_constants(table).no_dots for table in tables]
-        each, totals = self._add_up(tables, each, lambda dots: dots, needed=self.method.measures(ascended))
+            each = [d if m is None else torch.where(m[:, None], d, 0.0) for d, m in zip(found, masks, strict=True)]
+            each, totals = self._add_up(tables, each, lambda dots: dots)
+            measured = {device: _all_finite(total) for device, total in totals.items()}
         result = []
         for table, dots, fact, mask, scale in zip(tables, each, facts, masks, grad_scales, strict=True):
             constants = _constants(table)
-            used = _all_finite(totals[table.device])
-            if ascended and table.device in self._finite:
-                used = used & self._finite[table.device]
+            used = _both(measured.get(table.device), self._finite.get(table.device) if ascended else None)
             terms = self.method.descent_terms(Dots(totals[table.device], dots), fact, ascended)
             packed = _pack(constants, terms)
             if form.decoupled and scale is not None:
                 packed[:, DescentCoefficients.DECOUPLED_X : DescentCoefficients.DECOUPLED_Y + 1] /= scale.double()
             if any(_is_elsewhere(option.rho) or option.rho == 0 for option in options):
                 # Where rho is 0, the gradient is the base's own.
-                used = used & ((fact.rho != 0)[:, None] | constants.keeps)
-            used = used if mask is None else used & mask[:, None]
-            result.append(Descent(form, torch.where(used, packed, constants.descent)))
+                used = _both(used, (fact.rho != 0)[:, None] | constants.keeps)
+            used = _both(used, None if mask is None else mask[:, None])
+            result.append(Descent(form, packed if used is None else torch.where(used, packed, constants.descent)))
         return result
 
     def _weigh(self, each: Sequence[Tensor], facts: Sequence[Facts]) -> list[Tensor]:
@@ -147,22 +147,18 @@ class Coefficients:
         tables: Sequence[TensorTable],
         each: Sequence[Tensor],
         weigh: Callable[[Sequence[Tensor]], Sequence[Tensor]],
-        needed: bool = True,
     ) -> tuple[Sequence[Tensor], dict[torch.device, Tensor]]:
         """The dots of whole parameters, if the method reads them, and their sums on each of the tables' devices."""
         home = home_of([table.device for table in tables])
         shardings: list[Sharding] = [table.sharding for table in tables]
-        if needed and self.method.reads_each_dot:
+        if self.method.reads_each_dot:
             each = self._sums.of_each_parameter(shardings, each)
             shardings = [()] * len(tables)
         parts: dict[Sharding, Tensor] = {}
         for sharding, dots in zip(shardings, weigh(each), strict=True):
             mine = dots.sum(dim=0).to(home, non_blocking=True)
             parts[sharding] = parts[sharding] + mine if sharding in parts else mine
-        if not (tables or needed):
-            return each, {}
-        total = self._sums.total(parts, home, (3,)) if needed else functools.reduce(torch.add, parts.values())
-        return each, _on_each(total, tables)
+        return each, _on_each(self._sums.total(parts, home, (3,)), tables)
 
 
 def divide_kept(descent: Descent, scale: Tensor | None) -> None:
@@ -185,24 +181,24 @@ class _Constants:
             self.descent[:, column].fill_(default)
         self.no_dots = torch.zeros((n, 3), dtype=torch.float64, device=device)
         columns = [column.name.startswith("KEEP") for column in DescentCoefficients]
-        self.keeps = _send(torch.tensor(columns, device="cpu"), device)
+        self.keeps = streams.send(torch.tensor(columns, device="cpu"), device)
         flags = torch.tensor([float(param.dim() > 1) for param in table.params], dtype=torch.float64, device="cpu")
-        self.matrix = _send(flags, device)
+        self.matrix = streams.send(flags, device)
         groups = torch.tensor(table.groups, dtype=torch.int64, device="cpu")
-        self._in_group = {group: _send(groups == group, device) for group in sorted(set(table.groups))}
+        self._in_group = {group: streams.send(groups == group, device) for group in sorted(set(table.groups))}
         self._spread: dict[str, tuple[list[float], Tensor]] = {}
-        self._positions = _send(torch.tensor(table.positions, dtype=torch.int64, device="cpu"), device)
+        self._positions = streams.send(torch.tensor(table.positions, dtype=torch.int64, device="cpu"), device)
         self._mask: tuple[list[int], Tensor] | None = None
 
     def mask(self, indices: list[int]) -> Tensor | None:
         """Which parameters are among ``indices``, as bools ``(n,)``; None: all are."""
         if len(indices) == len(self.matrix):
             return None
-        # The list is the same object from step to step.
-        if self._mask is None or self._mask[0] is not indices:
+        # The list is the same object from step to step, unless steps without an ascent come between.
+        if self._mask is None or (self._mask[0] is not indices and self._mask[0] != indices):
             flags = torch.zeros(len(self.matrix), dtype=torch.bool, device="cpu")
             flags[indices] = True
-            self._mask = indices, _send(flags, self.matrix.device)
+            self._mask = indices, streams.send(flags, self.matrix.device)
         return self._mask[1]
 
     def uniform(self, table: TensorTable, seed: int, step: int) -> Tensor:
@@ -305,12 +301,11 @@ def _all_finite(sums: Tensor) -> Tensor:
     return torch.linalg.vector_norm(sums, math.inf) < math.inf
 
 
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Where both are true; None is true everywhere."""
+    return other if one is None else one if other is None else one & other
+
+
 def _is_elsewhere(value: float | Tensor) -> bool:
     """Whether reading the value would wait for an accelerator."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

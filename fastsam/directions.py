@@ -1,55 +1,17 @@
-"""Directions of ascent that are not gradients: drawn at random, computed by a method in plain PyTorch, or given."""
+"""Directions of ascent that are not gradients: computed by a method in plain PyTorch, or given."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsam.backends.rounding import make_keys, pieces, random_words
 from fastsam.distributed import is_distributed, local_of, placed_like
 from fastsam.methods import Method
-from fastsam.runtime.step_number import StepNumber
-from fastsam.spec import RANDOM_WORDS
 from fastsam.tables import TensorTable
 from fastsam.tables.memory import as_real
-
-# The last two words of an element, which rounding does not use.
-_NOISE_WORDS = (RANDOM_WORDS - 2, RANDOM_WORDS - 1)
-
-
-def draw_noise(tables: Sequence[TensorTable], seed: int, step: int) -> None:
-    """Gives every parameter of every table a direction drawn from N(0, I).
-
-    The numbers are hashes, as those of stochastic rounding are: the same for every device, backend and sharding. Each
-    replay of a CUDA graph draws others.
-    """
-    for table in tables:
-        number = table.attached(StepNumber).of(step)
-        directions: list[Any] = [torch.empty_like(value) for value in table.values]
-        for i, direction in enumerate(directions):
-            memory = direction.as_strided((direction.numel(),), (1,))
-            for start, count in pieces(len(memory), table.device):
-                memory[start : start + count] = _normal(table, i, start, count, seed, number)
-        table.set_directions(directions)
-
-
-def _normal(table: TensorTable, i: int, start: int, count: int, seed: int, step: Tensor) -> Tensor:
-    """Numbers from N(0, 1) by Box and Muller's method; in float64, so that rounding them hides how log and cos differ.
-
-    Where a device has no float64 (MPS), they are those of float32.
-    """
-    dtype = torch.float32 if table.device.type == "mps" else torch.float64
-    uniform = []
-    for word in _NOISE_WORDS:
-        keys = make_keys(seed, step, table.positions[i], word)
-        words = random_words(keys, table.places[i], start, count)
-        uniform.append((words.to(dtype) + 0.5) * 2.0**-32)
-    radius, angle = (-2 * uniform[0].log()).sqrt(), 2 * math.pi * uniform[1]
-    return (radius * angle.cos()).to(torch.float32)
 
 
 def choose_directions(tables: Sequence[TensorTable], method: Method, further: bool) -> None:
@@ -106,10 +68,17 @@ def _set_directions(
     if len(found) != len(places):
         raise ValueError(f"{what} must have {len(places)} entries, one per parameter, got {len(found)}")
     directions: dict[int, list[Tensor | None]] = {id(table): [None] * len(table.params) for table in tables}
+    copies: list[Tensor] = []
+    sources: list[Tensor] = []
     for direction, (table, i) in zip(found, places, strict=True):
         if direction is not None:
             _check(f"{what}: the entry of {table.name(i)}", table, i, direction)
-            directions[id(table)][i] = _lay_out(table, i, direction)
+            # A copy, which the step owns: a method may return a gradient, or a tensor of its own.
+            copies.append(torch.empty_like(table.values[i]))
+            sources.append(as_real(local_of(placed_like(table.params[i], direction)).detach()))
+            directions[id(table)][i] = copies[-1]
+    if copies:
+        torch._foreach_copy_(copies, sources)
     for table in tables:
         mine = directions[id(table)]
         table.set_directions(mine)
@@ -128,9 +97,3 @@ def _check(what: str, table: TensorTable, i: int, direction: Any) -> None:
         raise ValueError(f"{what} is on {direction.device}")
     if direction.is_complex() != table.params[i].is_complex():
         raise ValueError(f"{what} has dtype {direction.dtype}")
-
-
-def _lay_out(table: TensorTable, i: int, direction: Tensor) -> Tensor:
-    """A copy, which the step owns: a method may return a gradient, or a tensor of its own."""
-    direction = local_of(placed_like(table.params[i], direction))
-    return torch.empty_like(table.values[i]).copy_(as_real(direction.detach()))

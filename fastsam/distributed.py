@@ -29,7 +29,7 @@ Sharding = tuple[str, ...]
 
 def is_distributed(tensor: Any) -> bool:
     """Whether it is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has one before it is imported
+    module = sys.modules.get("torch.distributed.tensor")  # there are no DTensors before it is imported
     return module is not None and isinstance(tensor, module.DTensor)
 
 
@@ -52,7 +52,7 @@ def local_grad(param: Tensor) -> Tensor | None:
         return grad
     if grad.placements != param.placements or grad.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
         grad = placed_like(param, grad)
-        param.grad = grad  # whoever reads it next would have to redistribute it again
+        param.grad = grad  # or the next reader would redistribute it again
     local: Tensor = local_of(grad)
     return local
 
@@ -85,7 +85,7 @@ def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
     A plain tensor is taken to be whole, and the same on every rank.
 
     Raises:
-        RuntimeError: it lives on another device mesh.
+        RuntimeError: it is on another device mesh.
     """
     if is_placed_like(param, tensor):
         return tensor
@@ -162,7 +162,7 @@ def place_of(param: Any) -> Place:
 
 
 def check_shards(params: Iterable[Any], shard_groups: ShardGroups, method: Method, zero: Any = None) -> None:
-    """Raises if parameters are shards of which nobody has said where the rest is, or not shaped as the method needs.
+    """Raises if parameters are shards without ``shard_groups``, or shards whose shape does not suit the method.
 
     Args:
         params: the parameters.
@@ -282,7 +282,7 @@ class GlobalSums:
         if not self._groups and parts:
             return parts[()]
         zero = torch.zeros(shape, dtype=torch.float64, device=device)
-        left: dict[Sharding, Tensor] = {self._own_sharding: zero}  # other ranks count on this one
+        left: dict[Sharding, Tensor] = {self._own_sharding: zero}  # other ranks wait for this one
         for sharding, part in parts.items():
             _add(left, sharding, part)
         for name in self._in_order(left):

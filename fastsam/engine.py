@@ -11,11 +11,12 @@ from torch import Tensor
 from fastsam.backends import Backend, operations
 from fastsam.bindings import StateBindings
 from fastsam.coefficients import Coefficients, divide_kept, whole_direction
-from fastsam.directions import choose_directions, draw_noise, set_displacements
+from fastsam.directions import choose_directions, set_displacements
 from fastsam.distributed import GlobalSums, ShardGroups, check_missing_grads, local_of
 from fastsam.groups import learning_rate
 from fastsam.methods import Method
-from fastsam.plan import Plan
+from fastsam.noise import draw_noise
+from fastsam.plan import KnownOptions, Plan
 from fastsam.precision import ascent_seed
 from fastsam.runtime.accumulation import AccumulationWatch
 from fastsam.runtime.grad_mode import untracked
@@ -47,6 +48,7 @@ class Engine:
         accumulation: warns of gradients that a closure adds to.
         sums: adds up over the ranks that hold other parts of the parameters.
         scaler: what a GradScaler has set for the coming update.
+        options: what the groups' options say.
     """
 
     def __init__(self, backend: str, method: Method, shard_groups: ShardGroups = None) -> None:
@@ -60,6 +62,7 @@ class Engine:
         self.is_constructed = False
         self.accumulation = AccumulationWatch()
         self.scaler: dict[str, Any] = {}
+        self.options = KnownOptions()
         self._writes = ForeignWrites()
         self._watched_builds = 0
         self._coefficients = Coefficients(method, self.sums)
@@ -115,6 +118,8 @@ class Engine:
                 check_missing_grads(param for group in plan.groups for param in group["params"])
                 raise RuntimeError("no parameter has a gradient; call backward() first")
             self._choose_perturbed(tables, plan, further)
+            if not further:
+                self._prepare_update(tables, plan)
             self._perturb(tables, self._plan_ascents(tables, plan, further))
             if self.method.needs_first_grads:
                 for table in tables:
@@ -136,7 +141,7 @@ class Engine:
                     among = [i for i, tensor in enumerate(table.rows[form.x]) if tensor is not None]
                 elif seed is not None:
                     among = [i for i, param in enumerate(table.params) if param.requires_grad]
-                table.choose_perturbed(plan.perturb, among)
+                table.choose_perturbed(plan.options.perturb, among)
         if self.method.has_direction:
             choose_directions(tables, self.method, further)
         for table in tables:
@@ -144,7 +149,7 @@ class Engine:
 
     def _plan_ascents(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> list[Ascent]:
         number = plan.micro_batch * self.method.ascents + self.ascents
-        options = [_for_ascent(mine, number) for mine in plan.ascent_options]
+        options = plan.options.ascent if number == 0 else [_for_ascent(mine, number) for mine in plan.options.ascent]
         backends = [self._backend(table) for table in tables]
         if self.method.ascent_form(further) is not None:
             self._norm = None
@@ -154,6 +159,11 @@ class Engine:
         if self.method.needs_first_grads:
             self._coefficients.note_norms(norms)
         return [Ascent(options, norms[table.device]) for table in tables]
+
+    def _prepare_update(self, tables: Sequence[TensorTable], plan: Plan) -> None:
+        kind, form = Update.NONE if plan.update is None else plan.update.kind, self.method.descent_form(ascended=True)
+        for table in tables:
+            self._backend(table).prepare_update(table, kind, form)
 
     def may_have_grads(self, present: Iterable[Any]) -> bool:
         """Whether any of ``present`` is true, or another rank may have gradients and count on this one."""
@@ -198,7 +208,7 @@ class Engine:
             set_displacements(tables, tensors, sum(len(group["params"]) for group in plan.groups))
             for table in tables:
                 self._bindings.bind_for_ascent(table, plan)
-            options = plan.ascent_options
+            options = plan.options.ascent
             self.is_displaced = True
             self._perturb(tables, [whole_direction(table, options) for table in tables])
         clear_weight_caches()
@@ -243,7 +253,7 @@ class Engine:
         with self.tables.holding_grads():
             tables = self.tables.read_grads(plan.groups)
             for table in tables:
-                table.choose_perturbed(plan.perturb, table.present)
+                table.choose_perturbed(plan.options.perturb, table.present)
             options = [AscentOptions(0.0, adaptive=False, maximize=False)] * len(plan.groups)
             norms = self._coefficients.norms([self._backend(table) for table in tables], tables, options)
         return next((norm for device, norm in norms.items() if device.type != "cpu"), next(iter(norms.values())))
@@ -304,6 +314,18 @@ class Engine:
                     param.sub_(move)
             self._writes.end()
 
+    @untracked
+    def combine_grads(self, plan: Plan) -> None:
+        """Restores the weights, without an update, and makes the gradients what the method gives the base."""
+        separate_grads(param for group in plan.groups for param in group["params"])
+        with self.tables.holding_grads():
+            self._read_grads_again()
+            tables = list(self.tables)
+            for table in tables:
+                table.gather()
+            self._prepare_base(tables, self._plan_descents(tables, plan))
+        self._end_step()
+
     def _plan_descents(self, tables: Sequence[TensorTable], plan: Plan) -> list[Descent] | None:
         form = self.method.descent_form(self.ascents > 0)
         if form is None:
@@ -319,7 +341,7 @@ class Engine:
         scales = [plan.scaler_scalars(table)[0] for table in tables]
         lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
         descents = self._coefficients.descents(
-            backends, tables, plan.ascent_options, plan.step, lrs, self.ascents > 0, scales
+            backends, tables, plan.options.ascent, plan.step, lrs, self.ascents > 0, scales
         )
         if form.keeps and self.ascents == 0 and plan.grad_scale is not None:
             for descent, scale in zip(descents or (), scales, strict=True):
@@ -329,11 +351,10 @@ class Engine:
     def _update(self, tables: Sequence[TensorTable], plan: Plan, descents: Sequence[Descent] | None) -> None:
         update = plan.update
         assert update is not None
-        options = [update.options(group) for group in plan.groups]
         for index, table in enumerate(tables):
             descent = None if descents is None else descents[index]
             scalars = plan.scaler_scalars(table)
-            self._backend(table).restore_and_update_(table, update.kind, options, descent, *scalars)
+            self._backend(table).restore_and_update_(table, update.kind, plan.options.update, descent, *scalars)
             table.is_perturbed = False
             table.scatter(table.written, state=True)
 
@@ -403,5 +424,5 @@ class Engine:
 
 
 def _for_ascent(options: AscentOptions, number: int) -> AscentOptions:
-    """The options with random numbers of their own for each ascent of a step."""
-    return options._replace(rounding_seed=ascent_seed(options.rounding_seed, number)) if number else options
+    """The options of a step's ascent ``number``, which has random numbers of its own."""
+    return options._replace(rounding_seed=ascent_seed(options.rounding_seed, number))

@@ -26,7 +26,7 @@ _OPTIONS = frozenset(GROUP_OPTIONS)
 
 def lacks_options(group: Mapping[str, Any]) -> bool:
     """Whether the base was given, or has loaded, the group without FastSAM."""
-    return any(name not in group for name in GROUP_OPTIONS)
+    return not group.keys() >= _OPTIONS
 
 
 def split_options(group: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -169,7 +169,7 @@ def _check_rho(rho: Any, *, read: bool = True) -> None:
         if not read:
             return
         rho = rho.item()
-    if not isinstance(rho, numbers.Real):
+    if not isinstance(rho, (float, numbers.Real)):  # to ask an abstract class takes longer
         raise TypeError(f"rho must be a number or a tensor with one element, got {type(rho).__name__}")
     if not 0 <= float(rho) < math.inf:
         raise ValueError(f"rho must be finite and >= 0, got {rho}")

@@ -46,7 +46,7 @@ class GradientSums:
             torch._foreach_mul_(list(self._sums.values()), 1 / count)
         for param in params:
             if param in self._copied and param.grad is not None:
-                param.grad.copy_(self._sums[param])  # it stays where somebody else looks for it
+                param.grad.copy_(self._sums[param])  # in the buffer of which it is a view
             else:
                 param.grad = self._sums.get(param)
         return bool(self._sums)

@@ -279,8 +279,9 @@ class FastSAM(StepPhases):
     def _step_by_micro_batches(self, closures: list[Closure]) -> list[Any]:
         if not closures:
             raise ValueError("step(): closures is empty; it must hold one closure for each micro-batch")
-        if not self.method.needs_first_pass or self.method.descent_form(ascended=True) is not None:
-            raise ValueError(f"step(closures=...) is not possible with {self.method}: its steps cannot be averaged")
+        descent = self.method.descent_form(ascended=True)
+        if reason := self.method.why_no_micro_batches:
+            raise ValueError(f"step(closures=...) is not possible with {self.method}, {reason}")
         if self._policy.statistics is not None:
             raise ValueError(
                 f"step(closures=...) is not possible with {self._policy.schedule}: the gradient at w is not computed"
@@ -301,7 +302,7 @@ class FastSAM(StepPhases):
                     again = closure if states is None else states.replayed(closure)
                     self._ascend_all_the_way(self._parallel.locally(again), number)
                     measured.append(record(losses[-1], self._run_second(again), self._engine.grad_norm))
-                    self._bring_back()
+                    self._bring_back(combine=descent is not None)
                 sums.add(self._parameters())
             if sums.hand_over(self._parameters(), len(closures)):
                 self._descend()

@@ -18,7 +18,7 @@ from fastsam.runtime.replay_rng import GeneratorStates
 from fastsam.runtime.scaler import name_way_to_clip
 from fastsam.schedules import is_schedule
 from fastsam.tables.memory import have_grads
-from fastsam.wrapper import BaseWrapper
+from fastsam.wrapper import BaseWrapper, check_group
 
 Closure = Callable[[], Any]
 
@@ -49,9 +49,13 @@ class StepPhases(BaseWrapper):
 
     # ---- perturb; restore and update ----
 
-    def _bring_back(self) -> None:
+    def _bring_back(self, combine: bool = False) -> None:
+        """Restores the weights; ``combine``: a method's descent then takes the gradients' place."""
         with DeferredInterrupts():
-            self._engine.restore()
+            if combine:
+                self._engine.combine_grads(self._plan())
+            else:
+                self._engine.restore()
             self._restore_statistics()
         self._parallel.note_restore()
 
@@ -66,21 +70,24 @@ class StepPhases(BaseWrapper):
     def _ascend(self, micro_batch: int = 0) -> None:
         """Norm, perturb."""
         self._complete_groups()
-        for group in self.param_groups:
-            self._check_group(group)
-        if self.method.needs_first_pass:
+        plan, method = self._plan(micro_batch), self.method
+        if not plan.options.are_checked:
+            for group in plan.groups:
+                check_group(type(self.base_optimizer), method, plan.update is not None, group)
+            plan.options.are_checked = True
+        if method.needs_first_pass:
             self._parallel.check_first_pass()
-        if self._statistics is not None and self.method.needs_first_pass and not self._engine.perturbed:
+        if self._statistics is not None and method.needs_first_pass and not self._engine.perturbed:
             self._statistics.save()
         try:
             with DeferredInterrupts():
-                self._engine.ascend(self._plan(micro_batch))
+                self._engine.ascend(plan)
             self._parallel.note_ascent()
         except BaseException:
             if not self._engine.perturbed:
                 self._restore_statistics()
             raise
-        if self.method.needs_first_grads:
+        if method.needs_first_grads:
             self._clear_grads()
 
     def _descend(self) -> None:
@@ -195,8 +202,9 @@ class StepPhases(BaseWrapper):
     def _plan(self, micro_batch: int = 0) -> Plan:
         step, scaler = self._step_count(), self._engine.scaler
         scale, found_inf = scaler.get("grad_scale"), scaler.get("found_inf")
-        rho_scale = self._policy.rho_scale(step)
-        return Plan(self.param_groups, self.state, step, self._update, scale, found_inf, micro_batch, rho_scale)
+        groups, update = self.param_groups, self._update
+        options = self._engine.options.of(groups, update, step, self._policy.rho_scale(step))
+        return Plan(groups, self.state, step, update, options, scale, found_inf, micro_batch)
 
     def _generator_states(self) -> GeneratorStates | None:
         return GeneratorStates(p.device for p in self._parameters()) if self._replay_rng else None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +14,83 @@ from torch import Tensor
 from fastsam.bases import FusedUpdate
 from fastsam.distributed import local_of, whole_of
 from fastsam.groups import ascent_options
-from fastsam.spec import AscentOptions, StateNames
+from fastsam.spec import AdamOptions, AscentOptions, SGDOptions, StateNames
 from fastsam.tables import TensorTable
 from fastsam.tables.state import OptimizerState
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class StepOptions:
+    """What the options of the parameter groups say in a step: each list has one entry per group.
+
+    Args:
+        groups: the parameter groups.
+        update: how the base runs fused; None: by its own ``step()``.
+        step: the number of the step, from 0.
+        rho_scale: what a schedule multiplies every rho by.
+
+    Attributes:
+        are_checked: whether somebody has found them to be possible.
+    """
+
+    def __init__(self, groups: Groups, update: FusedUpdate | None, step: int, rho_scale: float) -> None:
+        self._groups, self._update, self._step, self._rho_scale = groups, update, step, rho_scale
+        self.are_checked = False
+
+    @cached_property
+    def perturb(self) -> list[bool]:
+        """Whether each group is perturbed."""
+        return [bool(group["perturb"]) for group in self._groups]
+
+    @cached_property
+    def ascent(self) -> list[AscentOptions]:
+        """How the parameters of each group ascend."""
+        return [ascent_options(group, self._step, self._rho_scale) for group in self._groups]
+
+    @cached_property
+    def state_names(self) -> tuple[StateNames, ...]:
+        """What the base update keeps, for each group; nothing if it does not run fused."""
+        update = self._update
+        return () if update is None else tuple(update.state_names(group) for group in self._groups)
+
+    @cached_property
+    def update(self) -> list[SGDOptions | AdamOptions]:
+        """The base update's options; nothing if it does not run fused."""
+        return [] if self._update is None else [self._update.options(group) for group in self._groups]
+
+
+_IMMUTABLE = frozenset({float, int, bool, str, type(None)})
+
+
+class KnownOptions:
+    """The options of the step before, for as long as none of them becomes another object."""
+
+    def __init__(self) -> None:
+        self._options: StepOptions | None = None
+        self._objects: list[Any] = []  # kept: an identity is valid only while its object is alive
+        self._key: tuple[Any, ...] = ()
+
+    def of(self, groups: Groups, update: FusedUpdate | None, step: int, rho_scale: float) -> StepOptions:
+        """The options in this step."""
+        key = update, rho_scale
+        objects = list(chain.from_iterable(chain(group, group.values()) for group in groups))
+        is_known = key == self._key and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
+        if self._options is not None and is_known:
+            return self._options
+        options = StepOptions(groups, update, step, rho_scale)
+        # A schedule says something else in each step, and a list may be written to.
+        are_fixed = all(_is_fixed(name, value) for group in groups for name, value in group.items())
+        self._options, self._objects, self._key = (options, objects, key) if are_fixed else (None, [], ())
+        return options
+
+
+def _is_fixed(name: str, value: Any) -> bool:
+    """Whether an option stays what it is; of a tensor, which tensor it is."""
+    if isinstance(value, tuple):
+        return all(_is_fixed(name, entry) for entry in value)
+    # No option depends on the parameters and their names.
+    return type(value) in _IMMUTABLE or isinstance(value, Tensor) or name in ("params", "param_names")
 
 
 class Plan(NamedTuple):
@@ -25,37 +102,22 @@ class Plan(NamedTuple):
         step: the number of the step, from 0.
         update: how the base runs fused; None: by its own ``step()``.
         grad_scale, found_inf: a GradScaler's, or None.
+        options: what the groups' options say.
         micro_batch: which of the step's closures this is, each with an ascent of its own.
-        rho_scale: what a schedule multiplies every rho by.
     """
 
-    groups: Sequence[Mapping[str, Any]]
+    groups: Groups
     state: OptimizerState
     step: int
     update: FusedUpdate | None
+    options: StepOptions
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     micro_batch: int = 0
-    rho_scale: float = 1.0
-
-    @property
-    def state_names(self) -> list[StateNames]:
-        """What the base update keeps, for each group."""
-        return [] if self.update is None else [self.update.state_names(group) for group in self.groups]
-
-    @property
-    def ascent_options(self) -> list[AscentOptions]:
-        """How the parameters of each group ascend."""
-        return [ascent_options(group, self.step, self.rho_scale) for group in self.groups]
-
-    @property
-    def perturb(self) -> list[bool]:
-        """Whether each group is perturbed."""
-        return [bool(group["perturb"]) for group in self.groups]
 
     def would_move(self, table: TensorTable) -> list[int]:
         """The indices of a table's parameters that an ascent by their gradients would perturb."""
-        perturb = self.perturb
+        perturb = self.options.perturb
         return [i for i in table.present if perturb[table.groups[i]]]
 
     def unscale_grads(self) -> None:

@@ -87,4 +87,4 @@ class Policy:
 
 def _is_zero(rho: Any) -> bool:
     """Whether rho is the number 0; tensors are not read."""
-    return isinstance(rho, Real) and rho == 0
+    return isinstance(rho, (float, Real)) and rho == 0

@@ -85,6 +85,9 @@ class AdamOptions(NamedTuple):
     rounding_seed: int = 0
 
 
+BaseOptions = SGDOptions | AdamOptions
+"""Those of a base that runs fused."""
+
 TENSOR_OPTIONS = frozenset({"rho", "lr", "beta1", "beta2"})
 """The options that may be tensors on an accelerator, which kernels then read there."""
 

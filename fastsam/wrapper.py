@@ -189,7 +189,7 @@ class BaseWrapper(Optimizer):
         _living.add(self)
         base, method = self.base_optimizer, self.method
         self._engine.watch(self._parameters())
-        LoadHooks(base, method, functools.partial(_check_group, type(base), method, type(base) in FUSED))
+        LoadHooks(base, method, functools.partial(check_group, type(base), method, type(base) in FUSED))
 
     def _complete_groups(self) -> None:
         """Gives FastSAM's options to groups that the base was given, or has loaded, by itself."""
@@ -210,11 +210,11 @@ class BaseWrapper(Optimizer):
             resolve(self.backend, device_type)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        _check_group(type(self.base_optimizer), self.method, self._update is not None, group)
+        check_group(type(self.base_optimizer), self.method, self._update is not None, group)
 
     def _step_count(self) -> int:
         # A group that was added later, or put first, has no count yet.
-        return max((int(group.get(STEP_COUNT, 0)) for group in self.param_groups), default=0)
+        return int(max([group[STEP_COUNT] for group in self.param_groups if STEP_COUNT in group], default=0))
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._engine.perturbed:
@@ -241,6 +241,7 @@ def refuse_groups_of_others(params: Any) -> None:
             )
 
 
-def _check_group(base: type[Optimizer], method: methods.Method, fused: bool, group: Mapping[str, Any]) -> None:
+def check_group(base: type[Optimizer], method: methods.Method, fused: bool, group: Mapping[str, Any]) -> None:
+    """Raises if a group's options are not possible; ``fused``: whether the base runs on the backends."""
     check_precision(group, base, fused=fused)
     method.check_group(base, group, fused=fused)

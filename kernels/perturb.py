@@ -9,7 +9,7 @@ import triton.language as tl
 from fastsam import spec
 
 from .maths import mapped, times
-from .rounding import DRAW_ASCENT, is_rounding, random_stream, stored, widened
+from .rounding import DRAW_ASCENT, is_rounding, random_numbers, stored, widened
 from .walk import (
     BACKUP,
     PARAM,
@@ -57,7 +57,7 @@ def _perturbation(x, y, param, coefficients, Y: tl.constexpr, MAP: tl.constexpr)
 @triton.jit
 def _perturb_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr):
     param_ptr, backup_ptr, x_ptr, y_ptr = pointers
-    coefficients, stays, stream = arguments
+    coefficients, stays, rng = arguments
     Y: tl.constexpr = CONSTANTS[0]
     MAP: tl.constexpr = CONSTANTS[1]
     opmath: tl.constexpr = coefficients[0].dtype
@@ -81,7 +81,7 @@ def _perturb_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexp
         tl.store(backup_ptr + at, origin, mask=is_edited if mask is None else is_edited & mask)
     perturbed = origin + _perturbation(x, y, exact, coefficients, Y, MAP)
     # Coefficients of 0 select: 0 * inf would be NaN.
-    perturbed = tl.where(stays, param, stored(perturbed, param.dtype, stream, DRAW_ASCENT, at))
+    perturbed = tl.where(stays, param, stored(perturbed, param.dtype, rng, DRAW_ASCENT, at))
     tl.store(param_ptr + at, perturbed, mask=mask)
     return sums
 
@@ -116,7 +116,7 @@ def perturb_kernel(
     positions_ptr,
     tensor_count,
     DTYPE: tl.constexpr,
-    KEPT: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
     OPMATH: tl.constexpr,
     FIELDS: tl.constexpr,
     X: tl.constexpr,
@@ -138,11 +138,11 @@ def perturb_kernel(
             the whole parameters; None: rounding is to nearest.
         tensor_count: of the table.
         DTYPE: of the table.
-        KEPT: float32 where there are masters, else ``DTYPE``: what backups and state are in.
+        STATE_DTYPE: float32 where there are masters, else ``DTYPE``: what backups and state are in.
         OPMATH: of the arithmetic.
         FIELDS: options per group.
         X: the row of x.
-        X_DTYPE: of x: ``DTYPE`` or ``KEPT``.
+        X_DTYPE: of x: ``DTYPE`` or ``STATE_DTYPE``.
         Y: the row of y, NONE, or PERTURBATION: the backup is only read.
         Y_DTYPE: of y, in the same way.
         MAP: of x.
@@ -151,7 +151,7 @@ def perturb_kernel(
     # Backward: what the norm or the dots read last is still in the cache.
     tensor, start, length, group = read_chunk(chunks_ptr, tl.num_programs(0) - 1 - tl.program_id(0))
     param = element_address(addresses_ptr, PARAM, tensor, tensor_count, start, DTYPE)
-    backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, KEPT)
+    backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, STATE_DTYPE)
     x = element_address(addresses_ptr, X, tensor, tensor_count, start, X_DTYPE)
     # What has no x stays; what has no y has a B of 0. Memory of their dtype is read in their place.
     is_moved = x != 0
@@ -163,23 +163,23 @@ def perturb_kernel(
         has_y = y != 0
         y = tl.where(has_y, y, param if Y_DTYPE == DTYPE else backup)
     if backup != 0:
-        stream = ()
+        rng = ()
         if positions_ptr is not None:
             seed = read_number(options_ptr, group * FIELDS + 3)
             step = read_step(addresses_ptr, tensor, tensor_count)
             counted = start + tl.load(positions_ptr + tensor_count + tensor)
-            stream = random_stream(seed, tl.load(positions_ptr + tensor), step, counted)
+            rng = random_numbers(seed, tl.load(positions_ptr + tensor), step, counted)
         addresses = param, backup, x, y
-        dtypes: tl.constexpr = (DTYPE, KEPT, X_DTYPE, Y_DTYPE)
+        dtypes: tl.constexpr = (DTYPE, STATE_DTYPE, X_DTYPE, Y_DTYPE)
         if norm_ptr is not None:
             rho, maximize = read_option(options_ptr, group * FIELDS), read_number(options_ptr, group * FIELDS + 2)
             a = _scale_by_norm(tl.load(norm_ptr), rho, maximize).to(OPMATH)
-            arguments = (a, a, a, a), (a == 0) | (is_moved == 0), stream
+            arguments = (a, a, a, a), (a == 0) | (is_moved == 0), rng
             if read_number(options_ptr, group * FIELDS + 1) != 0:
                 walk(_perturb_element, addresses, dtypes, arguments, (NONE, _PLAIN_ADAPTIVE), length, 0, BLOCK)
             else:
                 walk(_perturb_element, addresses, dtypes, arguments, (NONE, _PLAIN), length, 0, BLOCK)
         else:
             coefficients, stays = _read_coefficients(coefficients_ptr, tensor, has_y, OPMATH, Y)
-            arguments = coefficients, stays | (is_moved == 0), stream
+            arguments = coefficients, stays | (is_moved == 0), rng
             walk(_perturb_element, addresses, dtypes, arguments, (Y, MAP), length, 0, BLOCK)

@@ -207,7 +207,7 @@ def dots_kernel(
     finished_ptr,
     tensor_count,
     DTYPE: tl.constexpr,
-    KEPT: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
     OPMATH: tl.constexpr,
     X: tl.constexpr,
     X_DTYPE: tl.constexpr,
@@ -229,10 +229,10 @@ def dots_kernel(
         finished_ptr: int32 ``(tensor_count,)``, 0: counts the programs of each tensor.
         tensor_count: of the table.
         DTYPE: of the table.
-        KEPT: float32 where there are masters, else ``DTYPE``: what backups are in.
+        STATE_DTYPE: float32 where there are masters, else ``DTYPE``: what backups are in.
         OPMATH: of the arithmetic.
         X: the row of x.
-        X_DTYPE: of x: ``DTYPE`` or ``KEPT``.
+        X_DTYPE: of x: ``DTYPE`` or ``STATE_DTYPE``.
         Y: the row of y, NONE or PERTURBATION.
         Y_DTYPE: of y, in the same way.
         MAP: of x.
@@ -242,7 +242,7 @@ def dots_kernel(
     chunk = tl.program_id(0)
     tensor, start, length, _ = read_chunk(chunks_ptr, chunk)
     param = element_address(addresses_ptr, PARAM, tensor, tensor_count, start, DTYPE)
-    backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, KEPT)
+    backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, STATE_DTYPE)
     x = element_address(addresses_ptr, X, tensor, tensor_count, start, X_DTYPE)
     y = x
     if Y >= 0:
@@ -264,7 +264,7 @@ def dots_kernel(
     square, product, other = walk(
         _product_element,
         addresses,
-        (X_DTYPE, Y_DTYPE, DTYPE, KEPT),
+        (X_DTYPE, Y_DTYPE, DTYPE, STATE_DTYPE),
         (scale, term),
         (OPMATH, Y, MAP),
         tl.where(takes_part, length, 0),

@@ -1,7 +1,7 @@
 """To the arithmetic's dtype at a load, and back at a store: to nearest, or stochastically.
 
 The random words are those of every backend: integer functions of the seed, the tensor's position and step, the word's
-number and the element; two draws share a word. Where rounding is to nearest, ``stream`` is empty.
+number and the element; two draws share a word. Where rounding is to nearest, ``rng`` is empty.
 """
 
 import triton
@@ -51,16 +51,16 @@ def rounded(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def stored(value, DTYPE: tl.constexpr, stream, DRAW: tl.constexpr, at):
-    """``value`` as it is stored: rounded by the numbers of ``DRAW`` for the elements ``at`` of the stream's chunk."""
-    if len(stream) == 0:
+def stored(value, DTYPE: tl.constexpr, rng, DRAW: tl.constexpr, at):
+    """``value`` as it is stored: rounded by the numbers of ``DRAW`` for the elements ``at`` of the chunk of ``rng``."""
+    if len(rng) == 0:
         return rounded(value, DTYPE)
     else:
-        return stochastically_rounded(value, random_bits(stream, DRAW, at), DTYPE)
+        return stochastically_rounded(value, random_bits(rng, DRAW, at), DTYPE)
 
 
 @triton.jit
-def random_stream(seed, position, step, start):
+def random_numbers(seed, position, step, start):
     """What the random numbers of one chunk have in common, which begins at element ``start`` (64 bits)."""
     seed = seed.to(tl.uint32)
     step = step.to(tl.uint32)
@@ -71,9 +71,9 @@ def random_stream(seed, position, step, start):
 
 
 @triton.jit
-def random_bits(stream, DRAW: tl.constexpr, at):
+def random_bits(rng, DRAW: tl.constexpr, at):
     """32 random bits for each of the elements ``at`` of a chunk, which no multiple of 2**32 divides."""
-    low_key, high_key, step, word, first, far = stream
+    low_key, high_key, step, word, first, far = rng
     word += DRAW // 2
     low_key, high_key = _mixed(low_key ^ word), _mixed(_mixed(high_key ^ word) ^ step)
     bits = _mixed(_mixed((first + at.to(tl.uint32)) ^ low_key) ^ core.add(high_key, far, sanitize_overflow=False))
@@ -85,7 +85,7 @@ def random_bits(stream, DRAW: tl.constexpr, at):
 
 @triton.jit
 def _mixed(bits):
-    """lowbias32: a bijection that looks like chance (C. Wellons, https://nullprogram.com/blog/2018/07/31/)."""
+    """lowbias32: a bijection whose results look random (C. Wellons, https://nullprogram.com/blog/2018/07/31/)."""
     bits ^= bits >> 16
     bits = core.mul(bits, 0x7FEB352D, sanitize_overflow=False)
     bits ^= bits >> 15

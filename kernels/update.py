@@ -9,7 +9,7 @@ import triton.language as tl
 from fastsam import spec
 
 from .maths import adam, power, sgd, times
-from .rounding import DRAW_METHOD_STATE, DRAW_STATE, DRAW_WEIGHT, is_rounding, random_stream, rounded, stored, widened
+from .rounding import DRAW_METHOD_STATE, DRAW_STATE, DRAW_WEIGHT, is_rounding, random_numbers, rounded, stored, widened
 from .walk import (
     BACKUP,
     FIRST_GRAD,
@@ -70,10 +70,10 @@ def _load_weights(param_ptr, source_ptr, at, is_perturbed, mask, OPMATH: tl.cons
 
 
 @triton.jit
-def _store_weights(param_ptr, source_ptr, at, weights, stream, mask):
+def _store_weights(param_ptr, source_ptr, at, weights, rng, mask):
     if source_ptr.dtype != param_ptr.dtype:
         tl.store(source_ptr + at, weights, mask=mask)
-    tl.store(param_ptr + at, stored(weights, param_ptr.dtype.element_ty, stream, DRAW_WEIGHT, at), mask=mask)
+    tl.store(param_ptr + at, stored(weights, param_ptr.dtype.element_ty, rng, DRAW_WEIGHT, at), mask=mask)
 
 
 @triton.jit
@@ -85,9 +85,9 @@ def _load_state(pointers, at, mask, SLOTS: tl.constexpr, OPMATH: tl.constexpr):
 
 
 @triton.jit
-def _store_state(pointers, at, state, stream, mask, SLOTS: tl.constexpr):
+def _store_state(pointers, at, state, rng, mask, SLOTS: tl.constexpr):
     for slot in tl.static_range(SLOTS):
-        value = stored(state[slot], pointers[slot].dtype.element_ty, stream, DRAW_STATE + slot, at)
+        value = stored(state[slot], pointers[slot].dtype.element_ty, rng, DRAW_STATE + slot, at)
         tl.store(pointers[slot] + at, value, mask=mask)
 
 
@@ -157,18 +157,18 @@ def _read_coefficients(coefficients_ptr, tensor, takes_part, OPMATH: tl.constexp
 
 
 @triton.jit
-def _update_method_state(first_ptr, method_state_ptr, at, x, coefficients, stream, mask):
+def _update_method_state(first_ptr, method_state_ptr, at, x, coefficients, rng, mask):
     total = times(coefficients[2], x) + times(coefficients[3], widened(tl.load(first_ptr + at, mask=mask), x.dtype))
     total += times(coefficients[4], widened(tl.load(method_state_ptr + at, mask=mask), x.dtype))
     dtype: tl.constexpr = method_state_ptr.dtype.element_ty
-    tl.store(method_state_ptr + at, stored(total, dtype, stream, DRAW_METHOD_STATE, at), mask=mask)
+    tl.store(method_state_ptr + at, stored(total, dtype, rng, DRAW_METHOD_STATE, at), mask=mask)
 
 
 @triton.jit
 def _update_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr):
     """``w <- update(source, A * x + B * y, state) - decoupled``, and the method's state; x is the gradient."""
     param_ptr, source_ptr, grad_ptr, y_ptr, first_ptr, method_state_ptr = pointers[:6]
-    options, is_perturbed, stream, coefficients, takes_part = arguments
+    options, is_perturbed, rng, coefficients, takes_part = arguments
     UPDATE: tl.constexpr = CONSTANTS[0]
     SLOTS: tl.constexpr = CONSTANTS[1]
     Y: tl.constexpr = CONSTANTS[2]
@@ -188,15 +188,15 @@ def _update_element(pointers, at, mask, arguments, sums, CONSTANTS: tl.constexpr
         param -= times(coefficients[5], x) + times(coefficients[6], y)
     if KEEPS:  # noqa: SIM102 (compile time, then run time)
         if takes_part:
-            _update_method_state(first_ptr, method_state_ptr, at, x, coefficients, stream, mask)
-    _store_state(pointers[6:], at, state, stream, mask, SLOTS)
-    _store_weights(param_ptr, source_ptr, at, param, stream, mask)
+            _update_method_state(first_ptr, method_state_ptr, at, x, coefficients, rng, mask)
+    _store_state(pointers[6:], at, state, rng, mask, SLOTS)
+    _store_weights(param_ptr, source_ptr, at, param, rng, mask)
     return sums
 
 
 @triton.jit
 def _prepare_element(pointers, at, mask, coefficients, sums, CONSTANTS: tl.constexpr):
-    """For a base that runs by itself: the gradient becomes ``A * x + B * y``, the first one what is decoupled."""
+    """For an unfused base: the gradient becomes ``A * x + B * y``, the first one the decoupled part."""
     grad_ptr, y_ptr, first_ptr, method_state_ptr = pointers
     Y: tl.constexpr = CONSTANTS[0]
     KEEPS: tl.constexpr = CONSTANTS[1]
@@ -218,12 +218,12 @@ def _prepare_element(pointers, at, mask, coefficients, sums, CONSTANTS: tl.const
 
 
 @triton.jit
-def _moment_addresses(addresses_ptr, tensor, tensor_count, start, KEPT: tl.constexpr, MOMENTS: tl.constexpr):
+def _moment_addresses(addresses_ptr, tensor, tensor_count, start, STATE_DTYPE: tl.constexpr, MOMENTS: tl.constexpr):
     """Of the state slots, as many as the update has; 0 for the others."""
     moments = ()
     for slot in tl.static_range(STATE_SLOTS):
         if slot < MOMENTS:
-            address = element_address(addresses_ptr, STATE + slot, tensor, tensor_count, start, KEPT)
+            address = element_address(addresses_ptr, STATE + slot, tensor, tensor_count, start, STATE_DTYPE)
         else:
             address = tl.zeros_like(start)
         moments = moments + (address,)  # noqa: RUF005
@@ -266,7 +266,7 @@ def restore_and_update_kernel(
     finished_ptr,
     tensor_count,
     DTYPE: tl.constexpr,
-    KEPT: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
     OPMATH: tl.constexpr,
     FIELDS: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -280,7 +280,7 @@ def restore_and_update_kernel(
     """``w <- update(backup, A * x + B * y, state)``, or ``w <- backup`` without a gradient or after an overflow.
 
     One program per chunk; the last of them advances the steps. Without an update (NO_UPDATE), weights are restored, and
-    gradients prepared for a base that runs by itself.
+    gradients prepared for an unfused base.
 
     Args:
         addresses_ptr: int64 ``(ROWS, tensor_count)``.
@@ -294,20 +294,20 @@ def restore_and_update_kernel(
         finished_ptr: int32, 0.
         tensor_count: of the table.
         DTYPE: of the table.
-        KEPT: float32 where there are masters, else ``DTYPE``: what backups and state are in.
+        STATE_DTYPE: float32 where there are masters, else ``DTYPE``: what backups and state are in.
         OPMATH: of the arithmetic.
         FIELDS: options per group.
         UPDATE: which base update.
         MOMENTS: the most state slots that it has.
         Y: the row of y, or NONE.
-        Y_DTYPE: of y: ``DTYPE`` or ``KEPT``.
+        Y_DTYPE: of y: ``DTYPE`` or ``STATE_DTYPE``.
         KEEPS: whether the method keeps state.
         DECOUPLED: whether ``w`` also moves past the base update.
         BLOCK: elements that are walked at a time.
     """
     tensor, start, length, group = read_chunk(chunks_ptr, tl.program_id(0))
     param = element_address(addresses_ptr, PARAM, tensor, tensor_count, start, DTYPE)
-    backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, KEPT)
+    backup = element_address(addresses_ptr, BACKUP, tensor, tensor_count, start, STATE_DTYPE)
     grad = element_address(addresses_ptr, GRAD, tensor, tensor_count, start, DTYPE)
     absent = tl.zeros_like(param)
     y, first, method_state, takes_part = absent, absent, absent, grad != 0
@@ -316,7 +316,7 @@ def restore_and_update_kernel(
         takes_part &= y != 0
     if KEEPS:
         first = element_address(addresses_ptr, FIRST_GRAD, tensor, tensor_count, start, DTYPE)
-        method_state = element_address(addresses_ptr, METHOD_STATE, tensor, tensor_count, start, KEPT)
+        method_state = element_address(addresses_ptr, METHOD_STATE, tensor, tensor_count, start, STATE_DTYPE)
         takes_part &= (first != 0) & (method_state != 0)
     elif DECOUPLED and UPDATE == NO_UPDATE:
         first = element_address(addresses_ptr, FIRST_GRAD, tensor, tensor_count, start, DTYPE)
@@ -325,39 +325,49 @@ def restore_and_update_kernel(
         coefficients = _read_coefficients(coefficients_ptr, tensor, takes_part, OPMATH, Y)
     if UPDATE == NO_UPDATE:
         if backup != 0:
-            walk(_restore_element, (param, backup), (DTYPE, KEPT), (), (), length, 0, BLOCK)
+            walk(_restore_element, (param, backup), (DTYPE, STATE_DTYPE), (), (), length, 0, BLOCK)
         if coefficients_ptr is not None:  # noqa: SIM102
             if takes_part:
                 addresses = grad, y, first, method_state
-                dtypes: tl.constexpr = (DTYPE, Y_DTYPE, DTYPE, KEPT)
+                dtypes: tl.constexpr = (DTYPE, Y_DTYPE, DTYPE, STATE_DTYPE)
                 walk(_prepare_element, addresses, dtypes, coefficients, (Y, KEEPS, DECOUPLED), length, 0, BLOCK)
     else:
         is_committed = tl.load(found_inf_ptr) == 0
         if (grad != 0) & is_committed:
             source = tl.where(backup == 0, param, backup)
-            if DTYPE != KEPT:
-                source = element_address(addresses_ptr, MASTER, tensor, tensor_count, start, KEPT)
+            if DTYPE != STATE_DTYPE:
+                source = element_address(addresses_ptr, MASTER, tensor, tensor_count, start, STATE_DTYPE)
             step = read_step(addresses_ptr, tensor, tensor_count)
             if UPDATE == SGD:
                 options = _read_sgd_options(options_ptr, group * FIELDS, grad_scale_ptr, step, OPMATH)
             else:
                 options = _read_adam_options(options_ptr, group * FIELDS, grad_scale_ptr, step, OPMATH)
-            stream = ()
+            rng = ()
             if positions_ptr is not None:
                 # The seed is the last option.
                 seed = read_number(options_ptr, group * FIELDS + FIELDS - 1)
                 counted = start + tl.load(positions_ptr + tensor_count + tensor)
-                stream = random_stream(seed, tl.load(positions_ptr + tensor), step, counted)
+                rng = random_numbers(seed, tl.load(positions_ptr + tensor), step, counted)
             if KEEPS:
                 method_state = tl.where(takes_part, method_state, 0)
                 first = tl.where(takes_part, first, 0)
             if Y != NONE:
                 # Memory of its dtype, where there is none.
                 y = tl.where(takes_part, y, grad if Y_DTYPE == DTYPE else source)
-            moments = _moment_addresses(addresses_ptr, tensor, tensor_count, start, KEPT, MOMENTS)
+            moments = _moment_addresses(addresses_ptr, tensor, tensor_count, start, STATE_DTYPE, MOMENTS)
             addresses = (param, source, grad, y, first, method_state) + moments  # noqa: RUF005 (Triton has no unpacking)
-            dtypes: tl.constexpr = (DTYPE, KEPT, DTYPE, Y_DTYPE, DTYPE, KEPT, KEPT, KEPT, KEPT)
-            arguments = options, (backup != 0).to(tl.int32), stream, coefficients, takes_part
+            dtypes: tl.constexpr = (
+                DTYPE,
+                STATE_DTYPE,
+                DTYPE,
+                Y_DTYPE,
+                DTYPE,
+                STATE_DTYPE,
+                STATE_DTYPE,
+                STATE_DTYPE,
+                STATE_DTYPE,
+            )
+            arguments = options, (backup != 0).to(tl.int32), rng, coefficients, takes_part
             # Without its last moment: plain SGD, or Adam without amsgrad.
             if moments[MOMENTS - 1] != 0:
                 constants: tl.constexpr = (UPDATE, MOMENTS, Y, KEEPS, DECOUPLED)
@@ -366,7 +376,7 @@ def restore_and_update_kernel(
                 fewer: tl.constexpr = (UPDATE, MOMENTS - 1, Y, KEEPS, DECOUPLED)
                 walk(_update_element, addresses, dtypes, arguments, fewer, length, 0, BLOCK)
         elif backup != 0:
-            walk(_restore_element, (param, backup), (DTYPE, KEPT), (), (), length, 0, BLOCK)
+            walk(_restore_element, (param, backup), (DTYPE, STATE_DTYPE), (), (), length, 0, BLOCK)
         is_last = is_last_to_finish(finished_ptr, tl.num_programs(0))
         if is_last & is_committed:
             _advance_steps(addresses_ptr, tensor_count)

@@ -42,6 +42,12 @@ def assert_same_bits(actual, expected, what="") -> None:
     assert not different.any(), f"{what}: {int(different.sum())} of {different.numel()} differ in bits"
 
 
+def assert_all_close(actual, expected, **tolerance) -> None:
+    """Lists of tensors, by ``torch.testing.assert_close``."""
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.detach(), other.detach(), **tolerance)
+
+
 def assert_within(actual, expected, start, what="", term=None, *, stochastic=False) -> None:
     """Invariant 3: within ``4 * eps * max(|w|, |dw|)``, element by element, of what is expected from ``start``.
 

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,9 @@ importlib.import_module("triton_interpreter").set_up()
 import pairs  # noqa: E402
 from internals import BACKENDS, BackendUnavailable, load  # noqa: E402
 
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+# FASTSAM_TEST_DEVICES: only these, for a machine with a GPU that is there for minutes.
+ASKED_FOR = os.environ.get("FASTSAM_TEST_DEVICES", "cpu,cuda").split(",")
+DEVICES = tuple(name for name in ("cpu", "cuda") if name in ASKED_FOR and (name == "cpu" or torch.cuda.is_available()))
 # Backends that must be able to run: "native", on some device that is here; "native:cuda", on that one.
 REQUIRED = frozenset(filter(None, map(str.strip, os.environ.get("FASTSAM_REQUIRE_BACKENDS", "").split(","))))
 # Folders of which the default run takes pairs of values instead of every combination: pairs that meet in some test of
@@ -141,6 +144,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is a KeyboardInterrupt here even where the test run ignores it, as one in the background does."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, previous)
 
 
 def _unavailable(name, device_type):

@@ -4,13 +4,10 @@ import collections
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from gpu_steps import CountingSyncs, allow_uploads_of_graphs_alone, hide_the_host
 
 from fastsam.backends import triton_gpu
 from fastsam.runtime import streams
-
-# What waits for an accelerator.
-SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
 
 
 class FakeGPU:
@@ -57,19 +54,6 @@ class FakeGPU:
         return list(self.launches), self.compiled, dict(self.syncs)
 
 
-class CountingSyncs(TorchDispatchMode):
-    """Counts operators that wait for an accelerator, into ``counter``."""
-
-    def __init__(self, counter):
-        super().__init__()
-        self.counter = counter
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._schema.name in SYNCS:
-            self.counter[function._schema.name] += 1
-        return function(*args, **(kwargs or {}))
-
-
 def uploads(optimizer):
     """How many copies the optimizer's tables have sent up so far."""
     tables = optimizer._engine.tables
@@ -88,8 +72,10 @@ def fake_gpu(monkeypatch):
         return known[self]
 
     known = {}
+    hide_the_host(monkeypatch)
     monkeypatch.setattr(kernels, "interpreted", False)
     monkeypatch.setattr(kernels.Kernel, "prepare", prepare)
     monkeypatch.setattr(triton_gpu, "unsupported_reason", lambda request: "")
     monkeypatch.setattr(streams, "is_capturing", lambda device: fake.capturing)
+    allow_uploads_of_graphs_alone(monkeypatch)
     return fake

@@ -1,4 +1,4 @@
-"""Carries a fuzzed program out and checks every step of it against the fp64 oracle, from the state it started in.
+"""Runs a fuzzed program and checks each step against the fp64 oracle. One file: every operation shares one state.
 
 The machine remembers what the last step has left. Nothing but a step may change it, so that an operation that loses or
 mixes up state is found before the oracle starts from it.

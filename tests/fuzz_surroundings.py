@@ -1,4 +1,4 @@
-"""Carries out lives of an optimizer (fuzz_lives.py).
+"""Runs lives of an optimizer (fuzz_lives.py). One file: every operation shares one optimizer and its twin.
 
 A life's twin, plain and undisturbed, takes the same steps by ``step(closure)``: both must have the same weights after
 every operation.
@@ -194,7 +194,7 @@ class Subject:
     def may_average(self):
         """Micro-batches have perturbations of their own, and so roundings of their own."""
         method = self.life.method
-        averages = method.needs_first_pass and method.descent_form(ascended=True) is None
+        averages = not method.why_no_micro_batches
         return averages and not isinstance(method, methods.ESAM) and self.life.precision != "stochastic"
 
     def in_two_phases(self, way, gradients):

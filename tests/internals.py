@@ -1,6 +1,5 @@
 """What the tests of the public face reach inside the package for: faults to inject, and what no public name shows."""
 
-import torch
 from torch import Tensor
 
 from fastsam import phases
@@ -16,7 +15,6 @@ from fastsam.backends import (
     triton_gpu,
 )
 from fastsam.bases import FUSED as FUSED_CLASSES
-from fastsam.coefficients import Coefficients
 from fastsam.precision import PRECISION_OPTIONS
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.replay_rng import GeneratorStates
@@ -37,7 +35,7 @@ __all__ = [
     "Request",
     "backups",
     "base_step",
-    "coefficient_phases",
+    "directions",
     "first_gradients",
     "foreach",
     "load",
@@ -47,7 +45,6 @@ __all__ = [
     "resolve",
     "table_count",
     "table_params",
-    "unavailable",
     "update_operations",
 ]
 
@@ -59,23 +56,12 @@ WORK_FILES = ("tables", "backends")
 
 # (object, attribute) of the functions that begin the update: the state is published, the base's own step runs.
 publish_state = (StateSlots, "publish")
-# Those that compute a method's coefficients in each phase.
-coefficient_phases = [(Coefficients, "ascents"), (Coefficients, "descents")]
 base_step = (phases, "run_step")
 
 
 def update_operations(operations) -> list[tuple[object, str]]:
     """(module, attribute) of the fused updates that a step with the backend ``operations`` may run."""
     return [(module, name) for module in {operations, foreach} for name in UPDATE_OPERATIONS]
-
-
-def unavailable(backend: str, device: torch.device, method) -> str:
-    """Why ``backend`` cannot run ``method``; empty if it can."""
-    try:
-        resolve(backend, device.type)
-    except BackendUnavailable as reason:
-        return str(reason)
-    return ""
 
 
 def table_params(table: TensorTable) -> list[Tensor]:
@@ -95,3 +81,8 @@ def backups(optimizer) -> list[Tensor]:
 def first_gradients(optimizer) -> list[Tensor | None]:
     """The first pass's gradients that are held for the update."""
     return [tensor for table in optimizer._engine.tables for tensor in table.first_grads]
+
+
+def directions(optimizer) -> list[Tensor | None]:
+    """The directions of ascent that are held for the step."""
+    return [tensor for table in optimizer._engine.tables for tensor in table.directions]

@@ -172,7 +172,8 @@ def friendly(weights, gradient, groups, memory, sigma=1.0):
 def gradient_norm_penalty(weights, gradient, groups, memory, alpha=0.8):
     """Zhao et al. 2022 (arXiv:2202.03599), algorithm 1."""
     g, g_p = both_gradients(weights, gradient, groups)
-    return [(1 - alpha) * x + alpha * p for x, p in zip(g, g_p, strict=True)]
+    mixed = [(1 - alpha) * x + alpha * p for x, p in zip(g, g_p, strict=True)]
+    return [p if group["rho"] == 0 else m for group, p, m in zip(groups, g_p, mixed, strict=True)]
 
 
 def vasso_average(g, memory, theta=0.9):

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from fastsam.kernels.rounding import random_bits, random_stream, stochastically_rounded
+from fastsam.kernels.rounding import random_bits, random_numbers, stochastically_rounded
 
 
 @triton.jit
 def random_bits_kernel(bits_ptr, seed_ptr, position_ptr, step_ptr, start_ptr, DRAW: tl.constexpr, COUNT: tl.constexpr):
     """What is drawn for ``COUNT`` elements from ``start`` on, as int64."""
-    stream = random_stream(tl.load(seed_ptr), tl.load(position_ptr), tl.load(step_ptr), tl.load(start_ptr))
+    rng = random_numbers(tl.load(seed_ptr), tl.load(position_ptr), tl.load(step_ptr), tl.load(start_ptr))
     at = tl.arange(0, COUNT)
-    tl.store(bits_ptr + at, random_bits(stream, DRAW, at).to(tl.int64))
+    tl.store(bits_ptr + at, random_bits(rng, DRAW, at).to(tl.int64))
 
 
 @triton.jit

@@ -149,7 +149,8 @@ def differences(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str
 def main() -> None:
     """Runs both versions and compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="folders that hold fastsam/")
+    parser.add_argument("before", type=Path, metavar="BEFORE", help="a folder that holds fastsam/")
+    parser.add_argument("after", type=Path, metavar="AFTER", help="another one")
     parser.add_argument("-k", default="", metavar="PART", help="trajectories whose name contains PART")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -158,9 +159,10 @@ def main() -> None:
         return
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, version in enumerate(options.versions):
+        versions = options.before, options.after
+        for number, version in enumerate(versions):
             file = Path(folder) / f"{number}.pt"
-            arguments = [*map(str, options.versions), "-k", options.k, "--record", str(file)]
+            arguments = [*map(str, versions), "-k", options.k, "--record", str(file)]
             environment = os.environ | {"PYTHONPATH": str(version.resolve())}
             subprocess.run([sys.executable, __file__, *arguments], env=environment, check=True)
             results.append(torch.load(file))

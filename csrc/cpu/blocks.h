@@ -16,16 +16,16 @@ namespace fastsam::cpu {
 
 // Bytes of one role's tensors above which results bypass the cache: they would be evicted before they are read again,
 // and a cached store reads the line first.
-constexpr int64_t kStreamFromBytes = int64_t{16} << 20;
+constexpr int64_t kBypassFromBytes = int64_t{16} << 20;
 
-inline bool should_stream(const TensorTable& table, int64_t element_size) {
-  return table.work * element_size >= kStreamFromBytes;
+inline bool should_bypass_cache(const TensorTable& table, int64_t element_size) {
+  return table.work * element_size >= kBypassFromBytes;
 }
 
-// memcpy, with non-temporal stores if `stream`.
-inline void store_block(void* target, const void* source, int64_t bytes, [[maybe_unused]] bool stream) {
+// memcpy, with non-temporal stores if `bypass_cache`.
+inline void store_block(void* target, const void* source, int64_t bytes, [[maybe_unused]] bool bypass_cache) {
 #if defined(__SSE2__)
-  if (stream) {
+  if (bypass_cache) {
     char* to = static_cast<char*>(target);
     const char* from = static_cast<const char*>(source);
     const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 63);
@@ -126,7 +126,7 @@ void with_rounding(const TensorTable& table, const Body& body) {
   body([](int64_t, double) { return Nearest<scalar_t>{}; });
 }
 
-// ---- masters: parameters are rounded from them, and they follow parameters that somebody has changed ----
+// ---- masters: parameters are rounded from them, and they follow parameters that were written to ----
 
 template <typename scalar_t>
 FASTSAM_MULTIVERSION bool are_rounded(const scalar_t* __restrict__ param, const float* __restrict__ master,
@@ -145,7 +145,7 @@ void follow(float* master, const scalar_t* param, int64_t length) {
 
 // w <- backup, or the master's rounding, if the chunk's tensor is perturbed.
 template <typename scalar_t>
-void restore_chunk(const TensorTable& table, const Chunk& chunk, bool stream) {
+void restore_chunk(const TensorTable& table, const Chunk& chunk, bool bypass_cache) {
   if (!table.has(kBackup, chunk.tensor)) return;
   scalar_t* param = table.pointer<scalar_t>(kParam, chunk.tensor) + chunk.start;
   if constexpr (kIsNarrow<scalar_t>) {
@@ -154,12 +154,12 @@ void restore_chunk(const TensorTable& table, const Chunk& chunk, bool stream) {
       return for_each_block(chunk.length, [&](int64_t start, int64_t length) {
         alignas(64) scalar_t rounded[kBlock];
         convert(rounded, master + start, length);
-        store_block(param + start, rounded, length * sizeof(scalar_t), stream);
+        store_block(param + start, rounded, length * sizeof(scalar_t), bypass_cache);
       });
     }
   }
   store_block(param, table.pointer<scalar_t>(kBackup, chunk.tensor) + chunk.start, chunk.length * sizeof(scalar_t),
-              stream);
+              bypass_cache);
 }
 
 }  // namespace fastsam::cpu

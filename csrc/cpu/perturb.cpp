@@ -29,9 +29,9 @@ class ChunkAscent {
   using T = opmath_t<scalar_t>;
 
  public:
-  ChunkAscent(const TensorTable& table, const Ascent& ascent, const Chunk& chunk, bool stream)
+  ChunkAscent(const TensorTable& table, const Ascent& ascent, const Chunk& chunk, bool bypass_cache)
       : length_(chunk.length),
-        stream_(stream),
+        bypass_cache_(bypass_cache),
         has_masters_(table.has_masters),
         again_(ascent.y == kPerturbation),
         map_(ascent.map),
@@ -61,7 +61,7 @@ class ChunkAscent {
     if constexpr (kIsNarrow<scalar_t>) {
       if (has_masters_) return follow(backup_.load(nullptr, start, length), param + start, length);
     }
-    store_block(backup_.stored() + start, param + start, length * sizeof(scalar_t), stream_);
+    store_block(backup_.stored() + start, param + start, length * sizeof(scalar_t), bypass_cache_);
   }
 
   // Plain SAM's.
@@ -91,7 +91,7 @@ class ChunkAscent {
       T* const w = param_.load(w_buffer, start, length);
       const T* const x = x_.load(x_buffer, start, length);
       const T* const y = y_.load(y_buffer, w, start, length);
-      // A first ascent begins at the weights: their backup has just been streamed past the cache.
+      // A first ascent begins at the weights: their backup has just been stored past the cache.
       const T* const from = again_ || has_masters_ ? backup_.load(backup_buffer, start, length) : w;
       with_form(map_, static_cast<bool>(y_),
                 [&]<Map map, bool has_y>() { ascend<map, has_y>(w, from, w, x, y, length, step_, Nearest<T>{}); });
@@ -100,7 +100,7 @@ class ChunkAscent {
   }
 
   int64_t length_;
-  bool stream_, has_masters_, again_;
+  bool bypass_cache_, has_masters_, again_;
   Map map_;
   Elements<scalar_t> param_, backup_, x_;
   SecondTerm<scalar_t> y_;
@@ -112,13 +112,13 @@ class ChunkAscent {
 void perturb_(const TensorTable& table, ScalarType dtype, const Ascent& ascent) {
   dispatch(dtype, [&](auto type) {
     using scalar_t = decltype(type);
-    const bool stream = should_stream(table, sizeof(scalar_t));
+    const bool bypass_cache = should_bypass_cache(table, sizeof(scalar_t));
     with_rounding<scalar_t, kAscentDraw, 1>(table, [&](const auto& rounding_for) {
       // Backward: the gradients that the norm read last are still in the cache.
       for_each_chunk(table, Order::kBackward, [&](const Chunk& chunk, int64_t) {
         if (!table.has(kBackup, chunk.tensor)) return;
         const auto rounding = rounding_for(chunk.tensor, ascent.options[table.groups[chunk.tensor]].rounding_seed);
-        ChunkAscent<scalar_t>(table, ascent, chunk, stream).perturb([&](int64_t start) {
+        ChunkAscent<scalar_t>(table, ascent, chunk, bypass_cache).perturb([&](int64_t start) {
           return rounding.at(chunk.start + start);
         });
       });
@@ -129,9 +129,9 @@ void perturb_(const TensorTable& table, ScalarType dtype, const Ascent& ascent) 
 void restore_(const TensorTable& table, ScalarType dtype) {
   dispatch(dtype, [&](auto type) {
     using scalar_t = decltype(type);
-    const bool stream = should_stream(table, sizeof(scalar_t));
+    const bool bypass_cache = should_bypass_cache(table, sizeof(scalar_t));
     for_each_chunk(table, Order::kForward,
-                   [&](const Chunk& chunk, int64_t) { restore_chunk<scalar_t>(table, chunk, stream); });
+                   [&](const Chunk& chunk, int64_t) { restore_chunk<scalar_t>(table, chunk, bypass_cache); });
   });
 }
 

@@ -121,7 +121,7 @@ struct Direction {
   void keep_state(const Block& block, int64_t start, int64_t length, const Rounding& rounding) const {
     if (!keeps) return;
     alignas(64) T first_buffer[kBlock], state_buffer[kBlock], kept[kBlock];
-    // Streams that are visited in bursts, with much between them: the hardware gives them up.
+    // Read in bursts with much between them, which the hardware prefetcher does not follow.
     first_grad.prefetch(start);
     method_state.prefetch(start);
     keep(kept, block.x, first_grad.load(first_buffer, start, length), method_state.load(state_buffer, start, length),
@@ -142,7 +142,7 @@ struct ChunkUpdate {
   const Chunk& chunk;
   Step step;
   Rounding rounding;
-  bool stream;
+  bool bypass_cache;
 
   // Plain SAM's. Without masters.
   void update_stored() const {
@@ -156,7 +156,7 @@ struct ChunkUpdate {
     for_each_block(chunk.length, [&](int64_t start, int64_t length) {
       alignas(64) scalar_t result[kBlock];
       update_block(result, source + start, grad + start, state, start, length, step, rounding.at(chunk.start + start));
-      store_block(param + start, result, length * sizeof(scalar_t), stream);
+      store_block(param + start, result, length * sizeof(scalar_t), bypass_cache);
     });
   }
 
@@ -203,12 +203,12 @@ struct ChunkUpdate {
   void store_weights(const Elements<scalar_t>& param, const Elements<scalar_t>& source, const T* result, int64_t start,
                      int64_t length, const Here& here) const {
     if constexpr (std::is_same_v<scalar_t, T>) {
-      store_block(param.stored() + start, result, length * sizeof(scalar_t), stream);
+      store_block(param.stored() + start, result, length * sizeof(scalar_t), bypass_cache);
     } else {
       alignas(64) scalar_t rounded[kBlock];
       if (table.has_masters) source.store(result, start, length, 0, here);
       round_block<scalar_t>(rounded, result, length, 0, here);
-      store_block(param.stored() + start, rounded, length * sizeof(scalar_t), stream);
+      store_block(param.stored() + start, rounded, length * sizeof(scalar_t), bypass_cache);
     }
   }
 };
@@ -229,15 +229,15 @@ template <typename scalar_t, typename Options, typename RoundingFor, typename St
 void update_chunks(const TensorTable& table, const Options* options, double inv_grad_scale, const Descent* descent,
                    const RoundingFor& rounding_for, const StateRoundingFor& state_rounding_for) {
   using T = opmath_t<scalar_t>;
-  const bool stream = should_stream(table, sizeof(scalar_t));
+  const bool bypass_cache = should_bypass_cache(table, sizeof(scalar_t));
   for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t) {
     const int64_t tensor = chunk.tensor;
-    if (!table.has(kGrad, tensor)) return restore_chunk<scalar_t>(table, chunk, stream);
+    if (!table.has(kGrad, tensor)) return restore_chunk<scalar_t>(table, chunk, bypass_cache);
     const Options& group = options[table.groups[tensor]];
     const auto step = make_step<T>(group, table.step(tensor), inv_grad_scale);
     const auto rounding = rounding_for(tensor, group.rounding_seed);
-    const ChunkUpdate<scalar_t, std::decay_t<decltype(step)>, std::decay_t<decltype(rounding)>> mine{table, chunk, step,
-                                                                                                     rounding, stream};
+    const ChunkUpdate<scalar_t, std::decay_t<decltype(step)>, std::decay_t<decltype(rounding)>> mine{
+        table, chunk, step, rounding, bypass_cache};
     if (descent == nullptr && !table.has_masters) return mine.update_stored();
     const Direction<scalar_t> direction(table, descent, chunk);
     if (!table.has_masters && !direction.takes_part) return mine.update_stored();
@@ -268,9 +268,9 @@ void restore_and_prepare(const TensorTable& table, ScalarType dtype, const Desce
     using scalar_t = decltype(type);
     using T = opmath_t<scalar_t>;
     constexpr Nearest<scalar_t> nearest;
-    const bool stream = should_stream(table, sizeof(scalar_t));
+    const bool bypass_cache = should_bypass_cache(table, sizeof(scalar_t));
     for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t) {
-      restore_chunk<scalar_t>(table, chunk, stream);
+      restore_chunk<scalar_t>(table, chunk, bypass_cache);
       const Direction<scalar_t> direction(table, descent, chunk);
       if (!direction.takes_part) return;
       for_each_block(chunk.length, [&](int64_t start, int64_t length) {

@@ -13,6 +13,16 @@ namespace fastsam::cuda {
 // Which launch comes first; within one, a kernel sees to it.
 enum class Order { kForward, kBackward };
 
+// CUDA loads a kernel when it is first used, and to load it needs memory, which may have run out by then: what a step
+// still needs when the weights are perturbed is loaded before.
+template <typename Arguments>
+void load(const char* operation, void (*kernel)(Arguments)) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  STD_TORCH_CHECK(error == cudaSuccess, "fastsam: ", operation,
+                  " cannot be loaded on CUDA: ", cudaGetErrorString(error));
+}
+
 template <typename Arguments>
 void launch(const Call& call, const char* operation, void (*kernel)(Arguments), Arguments& arguments, int64_t blocks) {
   void* pointers[] = {&arguments};
@@ -30,6 +40,7 @@ inline void undo_nothing(const Launch&) {}
 template <int64_t kCapacity, typename Extra, typename KernelFor, typename Undo = decltype(&undo_nothing)>
 void launch_in_runs(const Call& call, const char* operation, Order order, const Extra& extra,
                     const KernelFor& kernel_for, const Undo& undo = undo_nothing) {
+  if (call.only_loads) return load(operation, kernel_for(std::integral_constant<int64_t, kCapacity>{}));
   auto launches = plan_launches(call.table, kCapacity);
   if (order == Order::kBackward) std::reverse(launches.begin(), launches.end());
   for (const Launch& run : launches) {

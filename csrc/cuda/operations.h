@@ -16,6 +16,7 @@ struct Call {
   DeviceTable device;  // the device's copy of it
   ScalarType dtype;
   Stream stream;
+  bool only_loads = false;  // nothing is launched: see load()
 };
 
 // The tensors of an ascent or of dot products, and what is made of them. Of a descent, coefficients are not read.

@@ -6,7 +6,9 @@
 // element, length, group; `options` as two words for each of [groups, fields]; `coefficients`; `positions`; `finished`
 // [2, n] as int32: zeros between operations, and the number of each tensor's chunks.
 #include <cstdint>
+#include <exception>
 #include <optional>
+#include <string>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -105,6 +107,14 @@ class Operation {
     return device_pointer<double>(tensor, ScalarType::Double, name, device, count);
   }
 
+  // What the blocks of all tables count by: the first counter of one of them.
+  int* shared_counter(const std::optional<Tensor>& finished) const {
+    STD_TORCH_CHECK(finished.has_value(), "fastsam: on CUDA, finished must be given");
+    check_device(*finished, ScalarType::Int, "finished", device);
+    STD_TORCH_CHECK(finished->numel() > 0, "fastsam: finished must have an element");
+    return static_cast<int*>(finished->data_ptr());
+  }
+
   int* counters(const std::optional<Tensor>& finished) const {
     STD_TORCH_CHECK(finished.has_value(), "fastsam: on CUDA, finished must be given");
     return device_pointer<int>(*finished, ScalarType::Int, "finished", device, 2 * call.table.tensor_count);
@@ -139,8 +149,8 @@ void grad_norm_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chu
   const Operation operation(addresses, tensors, chunks, chunk_size, dtype, device_addresses, positions, masters);
   const DeviceOption* groups = operation.options<AscentOptions>(options);
   double* sums = operation.doubles(partials, chunks.size(0), "partials");
-  grad_norm_(operation.call, groups, sums, operation.doubles(norm, 1, "norm"), operation.counters(finished), first,
-             last);
+  grad_norm_(operation.call, groups, sums, operation.doubles(norm, 1, "norm"), operation.shared_counter(finished),
+             first, last);
 }
 
 void dots_cuda(Tensor addresses, Tensor tensors, Tensor chunks, int64_t chunk_size, ScalarType dtype,
@@ -226,6 +236,33 @@ void restore_and_update_cuda(Tensor addresses, Tensor tensors, Tensor chunks, in
 extern "C" __attribute__((visibility("default"))) const char* fastsam_cuda_obstacle() {
   if (aoti_torch_get_current_cuda_stream == nullptr) return "PyTorch does not hand out its CUDA streams";
   return fastsam::cuda::find_obstacle();
+}
+
+// The same: loads what restore_and_update_ will run on the current device; why it cannot, or null.
+extern "C" __attribute__((visibility("default"))) const char* fastsam_cuda_load_update(int32_t dtype, int64_t update,
+                                                                                       int64_t tensor_count,
+                                                                                       bool stochastic, bool masters,
+                                                                                       bool has_descent) {
+  using namespace fastsam;
+  const auto algorithm = static_cast<Update>(update);
+  // Without an update and a descent that is restore_, which perturb_ loads.
+  if (algorithm == Update::kNone && !has_descent) return nullptr;
+  const int64_t some_position = 0;
+  const DescentCoefficients some_coefficients{};
+  cuda::Call call{{}, {}, static_cast<ScalarType>(dtype), nullptr, true};
+  call.table.tensor_count = tensor_count;
+  call.table.has_masters = masters;
+  call.device.positions = stochastic ? &some_position : nullptr;
+  cuda::UpdateArguments arguments{};
+  arguments.descent.coefficients = has_descent ? &some_coefficients : nullptr;
+  try {
+    cuda::restore_and_update_(call, algorithm, arguments);
+  } catch (const std::exception& error) {
+    thread_local std::string reason;
+    reason = error.what();
+    return reason.c_str();
+  }
+  return nullptr;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsam, CUDA, m) {

@@ -187,15 +187,6 @@ auto* restore_kernel_for(const Call& call) {
   return kernel;
 }
 
-// CUDA loads a kernel when it is first used. The one that takes a perturbation back is loaded before: to load it needs
-// memory, which may be what has run out when it is needed.
-template <typename scalar_t>
-void load_restore(const Call& call) {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, restore_kernel_for<scalar_t>(call));
-  STD_TORCH_CHECK(error == cudaSuccess, "fastsam: restore_ cannot be loaded on CUDA: ", cudaGetErrorString(error));
-}
-
 template <typename scalar_t>
 void launch_restore(const Call& call, const Launch& run) {
   RestoreArguments arguments{call.device, run};
@@ -208,7 +199,7 @@ void perturb_(const Call& call, const DeviceOption* options, const double* norm)
   dispatch_precision(call.dtype, call.device.positions != nullptr, call.table.has_masters,
                      [&](auto type, auto stochastic, auto masters) {
                        using scalar_t = decltype(type);
-                       load_restore<scalar_t>(call);
+                       load("restore_", restore_kernel_for<scalar_t>(call));
                        const auto kernel_for = [](auto capacity) {
                          return &perturb_kernel<scalar_t, decltype(stochastic)::value, decltype(masters)::value,
                                                 decltype(capacity)::value>;
@@ -223,7 +214,7 @@ void perturb_(const Call& call, const DeviceOption* options, const Form& form) {
       call.dtype, call.device.positions != nullptr, call.table.has_masters,
       [&](auto type, auto stochastic, auto masters) {
         using scalar_t = decltype(type);
-        load_restore<scalar_t>(call);
+        load("restore_", restore_kernel_for<scalar_t>(call));
         const auto undo = [&](const Launch& run) {
           // A further ascent is taken back by whoever takes back the first.
           if (form.y != kPerturbation) launch_restore<scalar_t>(call, run);

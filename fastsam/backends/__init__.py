@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from fastsam.spec import AdamOptions, Ascent, AscentForm, AscentOptions, Descent, DescentForm, SGDOptions, Update
+from fastsam.spec import Ascent, AscentForm, AscentOptions, BaseOptions, Descent, DescentForm, Update
 from fastsam.tables import TensorTable
 
 logger = logging.getLogger("fastsam")
 
 BACKENDS = ("reference", "foreach", "native", "triton")
+
+OPERATIONS = ("grad_norm", "dots", "perturb_", "restore_", "restore_and_update_")
 
 _MODULES = {name: f"fastsam.backends.{name}" for name in BACKENDS} | {"triton": "fastsam.backends.triton_gpu"}
 
@@ -71,6 +73,13 @@ class Backend(Protocol):
         """
 
     @staticmethod
+    def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+        """Compiles and loads what :meth:`restore_and_update_` will run after an ascent; called before the first write.
+
+        To do so takes memory, which may have run out when the weights are perturbed.
+        """
+
+    @staticmethod
     def perturb_(table: TensorTable, ascent: Ascent) -> None:
         """Moves the perturbed parameters uphill.
 
@@ -93,7 +102,7 @@ class Backend(Protocol):
     def restore_and_update_(
         table: TensorTable,
         update: Update,
-        options: Sequence[SGDOptions | AdamOptions],
+        options: Sequence[BaseOptions],
         descent: Descent | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -198,6 +207,8 @@ class _ObservedBackend:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = getattr(self._backend, name)
+        if name not in OPERATIONS:
+            return cast(Callable[..., Any], operation)
         return lambda *args, **options: self._observer(name, functools.partial(operation, *args, **options))
 
 

@@ -68,7 +68,7 @@ class DeviceTable:
         self._versions = [-1] * ROWS
         # What each address was when it was last not 0: a graph may read these.
         self._known = torch.zeros_like(table.addresses)
-        self._plain: dict[str, tuple[list[Any], bytes]] = {}
+        self._plain: dict[str, tuple[Options | None, list[Any], bytes]] = {}
         # Several contents of each kind: the ascents of one step differ in their seeds.
         self._options: dict[str, dict[bytes, Tensor]] = {}
         self._tensor_options: dict[tuple[str, int, str], Tensor] = {}
@@ -129,16 +129,19 @@ class DeviceTable:
         """A number and an address for each option. Tensors on the table's device are read there, when a kernel runs."""
         if not options:
             return b""
-        name, values = type(options[0]).__name__, [value for group in options for value in group]
-        known, words = self._plain.get(name, ([], b""))
+        name = type(options[0]).__name__
+        same, known, words = self._plain.get(name, (None, [], b""))
+        if options is same:
+            return words
+        values = [value for group in options for value in group]
         # Numbers do not change: the same objects are the same numbers.
         if len(known) == len(values) and all(map(is_, known, values)):
             return words
         if all(type(value) in _NUMBERS for value in values):
             fields = [0.0] * (2 * len(values))  # an address of 0 has the bits of 0.0
             fields[::2] = values
-            self._plain[name] = values, array("d", fields).tobytes()
-            return self._plain[name][1]
+            self._plain[name] = options, values, array("d", fields).tobytes()
+            return self._plain[name][2]
         self._plain.pop(name, None)
         entries = [
             self._entry(value, (name, group, key))

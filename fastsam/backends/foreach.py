@@ -15,17 +15,16 @@ from fastsam.backends.scalars import as_scalar, ascent_scale, opmath_dtype
 from fastsam.spec import (
     NONE,
     PERTURBATION,
-    AdamOptions,
     Ascent,
     AscentCoefficients,
     AscentForm,
     AscentOptions,
+    BaseOptions,
     Descent,
     DescentCoefficients,
     DescentForm,
     Draw,
     Map,
-    SGDOptions,
     Update,
 )
 from fastsam.tables import TensorTable, taking_part
@@ -201,6 +200,10 @@ def _mapped(xs: Tensors, points: Tensors, form: Map, coefficients: Tensor) -> Te
 # ---- the descent ----
 
 
+def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+    pass  # PyTorch loads its kernels
+
+
 def restore_(table: TensorTable) -> None:
     if table.perturbed:
         copy = torch._foreach_copy_ if table.has_masters else copy_bits_
@@ -210,7 +213,7 @@ def restore_(table: TensorTable) -> None:
 def restore_and_update_(
     table: TensorTable,
     update: Update,
-    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    options: Sequence[BaseOptions],
     descent: Descent | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -225,8 +228,7 @@ def restore_and_update_(
         if overflow:
             return
         overflow = None
-    groups: Sequence[SGDOptions | AdamOptions] = options
-    for group, indices in _by_group(table.present, table, groups):
+    for group, indices in _by_group(table.present, table, options):
         directions = None if descent is None else _Directions(table, indices, descent)
         _update_group_(table, indices, group, directions, grad_scale, overflow)
 
@@ -266,7 +268,7 @@ def _combine(a: Tensor, xs: Tensors, b: Tensor, ys: Tensors | None) -> Tensors:
 
 
 def _hand_over_(table: TensorTable, directions: _Directions) -> None:
-    """For a base that runs by itself: it reads the gradients, and what is decoupled comes after it."""
+    """Prepares the gradients for an unfused base; the decoupled part is subtracted after its step."""
     for row, results in (
         (table.grads, directions.grads),
         (table.method_state, directions.states),
@@ -279,7 +281,7 @@ def _hand_over_(table: TensorTable, directions: _Directions) -> None:
 def _update_group_(
     table: TensorTable,
     indices: list[int],
-    group: SGDOptions | AdamOptions,
+    group: BaseOptions,
     directions: _Directions | None,
     grad_scale: Tensor | None,
     overflow: Tensor | None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsam.backends.lists import Tensors, add_scaled_, convert, in_dtype, matching, store_, take
 from fastsam.backends.rounding import followed_master, round_all
 from fastsam.backends.scalars import as_scalar, opmath_dtype
-from fastsam.spec import AdamOptions, Draw, SGDOptions
+from fastsam.spec import AdamOptions, BaseOptions, Draw, SGDOptions
 from fastsam.tables import TensorTable
 
 
@@ -34,7 +34,7 @@ class Work:
         self,
         table: TensorTable,
         indices: Sequence[int],
-        group: SGDOptions | AdamOptions,
+        group: BaseOptions,
         grads: Tensors,
         overflow: Tensor | None,
     ) -> None:
@@ -88,7 +88,7 @@ class Work:
             store_(stored, result, self._overflow)
 
 
-def _is_fused(table: TensorTable, group: SGDOptions | AdamOptions) -> bool:
+def _is_fused(table: TensorTable, group: BaseOptions) -> bool:
     if table.device.type == "cpu":
         return True  # an option there is a number
     if table.device.type != "cuda" or (isinstance(group.lr, Tensor) and table.dtype == torch.float64):

@@ -15,15 +15,14 @@ from torch import Tensor
 from fastsam.backends.native_table import CudaTable, HostTable
 from fastsam.spec import (
     NONE,
-    AdamOptions,
     Ascent,
     AscentForm,
     AscentOptions,
+    BaseOptions,
     Descent,
     DescentForm,
     Map,
     Row,
-    SGDOptions,
     Update,
 )
 from fastsam.tables import TensorTable
@@ -38,6 +37,9 @@ except ImportError as error:
     _missing = str(error)
 
 _ops: Any = torch.ops.fastsam
+
+# torch::headeronly::ScalarType.
+_DTYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 
 def unsupported_reason(request: Request) -> str:
@@ -63,6 +65,15 @@ def cuda_library() -> Path:
 
 
 @functools.cache
+def _cuda_functions() -> ctypes.CDLL:
+    """What the library of the CUDA kernels has beside its operators. Each returns why it could not, or None."""
+    library = ctypes.CDLL(str(cuda_library()))
+    for function in (library.fastsam_cuda_obstacle, library.fastsam_cuda_load_update):
+        function.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
 def _load_cuda() -> str:
     """Registers the CUDA kernels; why they cannot run on a GPU of this machine, or an empty text."""
     if torch.version.cuda is None:
@@ -75,10 +86,9 @@ def _load_cuda() -> str:
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     try:
-        find_obstacle = ctypes.CDLL(str(cuda_library())).fastsam_cuda_obstacle
+        find_obstacle = _cuda_functions().fastsam_cuda_obstacle
     except OSError as error:
         return f"the CUDA kernels cannot be loaded ({error})"
-    find_obstacle.restype = ctypes.c_char_p
     for index in range(torch.cuda.device_count()):
         with torch.cuda.device(index):
             obstacle: bytes | None = find_obstacle()
@@ -88,13 +98,14 @@ def _load_cuda() -> str:
 
 
 def grad_norm(tables: Sequence[TensorTable], options: Sequence[AscentOptions]) -> Tensor:
-    norm = _view(tables[0]).norm
-    with _view(tables[0]).counting() as finished:
+    first_view = _view(tables[0])
+    norm = first_view.norm
+    with first_view.counting() as finished:
         for position, table in enumerate(tables):
             view = _view(table)
             arguments, packed = view.read(table, options)
             first, last = position == 0, position == len(tables) - 1
-            _ops.grad_norm_(*arguments, packed, view.norm_partials, norm, finished, first, last)
+            _ops.grad_norm_.default(*arguments, packed, view.norm_partials, norm, finished, first, last)
     return norm
 
 
@@ -105,24 +116,40 @@ def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tenso
     is_ascent = isinstance(form, AscentForm)
     result = torch.empty((len(table.params), 3), dtype=torch.float64, device=table.device)
     with view.counting() as finished:
-        _ops.dots_(*arguments, coefficients, x, form.y, how, is_ascent, view.dot_partials, result, finished)
+        _ops.dots_.default(*arguments, coefficients, x, form.y, how, is_ascent, view.dot_partials, result, finished)
     return result
+
+
+def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+    view = _view(table)
+    if isinstance(view, CudaTable) and view.prepares(update, form):
+        _load_update(table, update, form is not None)
+
+
+def _load_update(table: TensorTable, update: Update, has_descent: bool) -> None:
+    dtype, count = _DTYPES[table.dtype], ctypes.c_int64(len(table.params))
+    flags = map(ctypes.c_bool, (table.stochastic, table.has_masters, has_descent))
+    load = _cuda_functions().fastsam_cuda_load_update
+    with torch.cuda.device(table.device):
+        obstacle: bytes | None = load(dtype, ctypes.c_int64(update), count, *flags)
+    if obstacle:
+        raise RuntimeError(obstacle.decode())
 
 
 def perturb_(table: TensorTable, ascent: Ascent) -> None:
     arguments, packed = _view(table).read(table, ascent.options)
-    _ops.perturb_(*arguments, packed, ascent.norm, ascent.coefficients, *ascent.form)
+    _ops.perturb_.default(*arguments, packed, ascent.norm, ascent.coefficients, *ascent.form)
 
 
 def restore_(table: TensorTable) -> None:
     arguments, _ = _view(table).read(table)
-    _ops.restore_(*arguments)
+    _ops.restore_.default(*arguments)
 
 
 def restore_and_update_(
     table: TensorTable,
     update: Update,
-    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    options: Sequence[BaseOptions],
     descent: Descent | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -131,7 +158,9 @@ def restore_and_update_(
     arguments, packed = view.read(table, options)
     coefficients, form = (None, DescentForm(NONE)) if descent is None else (descent.coefficients, descent.form)
     with view.counting() as finished:
-        _ops.restore_and_update_(*arguments, update, packed, grad_scale, found_inf, finished, coefficients, *form)
+        _ops.restore_and_update_.default(
+            *arguments, update, packed, grad_scale, found_inf, finished, coefficients, *form
+        )
 
 
 def _view(table: TensorTable) -> HostTable | CudaTable:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends.device_table import GPU_CHUNK_SIZE, STEP_ROWS, DeviceTable, Options, fit_chunk_size
-from fastsam.spec import ROWS
+from fastsam.spec import ROWS, DescentForm, Update
 from fastsam.tables import TensorTable
 
 # 256 KiB of float32: small enough to share out evenly, large enough for the prefetchers (at 64 KiB and less, walking
@@ -24,6 +24,9 @@ MOST_CUDA_CHUNKS = 2**18
 Arguments = tuple[Tensor, Tensor, Tensor, int, torch.dtype, Tensor | None, Tensor | None, bool]
 """Of every operator, in the order of csrc/ops.cpp: addresses, tensors, chunks, chunk_size, dtype, device_addresses,
 positions, masters."""
+
+
+_NOTHING = nullcontext()
 
 
 class HostTable:
@@ -39,7 +42,7 @@ class HostTable:
         chunks = table.chunks(CHUNK_SIZE)
         cut = chunks, CHUNK_SIZE
         self._arguments = table.addresses, table.tensors, *cut, table.dtype, None, positions, table.has_masters
-        self._packed: dict[type, tuple[list[tuple[float, ...]], Tensor]] = {}
+        self._packed: dict[type, tuple[Options | None, list[tuple[float, ...]] | None, Tensor]] = {}
         self.norm = torch.empty((), dtype=torch.float64, device="cpu")
         self.norm_partials = torch.empty(len(chunks), dtype=torch.float64, device="cpu")
         self.dot_partials = torch.empty((len(chunks), 3), dtype=torch.float64, device="cpu")
@@ -48,16 +51,21 @@ class HostTable:
         """The table and its options, float64 ``(groups, fields)``, made anew only when a number has changed."""
         if not options:
             return self._arguments, table.addresses
+        kind = type(options[0])
+        same, known, packed = self._packed.get(kind, (None, None, table.addresses))
+        if options is same:
+            return self._arguments, packed
         numbers = [tuple(map(float, group)) for group in options]
-        known, packed = self._packed.get(type(options[0]), (None, table.addresses))
         if known != numbers:
             packed = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-            self._packed[type(options[0])] = numbers, packed
+        # A tensor is read anew.
+        is_fixed = not any(isinstance(value, Tensor) for group in options for value in group)
+        self._packed[kind] = options if is_fixed else None, numbers, packed
         return self._arguments, packed
 
     def counting(self) -> AbstractContextManager[None]:
         """Nothing is counted here."""
-        return nullcontext()
+        return _NOTHING
 
 
 class CudaTable:
@@ -76,7 +84,8 @@ class CudaTable:
         self.norm_partials = torch.empty(chunks, dtype=torch.float64, device=table.device)
         self.dot_partials = torch.empty((chunks, 3), dtype=torch.float64, device=table.device)
         counts = self._copy.bounds.diff().to(torch.int32)
-        self._finished = torch.stack([torch.zeros_like(counts), counts])
+        self._counting = nullcontext(torch.stack([torch.zeros_like(counts), counts]))
+        self._prepared: set[tuple[Update, bool]] = set()
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Arguments, Tensor]:
         """The table with its copy, and its options as the device reads them."""
@@ -85,9 +94,16 @@ class CudaTable:
         cut, precision = (copy.chunks, self._chunk_size), (copy.positions, table.has_masters)
         return (table.addresses, table.tensors, *cut, table.dtype, addresses, *precision), packed
 
+    def prepares(self, update: Update, form: DescentForm | None) -> bool:
+        """Whether the kernel of such an update is to be loaded: the first time that this is asked."""
+        key = update, form is not None
+        is_new = key not in self._prepared
+        self._prepared.add(key)
+        return is_new
+
     def counting(self) -> AbstractContextManager[Tensor]:
         """What the blocks of a launch count themselves by, back to 0; and the number of each tensor's chunks."""
-        return nullcontext(self._finished)
+        return self._counting
 
 
 def cuda_chunk_size(elements: int) -> int:

@@ -23,6 +23,7 @@ from fastsam.spec import (
     AscentCoefficients,
     AscentForm,
     AscentOptions,
+    BaseOptions,
     Descent,
     DescentCoefficients,
     DescentForm,
@@ -150,6 +151,10 @@ def _times(factor: Tensor, tensor: Tensor) -> Tensor:
 # ---- the descent ----
 
 
+def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+    pass  # PyTorch loads its kernels
+
+
 def restore_(table: TensorTable) -> None:
     for i in table.perturbed:
         table.values[i].copy_(_present(table.backups[i]))
@@ -158,7 +163,7 @@ def restore_(table: TensorTable) -> None:
 def restore_and_update_(
     table: TensorTable,
     update: Update,
-    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    options: Sequence[BaseOptions],
     descent: Descent | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -204,7 +209,7 @@ def _direction(table: TensorTable, i: int, descent: Descent) -> _Direction:
 
 
 def _hand_over_(table: TensorTable, i: int, direction: _Direction) -> None:
-    """For a base that runs by itself: it reads the gradients, and what is decoupled comes after it."""
+    """Prepares the gradients for an unfused base; the decoupled part is subtracted after its step."""
     _present(table.grads[i]).copy_(direction.grad)
     if direction.method_state is not None:
         _present(table.method_state[i]).copy_(direction.method_state)
@@ -215,7 +220,7 @@ def _hand_over_(table: TensorTable, i: int, direction: _Direction) -> None:
 def _update_parameter_(
     table: TensorTable,
     i: int,
-    group: SGDOptions | AdamOptions,
+    group: BaseOptions,
     direction: _Direction | None,
     inverse_scale: Tensor | None,
     found_inf: Tensor | None,

@@ -9,7 +9,7 @@ lowbias32 (Chris Wellons, https://nullprogram.com/blog/2018/07/31/).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def mix(x: Word) -> Word:
     return x ^ (x >> 16)
 
 
-def make_keys(seed: int, step: Word, position: int, word: int) -> tuple[Word, Word]:
+def make_keys(seed: int, step: Word, position: Word | int, word: int) -> tuple[Word, Word]:
     """What one random word has in common for all elements of a parameter.
 
     Args:
@@ -47,7 +47,7 @@ def make_keys(seed: int, step: Word, position: int, word: int) -> tuple[Word, Wo
         position: of the parameter over the flattened parameter groups.
         word: which of an element's, 0 ... ``RANDOM_WORDS`` - 1.
     """
-    number = position * RANDOM_WORDS + word & _MASK
+    number: Any = position * RANDOM_WORDS + word & _MASK
     return mix(mix(step ^ mix(seed ^ 0x9E3779B9)) ^ number), mix(step ^ mix(mix(seed ^ 0xC2B2AE35) ^ number))
 
 
@@ -102,9 +102,14 @@ def followed_master(master: Tensor, param: Tensor) -> Tensor:
     return torch.where(differs, param.to(torch.float32), master)
 
 
+def piece_size(device: torch.device) -> int:
+    """How many elements are handled at a time."""
+    return PIECE_ON_CPU if device.type == "cpu" else PIECE
+
+
 def pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """First elements and lengths of the pieces into which ``count`` elements are cut."""
-    size = PIECE_ON_CPU if device.type == "cpu" else PIECE
+    size = piece_size(device)
     for start in range(0, count, size):
         yield start, min(size, count - start)
 

@@ -13,14 +13,13 @@ from fastsam.backends.device_table import DeviceTable
 from fastsam.runtime import streams
 from fastsam.spec import (
     PERTURBATION,
-    AdamOptions,
     Ascent,
     AscentForm,
     AscentOptions,
+    BaseOptions,
     Descent,
     DescentForm,
     Map,
-    SGDOptions,
     Update,
 )
 from fastsam.tables import TensorTable
@@ -114,8 +113,7 @@ def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tenso
     form = form if isinstance(form, AscentForm) else DescentForm(form.y)
     read = coefficients if isinstance(form, AscentForm) and form.map != Map.IDENTITY else None
     count = len(table.params)
-    # A tensor without elements has no program that would write its zeros.
-    result = torch.zeros((count, 3), dtype=torch.float64, device=table.device)
+    result = view.new_dots(count)
     with view.copy.counting():
         arguments = view.copy.bounds, view.product_memory(), result, view.copy.tensor_counters, count
         chunks = view.copy.chunks
@@ -123,10 +121,14 @@ def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tenso
     return result
 
 
+def prepare_update(table: TensorTable, update: Update, form: DescentForm | None) -> None:
+    kernels.update(table.attached(_View).kind, update, form).prepare(table.device)
+
+
 def perturb_(table: TensorTable, ascent: Ascent) -> None:
     view = table.attached(_View)
     if ascent.form.y != PERTURBATION:
-        # Loading a kernel needs memory, which may have run out when the weights have to be restored.
+        # As the update, so that the weights can be restored.
         kernels.update(view.kind, Update.NONE, None).prepare(table.device)
     kernel = kernels.perturb(view.kind, ascent.form if ascent.norm is None else None)
     reads_options = "options_ptr" not in kernel.absent
@@ -143,7 +145,7 @@ def restore_(table: TensorTable) -> None:
 def restore_and_update_(
     table: TensorTable,
     update: Update,
-    options: Sequence[SGDOptions] | Sequence[AdamOptions],
+    options: Sequence[BaseOptions],
     descent: Descent | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -190,6 +192,7 @@ class _View:
         self.copy = DeviceTable(table, CHUNK_SIZE)
         self.no_scale = torch.ones((), dtype=torch.float32, device=self._device)
         self.no_overflow = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._has_empty = bool((table.tensors[0] == 0).any())
         self._norm: tuple[Tensor, Tensor] | None = None
         self._products: Tensor | None = None
 
@@ -204,6 +207,11 @@ class _View:
         if self._products is None:
             self._products = self._new(len(self.copy.chunks), 3)
         return self._products
+
+    def new_dots(self, count: int) -> Tensor:
+        """Float64 ``(count, 3)``: the programs of each tensor write a row, and a tensor without elements has none."""
+        make = torch.zeros if self._has_empty else torch.empty
+        return make((count, 3), dtype=torch.float64, device=self._device)
 
     def _new(self, *shape: int) -> Tensor:
         if streams.is_capturing(self._device):

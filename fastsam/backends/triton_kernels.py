@@ -115,7 +115,7 @@ class Kernel:
     ) -> None:
         self.function, self.kind, self.absent = function, kind, absent
         self.name: str = function.__name__
-        dtypes = {"DTYPE": kind.dtype, "KEPT": kind.state_dtype, "OPMATH": opmath_dtype(kind.dtype)}
+        dtypes = {"DTYPE": kind.dtype, "STATE_DTYPE": kind.state_dtype, "OPMATH": opmath_dtype(kind.dtype)}
         size = BLOCK_BYTES // kind.dtype.itemsize
         # AMD has enough registers, and twice as many threads.
         self.block = size // 2 if kind.nvidia and not plain else size

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from fastsam.demo.data import NoisyDigits, load_noisy_digits
 from fastsam.demo.methods import LEARNING_RATES, Method, rows, to_sweep
 from fastsam.demo.options import Options
-from fastsam.demo.report import results_table, sweep_table
+from fastsam.demo.report import counted, results_table, sweep_table
 from fastsam.demo.train import Run, train_model
 
 # What the demo imports, and the distributions that have it.
@@ -61,7 +61,8 @@ def _sweep(splits: Sequence[NoisyDigits], options: Options) -> None:
     for lr in options.sweep or LEARNING_RATES:
         for method, runs in train_all(list(accuracies), splits, replace(options, lr=lr)).items():
             accuracies[method][lr] = mean(run.test_accuracy[-1] for run in runs)
-    print(f"\ntest accuracy after the last epoch, %, mean of {options.seeds} seeds\n{sweep_table(accuracies)}")
+    seeds = counted(options.seeds, "seed")
+    print(f"\ntest accuracy after the last epoch, %, mean of {seeds}\n{sweep_table(accuracies)}")
 
 
 def train_all(methods: Sequence[Method], splits: Sequence[NoisyDigits], options: Options) -> dict[Method, list[Run]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastsam.demo.methods import Method
 from fastsam.demo.options import Options
+from fastsam.demo.report import counted
 from fastsam.demo.train import Run
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), FastSAM's first.
@@ -17,6 +18,9 @@ _COLOURS = ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#
 
 # The largest number of lines that are labelled with their numbers.
 _FEW = 5
+
+# In inches: a figure with few lines, and what a row of a legend beside the curves needs, and the titles above it.
+_HEIGHT, _LEGEND_ROW, _TITLES = 4.2, 0.21, 1.2
 
 Styles = Mapping[Method, dict[str, Any]]
 
@@ -26,7 +30,7 @@ def draw(
     profiles: Mapping[Method, Sequence[Sequence[float]]],
     radii: Sequence[float],
     options: Options,
-) -> None:
+) -> Any:
     """Writes ``options.output``.
 
     Args:
@@ -34,27 +38,28 @@ def draw(
         profiles: training losses of shape (lines, radii), for the methods that are profiled.
         radii: of the losses.
         options: the demo's.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Returns:
+        The figure.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     styles = line_styles(list(results))
     crowded = len(results) > _FEW
-    with pyplot.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
-        figure, (left, right) = pyplot.subplots(
-            1, 2, figsize=(14 if crowded else 11, 4.2), dpi=140, layout="constrained"
-        )
+    size = (14, max(_HEIGHT, _TITLES + _LEGEND_ROW * len(results))) if crowded else (11, _HEIGHT)
+    with rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
+        figure = Figure(figsize=size, dpi=140, layout="constrained")
+        left, right = figure.subplots(1, 2)
         _draw_accuracy(left, results, styles, crowded=crowded)
         _draw_profiles(right, profiles, radii, styles)
         figure.suptitle(
             f"Small CNN on 900 scanned digits, {options.noise:.0%} of the training labels wrong "
-            f"({options.seeds} seed{'s' if options.seeds > 1 else ''})",
+            f"({counted(options.seeds, 'seed')})",
             fontsize=12,
         )
         figure.savefig(options.output)
-        pyplot.close(figure)
+    return figure
 
 
 def line_styles(methods: Sequence[Method]) -> Styles:
@@ -76,7 +81,10 @@ def _draw_accuracy(axes: Any, results: Mapping[Method, Sequence[Run]], styles: S
         accuracy = np.array([run.test_accuracy for run in results[method]])
         passes = method.passes * np.arange(1, accuracy.shape[1] + 1)
         label = f"{last[method]:.1f}  {method.name}" if crowded else method.name
-        axes.plot(passes, accuracy.mean(axis=0), label=label, linewidth=1.5 if crowded else 2, **styles[method])
+        # After a single epoch there is a point, not a line.
+        marker = "o" if len(passes) == 1 else None
+        width = 1.5 if crowded else 2
+        axes.plot(passes, accuracy.mean(axis=0), label=label, linewidth=width, marker=marker, **styles[method])
         colour = styles[method]["color"]
         opacity = 0.05 if crowded else 0.18
         axes.fill_between(passes, accuracy.min(axis=0), accuracy.max(axis=0), color=colour, alpha=opacity, linewidth=0)
@@ -90,8 +98,10 @@ def _draw_accuracy(axes: Any, results: Mapping[Method, Sequence[Run]], styles: S
         xlabel="passes over the training images (FastSAM: two per epoch)",
     )
     axes.set_ylabel("% (mean and range of the seeds)")
+    # Cut off below: the first epochs, which begin at chance, would take most of the height.
     worst = min(run.test_accuracy[-1] for runs in results.values() for run in runs)
-    axes.set_ylim(bottom=max(0.0, 10 * (worst // 10) - 20), top=100)
+    best = max(max(run.test_accuracy) for runs in results.values() for run in runs)
+    axes.set_ylim(bottom=max(0.0, 10 * (worst // 10) - 20), top=min(100.0, 10 * (best // 10) + 15))
     axes.grid(alpha=0.25)
     if crowded:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, title="last epoch, %", alignment="left")

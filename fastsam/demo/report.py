@@ -32,8 +32,9 @@ def results_table(results: Mapping[Method, Sequence[Run]], options: Options) -> 
             )
         )
     caption = (
-        f"{options.noise:.0%} of the training labels wrong; {options.seeds} seeds, {options.epochs} epochs, batches "
-        f"of {options.batch_size};\nFastSAM: rho {options.rho:g}, backend {options.backend}; on {options.device}"
+        f"{options.noise:.0%} of the training labels wrong; {counted(options.seeds, 'seed')}, "
+        f"{counted(options.epochs, 'epoch')}, batches of {options.batch_size};\n"
+        f"FastSAM: rho {options.rho:g}, backend {options.backend}; on {options.device}"
     )
     return f"{caption}\n\n{aligned(rows, heading_lines=2)}"
 
@@ -46,6 +47,11 @@ def sweep_table(accuracies: Mapping[Method, Mapping[float, float]]) -> str:
         best = max(by_rate.values())
         rows.append((method.name, *(f"{value:.1f}{'*' if value == best else ' '}" for value in by_rate.values())))
     return aligned(rows, heading_lines=1)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def aligned(rows: Sequence[Sequence[str]], heading_lines: int) -> str:

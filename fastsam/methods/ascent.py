@@ -48,7 +48,9 @@ class SAM(Method):
             if self.inner_steps == 1:
                 raise ValueError("inner_lr is for inner_steps > 1: a single step has the length rho")
         if self.p != 2 and self.inner_steps > 1:
-            raise ValueError(f"inner_steps > 1 needs p=2, got p={self.p}")
+            raise ValueError(
+                f"inner_steps > 1 needs p=2, got p={self.p}: the projection onto another norm's ball is no scaling of e"
+            )
 
     @property
     def ascents(self) -> int:
@@ -123,7 +125,10 @@ class MomentumSAM(Method):
     def check_group(self, base: type, group: Mapping[str, Any], *, fused: bool) -> None:
         super().check_group(base, group, fused=fused)
         if not fused:
-            raise ValueError(f"MomentumSAM needs SGD with momentum, Adam or AdamW as its base, got {base.__name__}")
+            raise ValueError(
+                "MomentumSAM ascends against its base's momentum: that must be SGD with momentum, Adam or AdamW, got "
+                f"{base.__name__}"
+            )
         if base is torch.optim.SGD and group.get("momentum", 0) == 0:
             raise ValueError("MomentumSAM needs a base with momentum, got SGD with momentum=0")
 

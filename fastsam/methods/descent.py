@@ -45,7 +45,7 @@ class WSAM(Method):
     r"""Weighted sharpness as a regularisation term: the loss ``L + gamma / (1 - gamma) * (L_SAM - L)``.
 
     With ``g`` at w and ``g_p`` at w + e: coupled, the base is given ``g + gamma / (1 - gamma) * (g_p - g)``; decoupled,
-    it is given ``g``, and ``w`` goes by ``-lr * gamma / (1 - gamma) * (g_p - g)`` besides, so that neither momentum nor
+    it is given ``g``, and ``w`` also moves by ``-lr * gamma / (1 - gamma) * (g_p - g)``, so that neither momentum nor
     preconditioner sees the sharpness. gamma = 1/2 coupled is SAM. Yue et al., KDD 2023,
     https://arxiv.org/abs/2305.15817, algorithms 1 and 2.
     """

@@ -119,6 +119,18 @@ class Method:
         return self.needs_first_pass and not own_descent and self.state_name is None
 
     @property
+    def why_no_micro_batches(self) -> str:
+        """Why a step cannot have an ascent for each micro-batch and the average of their gradients; empty if it can."""
+        form = self.descent_form(ascended=True)
+        if not self.needs_first_pass:
+            return "whose ascent depends on no gradient and is the same for each micro-batch: accumulate gradients"
+        if self.state_name is not None:
+            return "whose state is made of the step's one gradient at w"
+        if form is not None and form.decoupled:
+            return "whose decoupled part is no gradient that could be averaged; use decouple=False"
+        return ""
+
+    @property
     def ascents(self) -> int:
         """How many ascent steps a step has; each one by a gradient is one more pass."""
         return 1
@@ -137,7 +149,7 @@ class Method:
         """
         if group["adaptive"] and self.ascent_form(further=False) is not None:
             raise ValueError(
-                f"adaptive=True is for methods that ascend as SAM() does, not for {self}; see methods.ASAM"
+                f"adaptive=True changes SAM's own perturbation, and {self} defines another one; see methods.ASAM"
             )
 
     def noise_seed(self) -> int | None:

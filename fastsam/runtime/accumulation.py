@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class AccumulationWatch:
-    """Warns once if a step's closure adds to gradients that somebody computed before the step.
+    """Warns once if a step's closure adds to gradients that were computed before the step.
 
     One parameter stands for all. In normal use the closure replaces its gradient, or it has been zeroed in place since
     the last step. Otherwise a hook sees in the next step whether the closure clears it first.
@@ -69,7 +69,7 @@ class AccumulationWatch:
         self._hook.remove()
         self._hook, self._is_suspect = None, False
         found, self._found = self._found, None
-        # Read once only: whoever zeroes gradients by .data leaves no trace in the version counter.
+        # Read only once: zeroing a gradient by .data leaves no trace in the version counter.
         self._is_over = found is not None
         if found is not None and bool(found.any()):
             warnings.warn(

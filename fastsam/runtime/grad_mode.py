@@ -17,12 +17,13 @@ def untracked(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
 
     What is allocated in inference mode (backups, state) could not be written to outside of it.
     """
-    without_grad = torch.no_grad()(function)
-    with_counters = torch.inference_mode(False)(without_grad)
 
     @functools.wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        chosen = with_counters if torch.is_inference_mode_enabled() else without_grad
-        return chosen(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
 
     return run

@@ -1,4 +1,4 @@
-"""Signals wait for the end of what must be done as a whole."""
+"""Defers signals until an operation that must not be interrupted has ended."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class ParallelModel:
                 )
         self._model, self.local_ascent = model, local_ascent
         self._has_synchronized = False
-        self._others_weights = OthersWeights(zero)
+        self._others_weights = None if zero is None else OthersWeights(zero)
 
     # ---- DDP ----
 
@@ -64,21 +64,25 @@ class ParallelModel:
 
     def note_ascent(self) -> None:
         """This rank's weights have been perturbed."""
-        self._others_weights.receive()
+        if self._others_weights is not None:
+            self._others_weights.receive()
         self.note_writes()
 
     def note_restore(self) -> None:
         """This rank's weights are back, without an update."""
-        self._others_weights.restore()
+        if self._others_weights is not None:
+            self._others_weights.restore()
         self.note_writes()
 
     def clear_others_grads(self) -> None:
         """This rank's gradients have been cleared between two passes."""
-        self._others_weights.clear_grads()
+        if self._others_weights is not None:
+            self._others_weights.clear_grads()
 
     def note_update(self) -> None:
         """This rank's weights have been updated."""
-        self._others_weights.discard()
+        if self._others_weights is not None:
+            self._others_weights.discard()
         self.note_writes()
 
     # ---- FSDP2 ----
@@ -132,9 +136,11 @@ class ParallelModel:
         self.note_writes()
 
     def _fsdp_modules(self) -> list[Any]:
+        if self._model is None:
+            return []
         fsdp = sys.modules.get("torch.distributed.fsdp")
         kind = getattr(fsdp, "FSDPModule", None)
-        if kind is None or self._model is None:
+        if kind is None:
             return []
         return [module for module in self._model.modules() if isinstance(module, kind)]
 

@@ -1,4 +1,4 @@
-"""What ``torch.amp.GradScaler`` tells an optimizer, kept where every view of the optimizer looks for it."""
+"""What ``torch.amp.GradScaler`` sets on an optimizer, shared by all wrappers around it."""
 
 from __future__ import annotations
 

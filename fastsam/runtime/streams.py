@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 
 class StreamGuard:
-    """Keeps what was made on one stream and used last on another, until that one has come so far.
+    """Keeps memory that was allocated on one stream and last used on another until the other has finished with it.
 
     PyTorch's allocator would hand it out again at once.
     """
@@ -42,6 +43,15 @@ def refuse_capture(reason: str, remedy: str = "") -> NoReturn:
     """Raises, and says what to do."""
     remedy = remedy or "run a step outside the capture first, and capture the one after it"
     raise RuntimeError(f"this step cannot be captured into a CUDA graph: {reason}; {remedy}")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on ``device``, without waiting for it; to be kept, and never made within a CUDA graph."""
+    if device.type == "cpu":
+        return tensor
+    if is_capturing(device):
+        refuse_capture("numbers have to be copied to the device")
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def current_stream(device: torch.device) -> int:

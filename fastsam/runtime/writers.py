@@ -1,4 +1,4 @@
-"""Who else writes to parameters while they are perturbed: the restore would undo it, or a foreign one our ascent."""
+"""Detects writes to perturbed parameters by others: a restore would undo them, or a foreign one this ascent."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ForeignWrites:
         _perturbing[id(self)] = self._me
 
     def find(self) -> list[Tensor]:
-        """Parameters that somebody else has written to since."""
+        """Parameters that have been written to since."""
         now = list(map(_version, self._sample))
         if now == self._perturbed:
             return []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class TensorTables:
         self._tables: list[TensorTable] = []
         self._frozen: list[Tensor] = []
         self._streams = StreamGuard()
+        self._holding = _HeldGrads(self)
         self.builds = 0
         """How often tables were built."""
 
@@ -44,7 +46,7 @@ class TensorTables:
         """The tables for the parameters as they are now, with their present gradients."""
         self._streams.free()
         members = [(identities(g["params"]), g.get("rounding"), g.get("master_weights")) for g in groups]
-        usual = members == self._members and not any_may_move(self._frozen)
+        usual = members == self._members and not (self._frozen and any_may_move(self._frozen))
         if not (usual and all(table.read_grads() for table in self._tables)):
             self.drop()
             self._tables, self._frozen = _build(groups, self._sharding_of)
@@ -63,22 +65,31 @@ class TensorTables:
 
     def has_strange_grads(self) -> bool:
         """Whether a parameter has a gradient that was frozen when the tables were built, and so is in none."""
-        return have_grads(self._frozen)
+        return bool(self._frozen) and have_grads(self._frozen)
 
-    @contextmanager
-    def holding_grads(self) -> Iterator[None]:
+    def holding_grads(self) -> AbstractContextManager[Any]:
         """A block in which the tables refer to gradients; they drop them at its end, also after an error."""
-        try:
-            yield
-        finally:
-            for table in self._tables:
-                table.drop_grads()
+        return self._holding
 
     def drop(self) -> None:
         """Forgets everything; the next step builds anew."""
         for table in self._tables:
             self._streams.keep(table.device, table.made_on, table)
         self._members, self._tables, self._frozen = [], [], []
+
+
+class _HeldGrads:
+    """See :meth:`TensorTables.holding_grads`. Made once: a generator takes several times as long."""
+
+    def __init__(self, tables: TensorTables) -> None:
+        self._tables = weakref.proxy(tables)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for table in self._tables:
+            table.drop_grads()
 
 
 def _build(

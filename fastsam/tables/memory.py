@@ -167,6 +167,41 @@ def allocate_like(tensors: Sequence[Tensor], *, zero: bool, dtype: torch.dtype |
     return [memory.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
 
 
+class StateMemory:
+    """Allocates tensors that live in an optimizer's ``state``, and are written together: each has memory of its own.
+
+    Thousands of small ones take longer to ask and to count than to update, if every one is somewhere. So they have one
+    version counter (PyTorch gives a tensor's to what ``detach()`` makes of it, which keeps it when it gets memory), and
+    PyTorch's objects for them lie beside each other, with the elements elsewhere.
+    """
+
+    RUN = 64
+
+    def __init__(self) -> None:
+        self._counters: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._without_memory: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+
+    def allocate(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uninitialized memory for a tensor with the shape and the strides of ``like``, which is dense."""
+        key = like.device, dtype
+        known = self._without_memory.setdefault(key, [])
+        if not known:
+            counter = self._counters.setdefault(key, torch.empty(0, dtype=dtype, device=like.device))
+            known += [counter.detach() for _ in range(self.RUN)]
+            for tensor in known:
+                tensor.data = torch.empty(0, dtype=dtype, device=like.device)
+        made = known.pop(0)
+        return made.resize_(like.numel()).as_strided_(like.shape, like.stride())
+
+    def distinct(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensors that have the version counters of ``tensors``, a shared one once."""
+        counters = list(self._counters.values())
+        versions = [tensor._version for tensor in tensors]
+        torch.autograd.graph.increment_version(counters)
+        others = [tensor for tensor, version in zip(tensors, versions, strict=True) if tensor._version == version]
+        return others + (counters if len(others) < len(tensors) else [])
+
+
 _grad, _requires_grad = attrgetter("grad"), attrgetter("requires_grad")
 
 

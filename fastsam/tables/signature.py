@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from array import array
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
@@ -28,6 +29,8 @@ _exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _describe = _find("describe") if type(_exchange_api).__name__ == "PyCapsule" else None
 _identities = _find("identities")
 _nested_identities = _find("nested_identities")
+_is_unchanged = _find("is_unchanged")
+_unwatch = _find("unwatch")
 
 _grad = attrgetter("grad")
 
@@ -41,14 +44,10 @@ class Description(NamedTuple):
     """Devices, dtypes, shapes and strides; those of None differ from those of every tensor."""
 
 
-def describe(tensors: list[Tensor] | list[Tensor | None], *, as_stored: bool = False) -> Description:
-    """The addresses and the metadata of ``tensors``.
-
-    ``as_stored``: their values are known to be as they lie in memory, neither lazily conjugated nor negated. To ask a
-    tensor of one element takes longer than all the rest.
-    """
+def describe(tensors: list[Tensor] | list[Tensor | None]) -> Description:
+    """The addresses and the metadata of ``tensors``."""
     if _describe is not None:
-        found = _describe(tensors, Tensor, _exchange_api, as_stored)
+        found = _describe(tensors, Tensor, _exchange_api)
         if found is not None:
             return Description(*found)
     metadata = [None if t is None else _metadata(t) for t in tensors]
@@ -79,6 +78,31 @@ def nested_identities(entries: Mapping[Any, dict[str, Any]], names: tuple[str, .
         has = inner if isinstance(inner, dict) else {}
         numbers.extend([id(key), id(inner), *(id(has[name]) if name in has else 0 for name in names)])
     return numbers.tobytes()
+
+
+class Watch:
+    """Tensors that are asked again and again whether they still are what they were: in memory, dtype and shape.
+
+    What is compiled holds references to them, which :func:`torch.utils.swap_tensors` refuses: this is not for
+    parameters.
+
+    Args:
+        tensors: strided ones with memory, whose values are as they lie there, neither lazily conjugated nor negated.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._number: int | None = None
+        if _is_unchanged is not None and all(type(tensor) is Tensor for tensor in tensors):
+            self._number = torch.ops.fastsam.watch(tensors)
+            weakref.finalize(self, _unwatch, self._number).atexit = False
+        else:
+            self._tensors, self._description = tensors, describe(tensors)
+
+    def is_unchanged(self) -> bool:
+        """Whether they are."""
+        if self._number is not None:
+            return bool(_is_unchanged(self._number))
+        return describe(self._tensors) == self._description
 
 
 _NO_ADDRESS = bytes(8)

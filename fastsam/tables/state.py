@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastsam.distributed import distribute_like, is_distributed, is_placed_like, local_of, placed_like
 from fastsam.spec import MASTER_NAME, STATE_SLOTS, STEP_NAME, Row, StateNames
-from fastsam.tables.memory import as_real, copy_into, has_memory, is_dense, same_order
-from fastsam.tables.signature import Description, describe, nested_identities
+from fastsam.tables.memory import StateMemory, as_real, copy_into, has_memory, is_dense, same_order
+from fastsam.tables.signature import Watch, nested_identities
 
 if TYPE_CHECKING:
     from fastsam.tables.table import TensorTable
@@ -53,14 +53,15 @@ class StateSlots:
         """The tensors that an update writes, whose version counters must be bumped."""
         # Allocated, and not in ``state`` yet.
         self._pending: dict[tuple[int, Row], Tensor] = {}
+        self._memory = StateMemory()
         self._key: tuple[Any, ...] | None = None
         self._identities: bytes | None = None
         self._alive: list[Any] = []
         self._bound: list[Tensor] = []
         self._has_shards = False
-        self._description: Description | None = None
+        self._watch: Watch | None = None
         self._made: dict[str, set[int]] = {}
-        self._known: list[Wanted] = []
+        self._known: list[tuple[Any, ...]] = []
 
     def bind(self, table: TensorTable, state: OptimizerState, wanted: Wanted) -> bool:
         """Fills the table's rows from ``state`` and allocates what is wanted and missing; ``state`` is not changed.
@@ -125,12 +126,12 @@ class StateSlots:
         ]
         self._has_shards = any(map(is_distributed, self._bound))
         bases = {id(base): base for base in (t if t._base is None else t._base for t in self._locals())}
-        self.written = list(bases.values())  # views of one allocation share its version
+        self.written = self._memory.distinct(list(bases.values()))  # views of one allocation share its version
         self._asked = _names_of(table, names, wanted.method_state)
         self._identities = nested_identities(state, self._asked)
         # An identity is valid only while its object is alive.
         self._alive = [(p, e, *(e.values() if isinstance(e, dict) else ())) for p, e in state.items()]
-        self._description = describe(self._locals(), as_stored=True)
+        self._watch = Watch(self._locals())
 
     def _locals(self) -> list[Tensor]:
         return list(map(local_of, self._bound)) if self._has_shards else self._bound
@@ -141,15 +142,16 @@ class StateSlots:
             and self._key == (tuple(wanted.names), wanted.method_state)
             and self._covers(wanted)
             and nested_identities(state, self._asked) == self._identities
-            and describe(self._locals(), as_stored=True) == self._description
+            and self._watch is not None
+            and self._watch.is_unchanged()
         )
 
     def _covers(self, wanted: Wanted) -> bool:
         # The lists are the same objects from step to step.
-        if any(wanted[2:] == known[2:] for known in self._known):
+        if wanted[2:] in self._known:
             return True
         if all(self._made[name].issuperset(getattr(wanted, name)) for name in self._made):
-            self._known = [*self._known[-2:], wanted]
+            self._known = [*self._known[-2:], wanted[2:]]
             return True
         return False
 
@@ -167,7 +169,8 @@ class StateSlots:
         """The state tensor itself if the operations can use it, else a copy in the right form; None: not needed."""
         value = entries.get(name)
         if row == Row.STEP:
-            return _find_step(table, entries, value, names[table.groups[i]]) if needed or value is not None else None
+            wanted = needed or value is not None
+            return self._find_step(table, entries, value, names[table.groups[i]]) if wanted else None
         if value is not None and value.shape != table.params[i].shape:
             raise RuntimeError(
                 f"{table.name(i)}: its state {name!r} has shape {tuple(value.shape)}; resize it with the parameter, or "
@@ -183,13 +186,25 @@ class StateSlots:
         if value is None and not needed:
             return None
         initial = names[table.groups[i]].initial if row in _MOMENTS else 0.0
-        made = torch.full_like(table.values[i], initial, dtype=table.state_dtype)
+        made = self._memory.allocate(table.values[i], table.state_dtype).fill_(initial)
         if value is not None:
             placed = local_of(placed_like(table.params[i], value))
             copy_into(made, as_real(placed), f"{table.name(i)}: its state {name!r}")
         elif row == Row.MASTER:
             made.copy_(table.values[i])
         return _as_state(table, i, made)
+
+    def _find_step(self, table: TensorTable, entries: Mapping[str, Any], value: Any, names: StateNames) -> Tensor:
+        is_tensor = isinstance(value, Tensor)
+        if is_tensor and value.dtype == torch.float32 and value.device == table.device and value.shape == ():
+            return value
+        step = self._memory.allocate(torch.empty((), dtype=torch.float32, device=table.device), torch.float32)
+        if is_tensor:
+            return step.copy_(local_of(value).detach().reshape(()), non_blocking=True)
+        if value is None:
+            # torch.optim.SGD counts no steps: a momentum buffer means that there was one.
+            value = float(bool(names.moments) and entries.get(names.moments[0]) is not None)
+        return step.fill_(float(value))
 
 
 def _as_state(table: TensorTable, i: int, memory: Tensor) -> Tensor:
@@ -240,15 +255,3 @@ def _fits(table: TensorTable, i: int, value: Any) -> bool:
         and has_memory(real)
         and is_dense(real)
     )
-
-
-def _find_step(table: TensorTable, entries: Mapping[str, Any], value: Any, names: StateNames) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.dtype == torch.float32 and value.device == table.device and value.shape == ():
-            return value
-        step = torch.empty((), dtype=torch.float32, device=table.device)
-        return step.copy_(local_of(value).detach().reshape(()), non_blocking=True)
-    if value is None:
-        # torch.optim.SGD counts no steps: a momentum buffer means that there was one.
-        value = float(bool(names.moments) and entries.get(names.moments[0]) is not None)
-    return torch.full((), float(value), dtype=torch.float32, device=table.device)

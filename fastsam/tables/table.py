@@ -363,11 +363,11 @@ class TensorTable:
             moved = moved + [
                 self.locals[i] for i in (self._sharded if everything else set(written) & set(self._sharded))
             ]
-        torch.autograd.graph.increment_version(moved)
         if state:
-            torch.autograd.graph.increment_version(self.slots.written)
+            moved = moved + self.slots.written
         elif self.has_masters:
-            torch.autograd.graph.increment_version([m for m in (self.masters[i] for i in written) if m is not None])
+            moved = moved + [m for m in (self.masters[i] for i in written) if m is not None]
+        torch.autograd.graph.increment_version(moved)
 
     @property
     def written(self) -> list[int]:

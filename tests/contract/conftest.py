@@ -1,6 +1,5 @@
 """What several files of this folder share."""
 
-import internals
 import pytest
 from registry import METHODS
 from trained import Trained
@@ -12,8 +11,6 @@ def trained(backend, device):
 
 
 @pytest.fixture
-def case(name, backend, device):
-    """The method ``name``, if ``backend`` can run it on ``device``."""
-    if reason := internals.unavailable(backend, device, METHODS[name].method):
-        pytest.skip(reason)
+def case(name):
+    """The method ``name``."""
     return METHODS[name]

@@ -5,6 +5,9 @@ import signal
 
 import pytest
 import torch
+from checks import assert_all_close
+from fuzz_lives import Bytes
+from small_models import X, closure_of, make_model
 from torch import nn
 from wrappers import CopyingWrapper, ForwardingWrapper
 
@@ -12,56 +15,11 @@ from fastsam import FastSAM, methods
 
 pytestmark = pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
 
-X = torch.linspace(-1, 1, 12).reshape(4, 3)
-
-
-def make_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-
-
-def closure_of(optimizer, model):
-    def closure():
-        optimizer.zero_grad()
-        loss = model(X).square().sum()
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def assert_equal(ours, expected):
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one.detach(), other.detach(), rtol=0, atol=0)
-
-
-class Strict(torch.optim.Optimizer):
-    """Knows exactly its own keys, has no lr, and keeps bytes and a global entry, which it loads by itself."""
-
-    def __init__(self, params):
-        groups = [g if isinstance(g, dict) else {"params": [g], "size": 0.1} for g in params]
-        assert all(set(group) == {"params", "size"} for group in groups)
-        super().__init__(groups, {})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        self.state["steps"] = self.state.get("steps", 0) + 1
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state[param]
-                state["bytes"] = state.get("bytes", torch.zeros(param.shape, dtype=torch.uint8)) + 1
-                param.sub_(group["size"] * param.grad / state["bytes"])
-
-    def load_state_dict(self, saved):
-        super().load_state_dict(saved)
-        for index, param in enumerate(p for group in self.param_groups for p in group["params"]):
-            self.state[param]["bytes"] = saved["state"][index]["bytes"]
-
 
 def test_a_base_sees_its_own_keys_and_loads_by_itself(backend):
     def make(model):
         groups = [{"params": [p], "size": 0.1, "rho": 0.25 * i} for i, p in enumerate(model.parameters())]
-        return FastSAM(groups, Strict, backend=backend)
+        return FastSAM(groups, Bytes, backend=backend)
 
     model = make_model()
     optimizer = make(model)
@@ -75,7 +33,7 @@ def test_a_base_sees_its_own_keys_and_loads_by_itself(backend):
     assert all(resumed.state[p]["bytes"].dtype == torch.uint8 for p in twin.parameters())
     optimizer.step(closure_of(optimizer, model))
     resumed.step(closure_of(resumed, twin))
-    assert_equal(twin.parameters(), model.parameters())
+    assert_all_close(twin.parameters(), model.parameters(), rtol=0, atol=0)
 
 
 class Uncloneable(torch.Tensor):
@@ -106,7 +64,7 @@ def test_state_of_a_kind_of_its_own_is_loaded_as_it_is(backend):
 def test_a_base_without_a_learning_rate_may_be_refused_by_name(backend):
     model = make_model()
     groups = [{"params": [p], "size": 0.1} for p in model.parameters()]
-    optimizer = FastSAM(groups, Strict, rho=methods.RhoByLR(0.1, 0.1), backend=backend)
+    optimizer = FastSAM(groups, Bytes, rho=methods.RhoByLR(0.1, 0.1), backend=backend)
     with pytest.raises(ValueError, match="lr must be a number"):
         optimizer.step(closure_of(optimizer, model))
 
@@ -121,7 +79,10 @@ def test_what_is_put_on_the_base_runs(backend, how):
         step = base.step
         base.step = lambda: (calls.append(1), step())[1]
     elif how == "pre-hook":
-        base.register_step_pre_hook(lambda *_: (calls.append(1), assert_equal(model.parameters(), weights))[0])
+        exact = {"rtol": 0, "atol": 0}
+        base.register_step_pre_hook(
+            lambda *_: (calls.append(1), assert_all_close(model.parameters(), weights, **exact))[0]
+        )
     else:
         base.register_step_post_hook(lambda *_: calls.append(1))
     plain = FastSAM(twin.parameters(), lr=0.1, momentum=0.9, backend=backend)
@@ -219,7 +180,7 @@ def test_two_phases_through_a_wrapper(backend, wrapper, end, interval):
             assert not raw.perturbed
         return model.parameters()
 
-    assert_equal(train(wrapper), train(lambda optimizer: optimizer))
+    assert_all_close(train(wrapper), train(lambda optimizer: optimizer), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("wrapper", [CopyingWrapper, ForwardingWrapper])
@@ -256,9 +217,9 @@ def test_a_scaler_steps_a_wrapper(backend, wrapper, overflow):
         assert not hasattr(optimizer, "found_inf")
         return model.parameters()
 
-    assert_equal(train(wrapper), train(lambda optimizer: optimizer))
+    assert_all_close(train(wrapper), train(lambda optimizer: optimizer), rtol=0, atol=0)
     if overflow:
-        assert_equal(train(wrapper), make_model().parameters())
+        assert_all_close(train(wrapper), make_model().parameters(), rtol=0, atol=0)
 
 
 def test_a_copy_is_a_view(backend):
@@ -269,7 +230,7 @@ def test_a_copy_is_a_view(backend):
     view.first_step()
     assert optimizer.perturbed
     optimizer.restore()
-    assert_equal(model.parameters(), make_model().parameters())
+    assert_all_close(model.parameters(), make_model().parameters(), rtol=0, atol=0)
 
 
 LOST = [{"method": methods.GSAM()}, {"interval": 2}, {"replay_rng": True}]

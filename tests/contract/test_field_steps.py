@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from small_models import X, closure_of, make_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -12,24 +13,8 @@ from fastsam import FastSAM, methods
 
 pytestmark = pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
 
-X = torch.linspace(-1, 1, 12).reshape(4, 3)
 METHODS = [methods.SAM(), methods.LookSAM(k=2), methods.FriendlySAM()]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
-
-
-def make_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-
-
-def closure_of(optimizer, model):
-    def closure():
-        optimizer.zero_grad()
-        loss = model(X).square().sum()
-        loss.backward()
-        return loss
-
-    return closure
 
 
 @every_method

@@ -7,17 +7,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
+from checks import assert_all_close
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from fastsam import FastSAM, methods
 
 pytestmark = pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
-
-
-def assert_equal(ours, expected):
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one.detach(), other.detach())
 
 
 def test_accumulation_before_a_closure_warns_once(backend):
@@ -203,7 +199,7 @@ def test_a_closure_that_writes_to_perturbed_weights_is_refused(backend, method, 
     with pytest.raises(RuntimeError, match=r"parameter 13 \(shape \(3,\)\) was written to"):
         optimizer.step(lambda: closure(True))
     assert not optimizer.perturbed
-    assert_equal(params, before)
+    assert_all_close(params, before)
 
 
 def test_what_is_not_perturbed_may_be_written_to(backend):
@@ -230,7 +226,7 @@ def test_a_write_is_refused_after_all_weights_were_loaded(backend):
     with pytest.raises(RuntimeError, match=r"parameter 13 \(shape \(3,\)\) was written to"):
         optimizer.second_step()
     optimizer.restore()
-    assert_equal(params, [torch.ones(3)] * 20)
+    assert_all_close(params, [torch.ones(3)] * 20)
 
 
 def test_an_embedding_may_renormalize_itself(backend):
@@ -266,7 +262,7 @@ def test_cached_parametrizations_see_the_perturbed_weights(backend):
             optimizer.step(closure)
         return model.parameters()
 
-    assert_equal(train(True), train(False))
+    assert_all_close(train(True), train(False))
 
 
 FROZEN = {

@@ -2,13 +2,14 @@
 
 import math
 
-import internals
 import oracle
 import pytest
 import torch
 import triton_interpreter
 from checks import assert_same_bits, assert_within
 from method_cases import ALIKE, MIXED, groups_with
+from problem import Problem, Snapshot, Stop
+from registry import PRECISIONS, low_dtypes
 from torch import nn
 from trajectory import (
     STEPS,
@@ -26,7 +27,7 @@ from fastsam.davda54 import SAM as OldSAM
 # ---- micro-batches, intervals, ascent closures, rho over time ----
 
 
-@pytest.mark.parametrize("name", ["sam", "sam-3-steps", "asam", "amp", "awp"])
+@pytest.mark.parametrize("name", ["sam", "sam-3-steps", "asam", "amp", "awp", "gsam", "wsam-coupled", "stable", "sagm"])
 def test_micro_batches(backend, device, name, case):
     """mSAM, Behdin et al. (arXiv:2302.09693): the average of the micro-batches' SAM gradients."""
     network = Network(device, 14)
@@ -50,6 +51,43 @@ def test_micro_batches(backend, device, name, case):
         assert len(calls) == len(parts) * case.passes_of(step)
         actual.append(detached(params))
     assert_same_trajectory(actual, follow_oracle(network, averaged, MIXED, steps=8), 1e-9)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@low_dtypes
+@pytest.mark.parametrize("name", ["asam", "gsam", "wsam-coupled", "stable", "sagm"])
+def test_one_micro_batch_is_a_step(backend, device, name, case, dtype, precision):
+    """But for the roundings of the gradient that the base is given, and of what follows from it."""
+    network, weights = Network(device, 14), []
+    for whole in (True, False):
+        params = network.params(dtype)
+        optimizer = optimizer_for(params, backend, ALIKE, method=case.method, **PRECISIONS[precision])
+        starts = detached(params)
+        for step in range(2):
+            closure = closure_for(network, params, optimizer, step)
+            optimizer.step(closure) if whole else optimizer.step(closures=[closure])
+        weights.append(detached(params))
+    for one, other, start in zip(*weights, starts, strict=True):
+        assert not torch.equal(one, start)
+        size = torch.maximum(start.abs().max(), (one - start).abs().max())
+        assert float((one.double() - other.double()).abs().max() / size) <= 3 * torch.finfo(dtype).eps
+
+
+def test_micro_batch_that_fails_undoes_the_step(backend, device):
+    """In its second pass, after another one's gradients have been combined."""
+    problem, calls = Problem(device), []
+    optimizer = problem.optimizer(backend, method=methods.GSAM())
+    problem.step(optimizer)
+    snapshot = Snapshot(optimizer)
+
+    def closure():
+        calls.append(problem.closure(optimizer)())
+        if len(calls) == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        optimizer.step(closures=[closure, closure])
+    snapshot.assert_unchanged(grads=False)
 
 
 @pytest.mark.parametrize("name", ["sam", "gsam", "asam", "friendly"])
@@ -139,8 +177,6 @@ def test_rho_follows_learning_rate(device):
 def test_random_directions(backend, device):
     """Average-direction SAM (Wen et al., arXiv:2211.05729): a gaussian direction of length rho, another each step."""
     method = methods.RandomSAM(seed=3)
-    if reason := internals.unavailable(backend, device, method):
-        pytest.skip(reason)
     weights = [torch.randn(40, 30, dtype=torch.float64, device=device), torch.randn(50, dtype=torch.float64).to(device)]
 
     def run():
@@ -244,8 +280,14 @@ def test_closures_that_are_refused():
         optimizer.step(closures=[])
     with pytest.raises(ValueError, match="closures"):
         optimizer.step(lambda: None, closures=[lambda: None])
-    with pytest.raises(ValueError, match="GSAM"):
-        FastSAM(params, method=methods.GSAM(), lr=0.1).step(closures=[lambda: None])
+    for method, reason in {
+        methods.LookSAM(): r"LookSAM\(.*\), whose state is made of the step's one gradient at w",
+        methods.FriendlySAM(): "FriendlySAM.*one gradient at w",
+        methods.WSAM(): "WSAM.*decoupled part.*use decouple=False",
+        methods.RandomSAM(): "RandomSAM.*depends on no gradient.*accumulate gradients",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            FastSAM(params, method=method, lr=0.1).step(closures=[lambda: None])
 
 
 def test_method_cannot_be_changed():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import make_model
 from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn.utils import parametrizations
@@ -56,11 +57,6 @@ class ByHand(torch.optim.SGD):
         self.first_step()
         closure()
         self.second_step()
-
-
-def make_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
 def loss_of(model):

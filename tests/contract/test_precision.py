@@ -11,7 +11,7 @@ from problem import Snapshot, assert_same_state, state_of
 from registry import PRECISIONS, every_precision, every_variant, low_dtypes, with_masters
 from trained import MASTER, assert_rounded, two_variants
 
-from fastsam import FastSAM
+from fastsam import FastSAM, methods
 
 # ---- masters ----
 
@@ -315,3 +315,24 @@ def test_perturbation_of_small_weights(backend, device):
     tolerance = 0.01 if n == 1 << 20 else 0.03
     assert projection(rounding="stochastic", rounding_seed=0) == pytest.approx(1, abs=tolerance)
     assert projection(master, master_weights=True) == pytest.approx(1, abs=tolerance)
+
+
+@low_dtypes
+def test_each_ascent_and_each_parameter_has_random_numbers_of_its_own(backend, device, dtype):
+    """Nine ascents of three parameters that are alike, to points between two numbers: 27 different roundings."""
+    count = 4096
+    params = [torch.ones(count, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+    rho = torch.finfo(dtype).eps / 2 * math.sqrt(3 * count)
+    method = methods.SAM(inner_steps=9, inner_lr=1.0)
+    optimizer = FastSAM(params, rho=rho, method=method, rounding="stochastic", rounding_seed=7, lr=0.1, backend=backend)
+    roundings = []
+    for _ in range(9):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.first_step()
+        roundings.append(torch.stack([(param.detach() > 1).double() for param in params]).cpu())
+    optimizer.restore()
+    assert len({bytes(each.to(torch.uint8).tolist()) for ascent in roundings for each in ascent}) == 27
+    for ascent in roundings:
+        correlations = torch.corrcoef(ascent) - torch.eye(3, dtype=torch.float64)
+        assert float(correlations.abs().max()) < 5 / math.sqrt(count)

@@ -146,6 +146,16 @@ def test_zero_gradients_move_nothing(backend, device, base):
     assert not optimizer.perturbed
 
 
+def assert_both_go_on(mine, optimizer, theirs, alone, saved):
+    """From one checkpoint of the base alone, FastSAM and the base take the same step."""
+    mine.model.load_state_dict(theirs.model.state_dict())
+    optimizer.load_state_dict(saved)
+    alone.load_state_dict(saved)
+    mine.step(optimizer)
+    theirs.plain_step(alone)
+    torch.testing.assert_close(mine.weights(), theirs.weights(), rtol=1e-5, atol=1e-6)
+
+
 @every_class
 def test_step_counts_may_be_numbers(backend, device, base):
     """Checkpoints of torch before 1.12 have ``step`` as a number: torch's test_load_nontensor_step."""
@@ -158,12 +168,7 @@ def test_step_counts_may_be_numbers(backend, device, base):
     for entries in saved["state"].values():
         if "step" in entries:
             entries["step"] = entries["step"].item()
-    mine.model.load_state_dict(theirs.model.state_dict())
-    optimizer.load_state_dict(saved)
-    alone.load_state_dict(saved)
-    mine.step(optimizer)
-    theirs.plain_step(alone)
-    torch.testing.assert_close(mine.weights(), theirs.weights(), rtol=1e-5, atol=1e-6)
+    assert_both_go_on(mine, optimizer, theirs, alone, saved)
 
 
 @every_class
@@ -180,12 +185,7 @@ def test_groups_of_older_checkpoints_lack_newer_options(backend, device, base):
     for group in saved["param_groups"]:
         for name in newer:
             group.pop(name, None)
-    mine.model.load_state_dict(theirs.model.state_dict())
-    optimizer.load_state_dict(saved)
-    alone.load_state_dict(saved)
-    mine.step(optimizer)
-    theirs.plain_step(alone)
-    torch.testing.assert_close(mine.weights(), theirs.weights(), rtol=1e-5, atol=1e-6)
+    assert_both_go_on(mine, optimizer, theirs, alone, saved)
 
 
 @every_class

@@ -54,7 +54,8 @@ def load() -> ctypes.CDLL:
     if not (ROOT / "csrc").exists():
         pytest.skip("the tests run without the checkout, against an installed wheel")
     functions = ctypes.CDLL(str(build()))
-    for name in ("plan", "few_tensors", "many_tensors", "method_tensors", "launches"):
+    for name in ("plan", "few_tensors", "many_tensors", "method_tensors", "launches", "loads"):
         getattr(functions, name).restype = ctypes.c_int64
     functions.power.restype = ctypes.c_double
+    functions.fastsam_cuda_load_update.restype = ctypes.c_char_p
     return functions

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -94,11 +95,15 @@ struct cudaFuncAttributes {};
 inline int launches_left = -1;
 inline long launches_made = 0;
 
+// The kernels that were loaded, which the first use of each does.
+inline std::set<const void*> loaded;
+
 inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 template <typename Arguments>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Arguments)) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*kernel)(Arguments)) {
+  loaded.insert(reinterpret_cast<const void*>(kernel));
   return cudaSuccess;
 }
 
@@ -109,6 +114,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 blocks, dim3 thread
     launches_left = -1;
     return cudaErrorMemoryAllocation;
   }
+  loaded.insert(reinterpret_cast<const void*>(kernel));
   --launches_left;
   ++launches_made;
   const Arguments& arguments = *static_cast<const Arguments*>(pointers[0]);

@@ -51,6 +51,13 @@ EXPORT void fail_after(int count) { launches_left = count; }
 
 EXPORT int64_t launches() { return launches_made; }
 
+// How many kernels have been loaded, since the last call with true.
+EXPORT int64_t loads(bool forget) {
+  const auto count = static_cast<int64_t>(loaded.size());
+  if (forget) loaded.clear();
+  return count;
+}
+
 // The addresses that a launch's arguments hold, of a table whose gradients are at `addresses`.
 EXPORT void packed_grads(const int64_t* addresses, int64_t count, int64_t first, int64_t launch_count, int64_t* grads) {
   std::vector<int64_t> rows(kRows * count, -1);

@@ -134,12 +134,12 @@ def refusals():
     sharded, *_ = ways.fsdp2(ways.Block())
     said = {}
     for name, case in METHODS.items():
-        said[name] = _refusal(lambda m=case.method: FastSAM(module.parameters(), _sgd, method=m, **_local(module)))
-    said["fsdp2"] = _refusal(lambda: FastSAM(sharded.parameters(), _sgd, **_local(sharded)))
-    said["plain"] = _refusal(lambda: FastSAM(ways.Block().parameters(), _sgd, local_ascent=True))
+        said[name] = ways.refusal(lambda m=case.method: FastSAM(module.parameters(), _sgd, method=m, **_local(module)))
+    said["fsdp2"] = ways.refusal(lambda: FastSAM(sharded.parameters(), _sgd, **_local(sharded)))
+    said["plain"] = ways.refusal(lambda: FastSAM(ways.Block().parameters(), _sgd, local_ascent=True))
     optimizer = FastSAM(module.parameters(), _sgd, **_local(module))
     ways.loss_of(module(torch.ones(2, 12)), torch.ones(2, 1)).backward()
-    said["two phases"] = _refusal(optimizer.first_step)
+    said["two phases"] = ways.refusal(optimizer.first_step)
     return said
 
 
@@ -148,11 +148,3 @@ def _local(module):
 
 
 _sgd = torch.optim.SGD
-
-
-def _refusal(call):
-    try:
-        call()
-    except (ValueError, RuntimeError) as error:
-        return str(error)
-    return ""

@@ -136,13 +136,13 @@ def refusals():
     group = flat.process_group
     model = ways.Block()
     return {
-        "flat": _refusal(lambda: FastSAM(flat.parameters(), lr=0.1)),
-        "original": _refusal(lambda: FastSAM(original.parameters(), lr=0.1)),
-        "not a group": _refusal(lambda: FastSAM(model.parameters(), lr=0.1, shard_groups="dp")),
-        "awp": _refusal(lambda: FastSAM(flat.parameters(), lr=0.1, shard_groups=group, method=methods.AWP())),
-        "asam": _refusal(lambda: FastSAM(original.parameters(), lr=0.1, shard_groups=group, method=methods.ASAM())),
-        "zero": _refusal(lambda: ZeroRedundancyOptimizer(model.parameters(), optimizer_class=FastSAM, lr=0.1)),
-        "local zero": _refusal(_local_ascent_inside_zero),
+        "flat": ways.refusal(lambda: FastSAM(flat.parameters(), lr=0.1)),
+        "original": ways.refusal(lambda: FastSAM(original.parameters(), lr=0.1)),
+        "not a group": ways.refusal(lambda: FastSAM(model.parameters(), lr=0.1, shard_groups="dp")),
+        "awp": ways.refusal(lambda: FastSAM(flat.parameters(), lr=0.1, shard_groups=group, method=methods.AWP())),
+        "asam": ways.refusal(lambda: FastSAM(original.parameters(), lr=0.1, shard_groups=group, method=methods.ASAM())),
+        "zero": ways.refusal(lambda: ZeroRedundancyOptimizer(model.parameters(), optimizer_class=FastSAM, lr=0.1)),
+        "local zero": ways.refusal(_local_ascent_inside_zero),
     }
 
 
@@ -150,14 +150,6 @@ def _local_ascent_inside_zero():
     module, *_ = ways.ddp(ways.Block())
     options = {"shard_groups": dist.group.WORLD, "model": module, "local_ascent": True, "lr": 0.1}
     return ZeroRedundancyOptimizer(module.parameters(), FastSAM, **options)
-
-
-def _refusal(call):
-    try:
-        call()
-    except (ValueError, TypeError) as error:
-        return str(error)
-    return ""
 
 
 def zero_as_base():

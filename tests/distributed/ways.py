@@ -192,3 +192,12 @@ def compare(way, base, method, backend="native", **options):
     optimizer = optimizer_for(module, base, method, backend=backend, **options)
     train(module, optimizer, ranks, rank)
     return error_of(module, expected(base, method, ranks, way == "sequence"))
+
+
+def refusal(call):
+    """What the error says that ``call`` raises; empty if it raises none."""
+    try:
+        call()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return str(error)
+    return ""

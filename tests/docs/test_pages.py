@@ -77,3 +77,33 @@ def test_what_works_names_tests_that_are_there():
     assert files
     assert not [name for name in files if not ((ROOT / "tests" / name).exists() or (ROOT / name).exists())]
     assert not [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in tests]
+
+
+FOLDERS = ("fastsam", "kernels", "csrc", "tools")
+
+
+def test_contributing_names_every_file_of_code():
+    """The table says what each is for; and it names none that is gone."""
+    page = ROOT / "CONTRIBUTING.md"
+    if not page.exists():
+        pytest.skip("the tests run without the checkout")
+    table = page.read_text()
+    table = table[table.index("| file | purpose |") : table.index("## How a step works")]
+    named, folders = set(), []
+    for line in re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE):
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", line):
+            before, *inside = re.split(r"[{}]", name)
+            for part in [before + middle + inside[1] for middle in inside[0].split(",")] if inside else [name]:
+                folder = part.rpartition("/")[0] if "/" in part else folder
+                path = ROOT / (part if "/" in part else f"{folder}/{part}")
+                assert path.exists(), f"{part} is not there"
+                named.add(path)
+                folders += [path] if path.is_dir() else []
+    files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.*") if file.suffix not in (".so", ".pyc")]
+    files = [
+        file for file in files if file.name != "py.typed" and not file.is_relative_to(ROOT / "fastsam" / "kernels")
+    ]
+    packages = {folder / "__init__.py" for folder in {file.parent for file in named}}
+    for file in set(files) - named - packages:
+        assert any(file.is_relative_to(folder) for folder in folders), f"{file.relative_to(ROOT)} is not in the table"

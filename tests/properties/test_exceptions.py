@@ -21,15 +21,6 @@ PACKAGE = str(Path(fastsam.__file__).parent)
 TORCH_OPTIM = str(Path(torch.optim.__file__).parent)
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C is a KeyboardInterrupt here even where the test run ignores it, as one in the background does."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, previous)
-
-
 def patched(patch, functions, wrap):
     """Replaces each ``(object, attribute)`` by ``wrap`` of what was there."""
     for owner, name in functions:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -136,6 +137,32 @@ def test_no_backend_at_all(monkeypatch, fresh_choice):
         cannot_run(module, monkeypatch, "nothing works")
     with pytest.raises(BackendUnavailable, match="no backend can run on 'cpu'"):
         FastSAM(make_params(), lr=0.1)
+
+
+def test_native_backend_asks_every_gpu_of_the_machine(monkeypatch, fresh_choice, tmp_path):
+    """One that is too old for the compiled kernels is named, whichever is current."""
+    asked = []
+
+    class Functions:
+        @staticmethod
+        def fastsam_cuda_obstacle():
+            return b"no kernel image is available" if asked[-1] == 1 else None
+
+    monkeypatch.setattr(native, "_missing", "")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(native, "cuda_library", lambda: tmp_path)
+    monkeypatch.setattr(native, "_cuda_functions", Functions)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: (asked.append(index), nullcontext())[1])
+    native._load_cuda.cache_clear()
+    try:
+        reason = native.unsupported_reason(Request("cuda"))
+    finally:
+        native._load_cuda.cache_clear()
+    assert reason == "the CUDA kernels cannot run on GPU 1 (no kernel image is available)"
+    assert asked == [0, 1]
 
 
 def test_native_backend_names_device_it_has_no_kernels_for(monkeypatch):

@@ -16,7 +16,7 @@ from fastsam.demo.methods import AVERAGED, FAMILY, LEARNING_RATES, METHODS, MIXE
 from fastsam.demo.mixup import mix, plain
 from fastsam.demo.model import make_cnn
 from fastsam.demo.options import FAMILY_NAMES, Options
-from fastsam.demo.plot import line_styles
+from fastsam.demo.plot import draw, line_styles
 from fastsam.demo.report import results_table, sweep_table
 from fastsam.demo.train import Run, train_model
 
@@ -351,6 +351,34 @@ def test_network_without_batch_norm():
     model = make_cnn(0, batch_norm=False)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     assert model[0].bias is not None
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("options", [Options(), Options(method="all", mixup=0.2, swa=True)], ids=["few", "all"])
+def test_picture_shows_all_curves_and_all_of_its_legend(options, epochs, tmp_path):
+    def run(last):
+        curve = [10.0 + (last - 10) * (epoch + 1) / epochs for epoch in range(epochs)]
+        return Run(make_cnn(0), test_accuracy=curve, wrong_labels_learned=0.0, step_ms=1.0, optimizer_ms=1.0)
+
+    results = {method: [run(30.0 + 2 * i)] for i, method in enumerate(rows(options))}
+    profiles = {SGD: [[1.0, 0.5, 1.0]], FASTSAM: [[0.9, 0.5, 0.9]]}
+    options = dataclasses.replace(options, output=tmp_path / "demo.png")
+    figure = draw(results, profiles, [-1.0, 0.0, 1.0], options)
+    frame = figure.bbox.padded(1)  # of rounding, in pixels
+    for axes in figure.axes:
+        box = axes.get_legend().get_window_extent()
+        assert frame.containsx(box.x0)
+        assert frame.containsx(box.x1)
+        assert frame.containsy(box.y0)
+        assert frame.containsy(box.y1)
+        assert axes.bbox.height > 0.6 * figure.bbox.height
+        assert axes.bbox.width > 0.25 * figure.bbox.width
+        lines = axes.get_lines()
+        assert len(axes.get_legend().get_texts()) == len(lines)
+        for line in lines:
+            assert axes.get_ylim()[0] < line.get_ydata()[-1] < axes.get_ylim()[1]
+            assert len(line.get_ydata()) > 1 or line.get_marker() == "o"
+    assert len(figure.axes[0].get_lines()) == len(results)
 
 
 def test_each_of_all_methods_has_a_line_of_its_own():

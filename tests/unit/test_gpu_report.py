@@ -114,6 +114,7 @@ def test_what_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]
     (_, hardware, environment), (_, contract, _), (_, memcheck, _), *_, (_, measure, measuring) = stage.commands
     assert environment["FASTSAM_REQUIRE_BACKENDS"] == "native:cuda,triton:cuda,foreach:cuda"
+    assert environment["FASTSAM_TEST_DEVICES"] == "cuda"
     assert environment["PYTHONPATH"].split(":")[1:] == [str(ROOT), "/elsewhere"]
     assert all(tuple(command[command.index("-m", 3) :][:2]) == ("-m", "gpu") for command in (hardware, contract))
     assert Path(hardware[-1]).exists()
@@ -140,6 +141,7 @@ def test_without_a_sanitizer_there_is_a_reason(tmp_path: Path, monkeypatch: pyte
 def test_the_extension_of_the_checkout_is_used_if_it_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: bool
 ) -> None:
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path)
     monkeypatch.setattr(gpu_report, "LIBRARY", tmp_path / "lib")
     monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "90")
     load = "load the extension of the checkout"
@@ -154,3 +156,43 @@ def test_the_extension_of_the_checkout_is_used_if_it_loads(
         environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
         found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         assert found.stdout.startswith(str(tmp_path / "lib"))
+
+
+def test_the_second_stage_builds_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that both stages have; unless the sources or the GPU have changed in between."""
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path)
+    monkeypatch.setattr(gpu_report, "LIBRARY", tmp_path / "lib")
+    monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "90")
+    load = "load the extension of the checkout"
+
+    class Building(Recorded):
+        def run(self, name, *args, **options) -> Outcome:
+            if name.startswith("build"):
+                (tmp_path / "lib" / "fastsam" / "_C_cuda.abi3.so").write_text("built")
+            return super().run(name, *args, **options)
+
+    def names() -> list[str]:
+        stage = Building(tmp_path, failing=(load,))
+        gpu_report.build(stage, dry=False)
+        return [name for name, *_ in stage.commands]
+
+    assert names() == [load, "build cuda 90", "load the new extension"]
+    assert names() == [load, "load the extension of an earlier stage"]
+    assert (tmp_path / "lib" / "fastsam" / "_C_cuda.abi3.so").read_text() == "built"
+    monkeypatch.setenv("FASTSAM_CUDA_ARCHS", "100")
+    assert names() == [load, "build cuda 100", "load the new extension"]
+
+
+def test_without_a_gpu_nothing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def run(self, name, *args, **options) -> Outcome:
+        commands.append(name)
+        return self.note(Outcome(name, "failed", 0.0, "Found no NVIDIA driver on your system"))
+
+    monkeypatch.setattr(gpu_report, "WORK", tmp_path)
+    monkeypatch.setattr(Stage, "run", run)
+    monkeypatch.setattr(gpu_report.signal, "signal", lambda *args: None)
+    assert gpu_report.main(["--out", str(tmp_path / "out")]) == 1
+    assert commands == ["find the GPU"] * 2
+    assert "Found no NVIDIA driver" in (tmp_path / "out" / "measure.log").read_text()

@@ -22,21 +22,13 @@ def handler():
     signal.signal(signal.SIGINT, previous)
 
 
-@pytest.fixture
-def keyboard():
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, previous)
-
-
 def test_nothing_happens_without_signal(handler):
     with DeferredInterrupts():
         assert signal.getsignal(signal.SIGINT) is not handler
     assert handler.calls == []
 
 
-def test_keyboard_interrupt_comes_at_end(keyboard):
+def test_keyboard_interrupt_comes_at_end(interruptible):
     reached = []
 
     def work():
@@ -76,7 +68,7 @@ def test_exception_in_block_passes_through(handler):
     assert handler.calls == []
 
 
-def test_ctrl_c_and_exception_both_show(keyboard):
+def test_ctrl_c_and_exception_both_show(interruptible):
     error = ValueError("mine")
 
     def work():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastsam.tables import memory as layouts
 from fastsam.tables.memory import (
+    StateMemory,
     allocate_like,
     as_real,
     check_disjoint,
@@ -196,3 +197,50 @@ def test_the_message_names_both():
         ValueError, match=r"parameter 2 \(shape \(4, 2\)\) shares memory with parameter 0 \(shape \(4,\)\)"
     ):
         check_disjoint([matrix[:, 1], matrix[:, 3], matrix[:, :2]])
+
+
+class TestStateMemory:
+    """State: each tensor has memory of its own, all have one version."""
+
+    SHAPES = ((), (0,), (3,), (2, 5), (200, 3))
+
+    def made(self, memory, dtype=torch.float32):
+        likes = [torch.zeros(shape) for shape in self.SHAPES] + [torch.zeros(4, 3).t()]
+        return likes, [memory.allocate(like, dtype) for like in likes]
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+    def test_layout(self, dtype):
+        likes, made = self.made(StateMemory(), dtype)
+        for like, tensor in zip(likes, made, strict=True):
+            assert tensor.dtype == dtype
+            assert (tensor.shape, tensor.stride()) == (like.shape, like.stride())
+            assert tensor.untyped_storage().nbytes() == like.numel() * dtype.itemsize, "a pickle contains the storage"
+            assert tensor.storage_offset() == 0
+            assert tensor._base is None
+        assert find_shared(made) is None
+
+    def test_more_than_a_run(self):
+        memory = StateMemory()
+        made = [memory.allocate(torch.zeros(2), torch.float32).fill_(i) for i in range(2 * StateMemory.RUN + 1)]
+        assert [tensor.tolist() for tensor in made] == [[i, i] for i in range(len(made))]
+
+    def test_one_version(self):
+        memory = StateMemory()
+        _, singles = self.made(memory)
+        _, doubles = self.made(memory, torch.float64)
+        other = torch.zeros(3)
+        everything = [*singles, other, *doubles]
+        distinct = memory.distinct(everything)
+        assert len(distinct) == 3
+        assert any(tensor is other for tensor in distinct)
+        before = [tensor._version for tensor in everything]
+        torch.autograd.graph.increment_version(distinct)
+        assert [tensor._version for tensor in everything] == [version + 1 for version in before]
+
+    def test_none_of_its_own(self):
+        memory = StateMemory()
+        self.made(memory)
+        other = torch.zeros(3)
+        distinct = memory.distinct([other])
+        assert len(distinct) == 1
+        assert distinct[0] is other

@@ -10,8 +10,8 @@ from scene import STOCHASTIC, Scene, norm_of
 
 from fastsam.backends import reference
 from fastsam.backends.rounding import make_keys, random_words, round_stochastically, words_of_draw
-from fastsam.directions import _NOISE_WORDS
 from fastsam.distributed import Place
+from fastsam.noise import NOISE_WORDS
 from fastsam.precision import ascent_seed
 from fastsam.spec import RANDOM_WORDS, STATE_SLOTS, Ascent, AscentOptions, Draw
 
@@ -71,7 +71,7 @@ def test_no_two_draws_collide():
     """Of one parameter's results in a step, of two parameters, and of the ascents of a step."""
     draws = [Draw.ASCENT, Draw.WEIGHT, *(Draw.STATE + slot for slot in range(STATE_SLOTS)), Draw.METHOD_STATE]
     assert len(set(draws)) == len(draws)
-    assert max(draws) // 2 < min(_NOISE_WORDS) <= max(_NOISE_WORDS) < RANDOM_WORDS
+    assert max(draws) // 2 < min(NOISE_WORDS) <= max(NOISE_WORDS) < RANDOM_WORDS
     ascents = [(ascent_seed(5, number), Draw.ASCENT // 2) for number in range(9)]
     others = [(5, word) for word in sorted({draw // 2 for draw in draws if draw != Draw.ASCENT})]
     keys = [make_keys(seed, 3, position, word) for seed, word in ascents + others for position in range(100)]

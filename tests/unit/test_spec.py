@@ -16,7 +16,7 @@ def numbers():
     for name, value in vars(spec).items():
         if isinstance(value, EnumMeta) and value.__module__ == spec.__name__:
             found |= {f"{name}.{member.name}": int(member) for member in value}
-        elif name.endswith("Options"):
+        elif name.endswith("Options") and isinstance(value, type):
             found |= {f"{name}.{field}": place for place, field in enumerate(value._fields)}
     return found
 

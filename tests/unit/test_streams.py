@@ -11,6 +11,7 @@ from fastsam import FastSAM, methods
 from fastsam.runtime import streams
 from fastsam.runtime.step_number import StepNumber
 from fastsam.runtime.streams import StreamGuard, current_stream
+from fastsam.tables import table
 
 CUDA = torch.device("cuda")
 
@@ -74,6 +75,33 @@ def test_a_cpu_has_no_streams():
     guard.keep(torch.device("cpu"), current_stream(torch.device("cpu")), memory)
     del memory
     assert alive() is None
+
+
+def test_dropped_tables_wait_for_the_stream_that_used_them_last(monkeypatch, use):
+    """With all that they have on the device; new ones are made meanwhile."""
+    mine, other = Stream(1), Stream(2)
+    monkeypatch.setattr(streams, "current_stream", lambda device: torch.cuda.current_stream(device).cuda_stream)
+    monkeypatch.setattr(table, "current_stream", streams.current_stream)
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FastSAM([param], lr=0.1, backend="reference")
+
+    def step():
+        param.grad = torch.ones_like(param)
+        optimizer.first_step(zero_grad=False)
+        optimizer.second_step()
+
+    use(mine)
+    step()
+    tables = optimizer._engine.tables
+    alive = [weakref.ref(memory) for one in tables for memory in (one, one.values[0])]
+    use(other)
+    step()
+    tables.drop()
+    step()
+    assert all(memory() is not None for memory in alive)
+    other.events[0].passed = True
+    step()
+    assert alive[0]() is None
 
 
 def test_a_captured_step_counts_on(monkeypatch):
