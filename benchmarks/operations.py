@@ -134,9 +134,9 @@ def _stubbed_triton(stack: contextlib.ExitStack) -> None:
     if reason := triton_gpu.find_obstacle():
         raise Unavailable(reason)
     kernels = triton_gpu.kernels
-    stack.enter_context(mock.patch.object(triton_gpu, "unsupported_reason", return_value=""))
+    stack.enter_context(mock.patch.object(triton_gpu, "unsupported_reason", _no_reason))
     stack.enter_context(mock.patch.object(kernels, "interpreted", False))
-    stack.enter_context(mock.patch.object(kernels.Kernel, "prepare", return_value=_Launches()))
+    stack.enter_context(mock.patch.object(kernels.Kernel, "prepare", _prepared))
     stack.enter_context(mock.patch.object(streams, "is_capturing", do_nothing))
 
 
@@ -145,3 +145,15 @@ class _Launches:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return do_nothing
+
+
+_LAUNCHES = _Launches()
+
+
+# Plain functions: a mock takes as long as a tenth of a step.
+def _prepared(*_: Any) -> _Launches:
+    return _LAUNCHES
+
+
+def _no_reason(_: Any) -> str:
+    return ""

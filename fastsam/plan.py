@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -38,6 +37,13 @@ class StepOptions:
         self._groups, self._update, self._step, self._rho_scale = groups, update, step, rho_scale
         self.are_checked = False
 
+    def with_other_lr(self, groups: Groups) -> StepOptions:
+        """The options where only learning rates have changed."""
+        changed = StepOptions(groups, self._update, self._step, self._rho_scale)
+        changed.__dict__.update({name: value for name, value in self.__dict__.items() if name != "update"})
+        changed._groups = groups
+        return changed
+
     @cached_property
     def perturb(self) -> list[bool]:
         """Whether each group is perturbed."""
@@ -60,37 +66,54 @@ class StepOptions:
         return [] if self._update is None else [self._update.options(group) for group in self._groups]
 
 
-_IMMUTABLE = frozenset({float, int, bool, str, type(None)})
-
-
 class KnownOptions:
     """The options of the step before, for as long as none of them becomes another object."""
 
     def __init__(self) -> None:
         self._options: StepOptions | None = None
-        self._objects: list[Any] = []  # kept: an identity is valid only while its object is alive
+        self._groups: list[dict[str, Any]] = []  # as they were; an identity is valid only while its object is alive
         self._key: tuple[Any, ...] = ()
 
     def of(self, groups: Groups, update: FusedUpdate | None, step: int, rho_scale: float) -> StepOptions:
         """The options in this step."""
-        key = update, rho_scale
-        objects = list(chain.from_iterable(chain(group, group.values()) for group in groups))
-        is_known = key == self._key and len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        if self._options is not None and is_known:
-            return self._options
+        key, known = (update, rho_scale, len(groups)), self._options
+        if known is not None and key == self._key:
+            if all(map(_have_same_objects, groups, self._groups)):
+                return known
+            if self._only_lr_differs(groups):
+                known = known.with_other_lr(groups)
+                self._options, self._groups = known, [dict(group) for group in groups]
+                return known
         options = StepOptions(groups, update, step, rho_scale)
         # A schedule says something else in each step, and a list may be written to.
-        are_fixed = all(_is_fixed(name, value) for group in groups for name, value in group.items())
-        self._options, self._objects, self._key = (options, objects, key) if are_fixed else (None, [], ())
+        is_fixed = all(_is_fixed(value) or name in _NO_OPTIONS for group in groups for name, value in group.items())
+        self._options, self._key = options if is_fixed else None, key
+        self._groups = [dict(group) for group in groups]
         return options
 
+    def _only_lr_differs(self, groups: Groups) -> bool:
+        """Whether nothing else has changed: a scheduler sets it in every step."""
+        for group, known in zip(groups, self._groups, strict=True):
+            if group.keys() != known.keys() or not _is_fixed(group.get("lr")):
+                return False
+            if not {name for name in known if group[name] is not known[name]} <= {"lr"}:
+                return False
+        return True
 
-def _is_fixed(name: str, value: Any) -> bool:
+
+_IMMUTABLE = frozenset({float, int, bool, str, type(None)})
+_NO_OPTIONS = frozenset({"params", "param_names"})
+
+
+def _have_same_objects(group: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    return group.keys() == known.keys() and all(map(is_, group.values(), known.values()))
+
+
+def _is_fixed(value: Any) -> bool:
     """Whether an option stays what it is; of a tensor, which tensor it is."""
     if isinstance(value, tuple):
-        return all(_is_fixed(name, entry) for entry in value)
-    # No option depends on the parameters and their names.
-    return type(value) in _IMMUTABLE or isinstance(value, Tensor) or name in ("params", "param_names")
+        return all(map(_is_fixed, value))
+    return type(value) in _IMMUTABLE or isinstance(value, Tensor)
 
 
 class Plan(NamedTuple):

@@ -14,9 +14,9 @@ namespace fastsam::cuda {
 #define FASTSAM_CUDA_THREADS 128
 #endif
 constexpr int kThreads = FASTSAM_CUDA_THREADS;
-// Blocks on a multiprocessor at least, which allows a thread 64, 80, 128 or 168 registers. Left to itself, the compiler
+// Blocks on a multiprocessor at least, which allows a thread 64, 80, 128 or 255 registers. Left to itself, the compiler
 // takes more than it needs, or aims higher and spills.
-constexpr int kLight = 1024 / kThreads, kMedium = 768 / kThreads, kHeavy = 512 / kThreads, kHeaviest = 384 / kThreads;
+constexpr int kLight = 1024 / kThreads, kMedium = 768 / kThreads, kHeavy = 512 / kThreads, kHeaviest = 256 / kThreads;
 
 // What one thread has made for its block: arithmetic in double is slow on some GPUs, and a chunk needs it once.
 template <typename Make>

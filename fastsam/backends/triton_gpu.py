@@ -192,7 +192,7 @@ class _View:
         self.copy = DeviceTable(table, CHUNK_SIZE)
         self.no_scale = torch.ones((), dtype=torch.float32, device=self._device)
         self.no_overflow = torch.zeros((), dtype=torch.float32, device=self._device)
-        self._has_empty = bool((table.tensors[0] == 0).any())
+        self._has_empty = any(value.numel() == 0 for value in table.values)
         self._norm: tuple[Tensor, Tensor] | None = None
         self._products: Tensor | None = None
 

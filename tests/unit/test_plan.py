@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsam import FastSAM
+from fastsam import FastSAM, methods
 from fastsam.bases import FUSED
 from fastsam.plan import KnownOptions
 
@@ -54,6 +54,30 @@ def test_change(change):
     change(groups)
     assert known.of(groups, ADAM, 2, 1.0) is not before
     assert contents(known.of(groups, ADAM, 2, 1.0)) == fresh(groups)
+
+
+def test_a_scheduler_that_sets_lr_leaves_the_rest():
+    groups, known = make_groups(), KnownOptions()
+    before = known.of(groups, ADAM, 0, 1.0)
+    assert contents(before) == fresh(groups)
+    before.are_checked = True
+    for step in range(1, 4):
+        groups[0]["lr"] *= 0.5
+        now = known.of(groups, ADAM, step, 1.0)
+        assert contents(now) == fresh(groups)
+        assert now.are_checked
+        assert now.ascent is before.ascent
+    groups[0]["lr"] = [0.5]
+    assert not known.of(groups, ADAM, 4, 1.0).are_checked
+
+
+def test_a_radius_by_lr_follows_it():
+    groups, known = make_groups(rho=methods.RhoByLR(rho_max=0.5, lr_max=1.0, rho_min=0.1)), KnownOptions()
+    rhos = []
+    for lr in (0.0, 0.5, 1.0):
+        groups[0]["lr"] = lr
+        rhos.append(known.of(groups, ADAM, 0, 1.0).ascent[0].rho)
+    assert rhos == pytest.approx([0.1, 0.3, 0.5])
 
 
 def test_other_bases_and_scales():
