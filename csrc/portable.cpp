@@ -3,6 +3,7 @@
 // A library that is compiled on a newer system asks for the newest version of each symbol. The linker binds the whole
 // extension to these hidden definitions instead, where that version is newer than manylinux_2_28.
 
+#include <new>
 #include <sstream>
 
 #define FASTSAM_HIDDEN extern "C" __attribute__((visibility("hidden")))
@@ -33,5 +34,9 @@ template std::basic_ostringstream<char>::basic_ostringstream();
 #if _GLIBCXX_RELEASE >= 11
 template std::string std::basic_stringbuf<char>::str() const&;
 template std::string std::basic_stringbuf<char>::str() &&;
+// What containers call for a size that no memory has.
+FASTSAM_HIDDEN __attribute__((noreturn)) void fastsam_throw_bad_array_new_length() __asm__(
+    "_ZSt28__throw_bad_array_new_lengthv");
+void fastsam_throw_bad_array_new_length() { throw std::bad_array_new_length(); }
 #endif
 #endif

@@ -1,9 +1,9 @@
 #include "watch.h"
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
 #include <utility>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -80,7 +80,7 @@ class Watch {
 // Python is gone.
 struct Watches {
   std::mutex mutex;
-  std::unordered_map<int64_t, std::shared_ptr<const Watch>> of;
+  std::map<int64_t, std::shared_ptr<const Watch>> of;
   int64_t last = 0;
 };
 
