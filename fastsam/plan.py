@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsam.bases import FusedUpdate
 from fastsam.distributed import local_of, whole_of
 from fastsam.groups import ascent_options
-from fastsam.spec import AdamOptions, AscentOptions, SGDOptions, StateNames
+from fastsam.spec import AscentOptions, BaseOptions, StateNames
 from fastsam.tables import TensorTable
 from fastsam.tables.state import OptimizerState
 
@@ -61,7 +61,7 @@ class StepOptions:
         return () if update is None else tuple(update.state_names(group) for group in self._groups)
 
     @cached_property
-    def update(self) -> list[SGDOptions | AdamOptions]:
+    def update(self) -> list[BaseOptions]:
         """The base update's options; nothing if it does not run fused."""
         return [] if self._update is None else [self._update.options(group) for group in self._groups]
 
