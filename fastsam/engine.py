@@ -287,10 +287,7 @@ class Engine:
         if plan.update is None and (plan.grad_scale is not None or self.method.descent_form(self.ascents > 0)):
             separate_grads(param for group in plan.groups for param in group["params"])
         with self.tables.holding_grads():
-            self._read_grads_again()
-            tables = list(self.tables)
-            for table in tables:
-                table.gather()
+            tables = self._read_last_grads()
             overflow = plan.update is None and plan.found_inf is not None and float(plan.found_inf) != 0
             descents = None if overflow else self._plan_descents(tables, plan)
             keeps = bool(descents and descents[0].form.keeps)
@@ -319,10 +316,7 @@ class Engine:
         """Restores the weights, without an update, and makes the gradients what the method gives the base."""
         separate_grads(param for group in plan.groups for param in group["params"])
         with self.tables.holding_grads():
-            self._read_grads_again()
-            tables = list(self.tables)
-            for table in tables:
-                table.gather()
+            tables = self._read_last_grads()
             self._prepare_base(tables, self._plan_descents(tables, plan))
         self._end_step()
 
@@ -414,6 +408,13 @@ class Engine:
                     f"{table.name(table.changed()[0])} was moved, cast or given other memory between the two "
                     "passes; call restore() to give the ascent up"
                 )
+
+    def _read_last_grads(self) -> list[TensorTable]:
+        """The tables with the last pass's gradients, about to be restored."""
+        self._read_grads_again()
+        for table in self.tables:
+            table.gather()
+        return list(self.tables)
 
     def _end_step(self) -> None:
         self.perturbed, self.is_displaced, self.ascents = False, False, 0

@@ -25,6 +25,7 @@ PRECISIONS = {
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 every_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 every_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+every_part = pytest.mark.parametrize("left", ["group that is not perturbed", "frozen tensor", "one without a gradient"])
 
 
 class Steps:
@@ -42,6 +43,16 @@ class Steps:
                 self.alive.append(param.grad)
                 param.grad = torch.ones_like(param)
         return torch.zeros(())
+
+    def leave_out(self, left):
+        """Steps of a part of the parameters: ``left`` (of :data:`every_part`) is not in the ascent, or has no part."""
+        if left == "group that is not perturbed":
+            self.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "perturb": False})
+            self.params.append(self.optimizer.param_groups[1]["params"][0])
+        elif left == "frozen tensor":
+            self.params.pop().requires_grad_(False)
+        else:
+            self.params.pop(0)
 
     def __call__(self, closures=0):
         if closures:

@@ -12,6 +12,7 @@ from gpu_steps import (
     assert_at_most_six_around_the_formula,
     every_base,
     every_method,
+    every_part,
     every_precision,
     hide_the_host,
     read_tensors_on_the_device,
@@ -138,17 +139,11 @@ def test_every_kind_of_step_can_be_captured(capture, method):
         capture(False)
 
 
-@pytest.mark.parametrize("left", ["a group that is not perturbed", "a frozen tensor", "one without a gradient"])
+@every_part
 @every_method
 def test_steps_of_a_part_of_the_parameters_can_be_captured(capture, method, left):
     steps = Steps("native", method=method)
-    if "group" in left:
-        steps.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "perturb": False})
-        steps.params.append(steps.optimizer.param_groups[1]["params"][0])
-    elif "frozen" in left:
-        steps.params.pop().requires_grad_(False)
-    else:
-        steps.params.pop(0)
+    steps.leave_out(left)
     for _ in range(4):
         steps()
     capture(True)
