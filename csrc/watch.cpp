@@ -62,9 +62,9 @@ class Watch {
   }
 
  private:
-  // Brings a handle, and the object of a handle that has arrived, into the cache: a look at thousands of small tensors
-  // waits for little else. The handle's first word is the object's address; were it not, this would be of no use, and
-  // do no harm.
+  // Prefetches a handle, and the tensor object behind an earlier one: comparing thousands of small tensors is bound by
+  // cache misses. This assumes that a handle's first word is the object's address; if it were not, the prefetch would
+  // be useless but harmless.
   void prefetch(size_t handle, size_t object) const {
     if (handle < tensors_.size()) __builtin_prefetch(tensors_[handle].get());
     if (object >= tensors_.size()) return;

@@ -30,7 +30,7 @@ class StepOptions:
         rho_scale: what a schedule multiplies every rho by.
 
     Attributes:
-        are_checked: whether somebody has found them to be possible.
+        are_checked: whether the groups have been validated with these options.
     """
 
     def __init__(self, groups: Groups, update: FusedUpdate | None, step: int, rho_scale: float) -> None:
@@ -67,7 +67,7 @@ class StepOptions:
 
 
 class KnownOptions:
-    """The options of the step before, for as long as none of them becomes another object."""
+    """Caches the options of the last step; they are computed again when a group holds another object."""
 
     def __init__(self) -> None:
         self._options: StepOptions | None = None

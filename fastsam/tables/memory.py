@@ -168,11 +168,11 @@ def allocate_like(tensors: Sequence[Tensor], *, zero: bool, dtype: torch.dtype |
 
 
 class StateMemory:
-    """Allocates tensors that live in an optimizer's ``state``, and are written together: each has memory of its own.
+    """Allocates the tensors of an optimizer's ``state``: each has its own storage, all share one version counter.
 
-    Thousands of small ones take longer to ask and to count than to update, if every one is somewhere. So they have one
-    version counter (PyTorch gives a tensor's to what ``detach()`` makes of it, which keeps it when it gets memory), and
-    PyTorch's objects for them lie beside each other, with the elements elsewhere.
+    With thousands of small tensors, checking them and incrementing their versions would take longer than the update.
+    So their PyTorch objects are allocated next to each other, before any elements, and one increment counts for all:
+    ``detach()`` passes the version counter on, and assigning ``.data`` keeps it.
     """
 
     RUN = 64

@@ -81,13 +81,13 @@ def nested_identities(entries: Mapping[Any, dict[str, Any]], names: tuple[str, .
 
 
 class Watch:
-    """Tensors that are asked again and again whether they still are what they were: in memory, dtype and shape.
+    """Detects whether tensors have changed address, dtype, shape or strides.
 
-    What is compiled holds references to them, which :func:`torch.utils.swap_tensors` refuses: this is not for
+    The compiled version holds a reference to each, which :func:`torch.utils.swap_tensors` refuses, so this is not for
     parameters.
 
     Args:
-        tensors: strided ones with memory, whose values are as they lie there, neither lazily conjugated nor negated.
+        tensors: strided tensors with memory, neither lazily conjugated nor negated.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -99,7 +99,7 @@ class Watch:
             self._tensors, self._description = tensors, describe(tensors)
 
     def is_unchanged(self) -> bool:
-        """Whether they are."""
+        """Whether none has changed since the construction."""
         if self._number is not None:
             return bool(_is_unchanged(self._number))
         return describe(self._tensors) == self._description
