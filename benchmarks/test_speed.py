@@ -16,7 +16,7 @@ from benchmarks.optimizer_part import PartRun, method_costs
 from benchmarks.ranks import rank_costs
 from benchmarks.records import TrainingStep
 from benchmarks.session import Session
-from benchmarks.training import FASTSAM, HALF_BATCH, IN_A_GRAPH, prepare, rows
+from benchmarks.training import FASTSAM, FASTSAM_IN_A_GRAPH, HALF_BATCH, HALF_BATCH_IN_A_GRAPH, prepare, rows
 
 
 def test_operations(case: plan.Backend, session: Session) -> None:
@@ -81,4 +81,4 @@ def test_training_step(case: plan.Training, session: Session, benchmark: Any) ->
         times=rounds.times,
         skipped=skipped,
     )
-    session.add(record, needed={FASTSAM, HALF_BATCH, IN_A_GRAPH})
+    session.add(record, needed={FASTSAM, HALF_BATCH, FASTSAM_IN_A_GRAPH, HALF_BATCH_IN_A_GRAPH})
