@@ -90,8 +90,8 @@ def chunk_size(elements: int | None) -> Iterator[None]:
         return
 
     with (
-        mock.patch.object(triton_gpu, "CHUNK_SIZE", elements),
-        mock.patch.object(native_table, "fit_chunk_size", return_value=elements),
+        mock.patch.object(triton_gpu, "gpu_chunk_size", return_value=elements),
+        mock.patch.object(native_table, "gpu_chunk_size", return_value=elements),
     ):
         yield
 

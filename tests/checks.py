@@ -42,6 +42,11 @@ def assert_same_bits(actual, expected, what="") -> None:
     assert not different.any(), f"{what}: {int(different.sum())} of {different.numel()} differ in bits"
 
 
+def has_torchs_bits(backend: str, device: torch.device) -> bool:
+    """Whether a base's updates are promised to be torch.optim's bit for bit: on CUDA its kernels fuse as they like."""
+    return backend == "reference" and device.type == "cpu"
+
+
 def assert_all_close(actual, expected, **tolerance) -> None:
     """Lists of tensors, by ``torch.testing.assert_close``."""
     for one, other in zip(actual, expected, strict=True):

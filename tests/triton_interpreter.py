@@ -10,9 +10,14 @@ THOROUGH = os.environ.get("FASTSAM_THOROUGH", "0") != "0"
 
 
 def set_up():
-    """To be called before the kernels are imported. Where there is a GPU, they are compiled for it instead."""
+    """To be called before the kernels are imported.
+
+    Where there is a GPU, they are compiled for it instead, and nothing is changed: the compiler uses much of the same.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET", "0") == "0":
+        return
     try:
         from triton.language import core
         from triton.language.semantic import TritonSemantic

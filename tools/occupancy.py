@@ -12,7 +12,7 @@ from benchmarks.shapes import shapes_of
 
 MODEL = "ViT-B/16"
 CHUNK_SIZE = 8192
-"""As GPU_CHUNK_SIZE in fastsam/backends/device_table.py."""
+"""Of float32, as gpu_chunk_size in fastsam/backends/device_table.py says; of 16-bit numbers twice as many elements."""
 
 
 class GPU(NamedTuple):

@@ -36,9 +36,11 @@ struct Element {
 
 // A functor is called with one Element after the other and fills in what is to be written. Its `Tensors` are Counts;
 // kOptional says whether some of them may be absent. If kKeepsWide, what is written to wide tensors is mostly what was
-// read from them, and only what has changed is stored. If kTakesPacks, it is called with an array of Elements.
+// read from them, and only what has changed is stored. If kTakesPacks, it is called with an array of Elements. kMostPacks
+// are loaded before it computes, at most.
 struct FunctorTraits {
   static constexpr bool kOptional = false, kKeepsWide = false, kTakesPacks = false;
+  static constexpr int kMostPacks = 4;
 };
 
 // Packs of 16 bytes that a thread loads of each tensor before it computes: enough bytes in flight, few enough
@@ -137,7 +139,8 @@ __device__ __forceinline__ void walk(Functor& functor, const Operands<scalar_t, 
   constexpr int kWidth = kVectorBytes / sizeof(scalar_t);
   const Split split = split_operands(at, length);
   const int head = split.head, in_packs = split.vectors * kWidth;
-  walk_packs<kWidth, kUnrollFor<typename Functor::Tensors>>(functor, at, split.vectors, 0, head);
+  constexpr int kUnroll = kUnrollFor<typename Functor::Tensors>;
+  walk_packs<kWidth, kUnroll < Functor::kMostPacks ? kUnroll : Functor::kMostPacks>(functor, at, split.vectors, 0, head);
   walk_packs<1, kSingles>(functor, at, length - in_packs, head, in_packs);
 }
 

@@ -19,8 +19,9 @@ from fastsam.tables import TensorTable
 # Rows that may change from one captured step to the next: what they hold lives for one step.
 STEP_ROWS = (Row.GRAD, Row.FIRST_GRAD, Row.DIRECTION)
 
-# Elements of a chunk, at most: the best of 4,096 to 65,536 on an H200. Larger ones leave more of it idle at the end.
-GPU_CHUNK_SIZE = 8192
+# Bytes of each tensor in a chunk, the best of 4,096 to 65,536 elements on an H200: larger ones leave more of it idle at
+# the end, smaller ones make it look up more. Beyond so many chunks they become longer: the table of them is read, too.
+GPU_CHUNK_BYTES, MOST_GPU_CHUNKS = 2**15, 2**18
 
 # Copies of options on the device, at most: those sent last.
 MOST_OPTIONS = 16
@@ -280,9 +281,13 @@ def _as_tensor(words: bytes) -> Tensor:
     return torch.frombuffer(bytearray(words), dtype=torch.int64)
 
 
-def fit_chunk_size(elements: int, smallest: int, largest: int) -> int:
-    """For a table of so many elements: a few thousand chunks, enough to keep every multiprocessor busy to the end."""
-    size = min(smallest, largest)
-    while size < largest and size * 4096 < elements:
+def gpu_chunk_size(table: TensorTable, smallest: int) -> int:
+    """How many elements a block gets at most: a power of two.
+
+    There are a few thousand chunks before they grow, enough to keep every multiprocessor busy to the end.
+    """
+    elements = sum(value.numel() for value in table.values)
+    largest, size = GPU_CHUNK_BYTES // table.dtype.itemsize, smallest
+    while (size < largest and size * 4096 < elements) or size * MOST_GPU_CHUNKS < elements:
         size *= 2
     return size

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fastsam.backends.device_table import GPU_CHUNK_SIZE, STEP_ROWS, DeviceTable, Options, fit_chunk_size
+from fastsam.backends.device_table import STEP_ROWS, DeviceTable, Options, gpu_chunk_size
 from fastsam.spec import ROWS, DescentForm, Update
 from fastsam.tables import TensorTable
 
@@ -18,8 +18,6 @@ from fastsam.tables import TensorTable
 # chunks backward costs perturb_ up to a half).
 CHUNK_SIZE = 65536
 SMALLEST_CUDA_CHUNK = 4096
-# Beyond so many, chunks become longer: the table of them is read, too.
-MOST_CUDA_CHUNKS = 2**18
 
 Arguments = tuple[Tensor, Tensor, Tensor, int, torch.dtype, Tensor | None, Tensor | None, bool]
 """Of every operator, in the order of csrc/ops.cpp: addresses, tensors, chunks, chunk_size, dtype, device_addresses,
@@ -77,7 +75,7 @@ class CudaTable:
     """
 
     def __init__(self, table: TensorTable) -> None:
-        self._chunk_size = cuda_chunk_size(sum(value.numel() for value in table.values))
+        self._chunk_size = gpu_chunk_size(table, SMALLEST_CUDA_CHUNK)
         self._copy = DeviceTable(table, self._chunk_size, rows=[row for row in range(ROWS) if row not in STEP_ROWS])
         chunks = len(self._copy.chunks)
         self.norm = torch.empty((), dtype=torch.float64, device=table.device)
@@ -104,11 +102,3 @@ class CudaTable:
     def counting(self) -> AbstractContextManager[Tensor]:
         """What the blocks of a launch count themselves by, back to 0; and the number of each tensor's chunks."""
         return self._counting
-
-
-def cuda_chunk_size(elements: int) -> int:
-    """How many elements a block gets at most, of a table of so many: a power of two."""
-    size = fit_chunk_size(elements, SMALLEST_CUDA_CHUNK, GPU_CHUNK_SIZE)
-    while elements > size * MOST_CUDA_CHUNKS:
-        size *= 2
-    return size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsam.backends import Request
-from fastsam.backends.device_table import DeviceTable
+from fastsam.backends.device_table import DeviceTable, gpu_chunk_size
 from fastsam.runtime import streams
 from fastsam.spec import (
     PERTURBATION,
@@ -189,7 +189,7 @@ class _View:
     def __init__(self, table: TensorTable) -> None:
         self._device = table.device
         self.kind = kernels.kind_of(table)
-        self.copy = DeviceTable(table, CHUNK_SIZE)
+        self.copy = DeviceTable(table, gpu_chunk_size(table, CHUNK_SIZE))
         self.no_scale = torch.ones((), dtype=torch.float32, device=self._device)
         self.no_overflow = torch.zeros((), dtype=torch.float32, device=self._device)
         self._has_empty = any(value.numel() == 0 for value in table.values)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from fastsam.backends.device_table import GPU_CHUNK_SIZE
 from fastsam.backends.scalars import opmath_dtype
 from fastsam.kernels.perturb import perturb_kernel
 from fastsam.kernels.reduce import dots_kernel, grad_norm_kernel
@@ -44,7 +43,8 @@ ADAM_REGISTERS = 80
 # interpreter's time goes with the number of blocks, but most tensors of tests are small.
 BLOCK_BYTES = 32768 if interpreted else 4096
 
-CHUNK_SIZE = 65536 if interpreted else GPU_CHUNK_SIZE
+# Elements of a chunk, at least.
+CHUNK_SIZE = 65536 if interpreted else 8192
 # Programs of the norm, at most: they share the chunks, so that few partial sums are left to the last one.
 NORM_PROGRAMS = 4096
 

@@ -29,6 +29,8 @@ class LowPrecision(Problem):
 @low_dtypes
 def test_low_precision_parameters_under_scaler(backend, device, base, dtype):
     """The scaler itself unscales no float16 gradients; the update divides by the scale in float32."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        pytest.skip("PyTorch's scaler looks for infinities in no bfloat16 gradients on CUDA")
     one, two = LowPrecision(device, dtype), LowPrecision(device, dtype)
     scaled, plain = one.optimizer(backend, base), two.optimizer(backend, base)
     scaler = scaler_for(device, init_scale=16.0)

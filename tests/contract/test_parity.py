@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 import triton_interpreter
-from checks import Canaries, arithmetic, as_real, assert_same_bits, assert_within, values
+from checks import Canaries, arithmetic, as_real, assert_same_bits, assert_within, has_torchs_bits, values
 from registry import every_dtype
 from torch import nn
 
@@ -83,7 +83,7 @@ class Twins:
         self.fast = FastSAM(groups, base, rho=torch.tensor(0.0), backend=backend, **options)
         self.torch = base(twin_groups, foreach=False, fused=False, **options)
         self.device = self.params[0].device
-        self.exact = backend == "reference" and self.device.type == "cpu" and dtype is None
+        self.exact = has_torchs_bits(backend, self.device) and dtype is None
 
     def step(self, grads):
         """One step of both with ``grads`` (None: that parameter has none), and everything compared."""

@@ -65,7 +65,7 @@ def cuda_kernels(operators, monkeypatch):
     monkeypatch.setattr(native, "_cuda_functions", lambda: operators)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(native, "_view", lambda table: table.attached(CudaTable))
-    monkeypatch.setattr(native_table, "cuda_chunk_size", lambda elements: CHUNK)
+    monkeypatch.setattr(native_table, "gpu_chunk_size", lambda table, smallest: CHUNK)
     return operators
 
 
@@ -230,12 +230,6 @@ def test_a_gradient_that_is_aligned_otherwise(operations, device, dtype, length)
     table.set_row(Row.BACKUP, [backup])
     operations.perturb_(table, Ascent([AscentOptions(1.0, False, False)], norm_of(1.0, device)))
     assert_same_bits([param, backup], [(original.float() + grad.float()).to(dtype), original])
-
-
-def test_chunks_of_every_size_of_table(monkeypatch):
-    monkeypatch.undo()
-    sizes = {0: 4096, 10**6: 4096, 25_600_000: 8192, 10**9: 8192, 2**31: 8192, 7 * 10**9: 32768}
-    assert {elements: native_table.cuda_chunk_size(elements) for elements in sizes} == sizes
 
 
 # ---- what the operators refuse ----

@@ -1,10 +1,12 @@
 """The device's copy of a table: what a CUDA graph has read stays as it was, whatever steps outside it do later."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checks import assert_same_bits, values
 
-from fastsam.backends.device_table import MOST_OPTIONS, DeviceTable
+from fastsam.backends.device_table import MOST_OPTIONS, DeviceTable, gpu_chunk_size
 from fastsam.runtime import streams
 from fastsam.spec import ROWS, AscentOptions, Row
 from fastsam.tables import Member, TensorTable
@@ -154,3 +156,19 @@ def test_a_graph_may_have_any_number_of_uploads(table, capture):
         found.append((copy.read(table, OPTIONS)[0], table.addresses.clone()))
     for addresses, expected in found:
         assert_same_bits(addresses, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        (torch.float32, {0: 4096, 10**6: 4096, 25_600_000: 8192, 10**9: 8192, 2**31: 8192, 7 * 10**9: 32768}),
+        (torch.bfloat16, {0: 4096, 25_600_000: 8192, 10**9: 16384, 2**31: 16384, 7 * 10**9: 32768}),
+    ],
+    ids=["float32", "bfloat16"],
+)
+def test_chunks_of_every_size_of_table(dtype, sizes):
+    def table_of(elements):
+        return SimpleNamespace(values=[torch.empty(elements, dtype=dtype, device="meta")], dtype=dtype)
+
+    assert {elements: gpu_chunk_size(table_of(elements), 4096) for elements in sizes} == sizes
+    assert gpu_chunk_size(table_of(10), 2**16) == 2**16

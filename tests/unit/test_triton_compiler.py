@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_interpreter
 from checks import values
 from child import run_python
+from triton.language.semantic import TritonSemantic
 
 from fastsam import FastSAM
 from fastsam.backends import Request, load
@@ -171,3 +173,12 @@ def test_a_changed_number_compiles_nothing():
         optimizer.param_groups[0].update(lr=number * 0.01, rho=number, weight_decay=number / 100)
         step()
     assert gpu.kernels.update.cache_info().misses == before
+
+
+def test_the_tests_change_no_compiler(monkeypatch):
+    """What makes their interpreter fast would leave constants of one kernel in the next one that is compiled."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = {name: vars(TritonSemantic)[name] for name in ("scalar_constant", "binary_op_type_checking_impl")}
+    triton_interpreter.set_up()
+    assert {name: vars(TritonSemantic)[name] for name in before} == before
