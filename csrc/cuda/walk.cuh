@@ -36,8 +36,8 @@ struct Element {
 
 // A functor is called with one Element after the other and fills in what is to be written. Its `Tensors` are Counts;
 // kOptional says whether some of them may be absent. If kKeepsWide, what is written to wide tensors is mostly what was
-// read from them, and only what has changed is stored. If kTakesPacks, it is called with an array of Elements. kMostPacks
-// are loaded before it computes, at most.
+// read from them, and only what has changed is stored. If kTakesPacks, it is called with an array of Elements.
+// kMostPacks are loaded before it computes, at most.
 struct FunctorTraits {
   static constexpr bool kOptional = false, kKeepsWide = false, kTakesPacks = false;
   static constexpr int kMostPacks = 4;
@@ -140,7 +140,8 @@ __device__ __forceinline__ void walk(Functor& functor, const Operands<scalar_t, 
   const Split split = split_operands(at, length);
   const int head = split.head, in_packs = split.vectors * kWidth;
   constexpr int kUnroll = kUnrollFor<typename Functor::Tensors>;
-  walk_packs<kWidth, kUnroll < Functor::kMostPacks ? kUnroll : Functor::kMostPacks>(functor, at, split.vectors, 0, head);
+  walk_packs < kWidth,
+      kUnroll<Functor::kMostPacks ? kUnroll : Functor::kMostPacks>(functor, at, split.vectors, 0, head);
   walk_packs<1, kSingles>(functor, at, length - in_packs, head, in_packs);
 }
 
