@@ -100,7 +100,7 @@ def section(root: Path, path: Path | None) -> list[str]:
     header = ("parameters", "per-tensor loop, ms", "plain PyTorch, ms", "FastSAM, ms", "x loop", "x plain", "of copy")
     return [
         f"On an {where['gpu']} (driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}),",
-        f"{where['date']}, commit {where['commit']} ([results]({path.relative_to(root)})): backend",
+        f"{where['date'][:10]}, commit {where['commit']} ([results]({path.relative_to(root)})): backend",
         f"`{backend}`, float32. *Plain PyTorch* is the fastest of `torch._foreach_*` operations over torch's fused",
         "base and, where measured, the same compiled. *Of copy* compares FastSAM's bandwidth, counting 40 (SGD) or",
         "48 (AdamW) bytes per parameter, with that of copying memory.",

@@ -119,9 +119,9 @@ def _gpu() -> Plan:
         yield "test_operations", Backend(backend)
     for model in ("ResNet-50", "ViT-B/16", "2,000 x 256", "Llama 1B", "ResNet-18"):
         yield "test_optimizer_part", Part(model)
-    for model in ("ViT-B/16", "ResNet-50", "Llama 1B"):
+    for model, dtype in (("ViT-B/16", "float32"), ("ResNet-50", "float32"), ("Llama 1B", "bfloat16")):
         for size in CHUNK_SIZES:
-            yield "test_optimizer_part", Part(model, chunk_size=size, pace=0.3)
+            yield "test_optimizer_part", Part(model, dtype=dtype, chunk_size=size, pace=0.3)
     for case in HOST_TIMES:
         yield "test_host_time", case
     yield "test_optimizer_part", Part("ResNet-50", compiled=True)
