@@ -54,6 +54,7 @@ for info in optim_db:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # torch takes ten seconds to list them
 def test_options_are_all_of_torchs():
     answer = subprocess.run([sys.executable, "-c", ASK_TORCH], capture_output=True, text=True)
     if answer.returncode != 0:
