@@ -20,8 +20,6 @@ ALL_TESTS = pytest.StashKey()
 def pytest_collection_modifyitems(config, items):
     mine = [item for item in items if item.path.parent == Path(__file__).parent]
     config.stash[ALL_TESTS] = {f"{item.path.name}::{item.name}" for item in mine}
-    for item in mine:
-        item.add_marker(pytest.mark.xdist_group("ranks"))  # one worker: one pool
 
 
 @pytest.fixture

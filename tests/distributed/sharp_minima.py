@@ -38,7 +38,7 @@ def measure(model, data):
         "lambda_max": found.values.tolist(),
         "residuals": (found.residuals < 1e-4).all().item(),
         "vectors": [v.shape for v in found.vectors[0]] == [p.shape for p in model.parameters()],
-        "trace": float(sharpness.hessian_trace(*arguments, samples=3, **spectrum)),
+        "trace": float(sharpness.hessian_trace(*arguments, samples=6, **spectrum)),
         "line": line.losses,
     }
 

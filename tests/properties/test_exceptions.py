@@ -12,7 +12,7 @@ import torch
 import triton_interpreter
 from checks import assert_same_bits
 from problem import Operators, Problem, Snapshot, Stop, TwoDtypes, WideGradients, assert_same_state, state_of
-from registry import every_base, every_fused_base, first_or_later
+from registry import BASES, every_base, every_fused_base, first_or_later
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsam
@@ -161,8 +161,16 @@ class FailAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_base
-@first_or_later
+# Triton's interpreter takes half a minute for a first step: each of its operators fails in a step of its own.
+EVERY_STEP = [
+    pytest.param(backend, base, warm, marks=pytest.mark.thorough if backend == "triton" and not warm else ())
+    for backend in internals.BACKENDS
+    for base in BASES
+    for warm in (False, True)
+]
+
+
+@pytest.mark.parametrize(("backend", "base", "warm"), EVERY_STEP, indirect=["backend"])
 def test_any_failing_operator_before_update_changes_nothing(backend, device, operations, monkeypatch, base, warm):
     """Every single operator of PyTorch's outside the closures, allocations among them, fails in its turn."""
     assert_nothing_changes_before_update(TwoDtypes, backend, device, operations, monkeypatch, base, warm)
