@@ -65,7 +65,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """All tests on ranks go to one worker, for one pool of these; pytest 9.2 leaves marks of xdist_group without effect."""
+    """Tests on ranks go to one worker, for one pool of these; with pytest 9.2, marks of xdist_group have no effect."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OnePool(LoadScopeScheduling):
