@@ -139,9 +139,9 @@ __device__ __forceinline__ void walk(Functor& functor, const Operands<scalar_t, 
   constexpr int kWidth = kVectorBytes / sizeof(scalar_t);
   const Split split = split_operands(at, length);
   const int head = split.head, in_packs = split.vectors * kWidth;
-  constexpr int kUnroll = kUnrollFor<typename Functor::Tensors>;
-  walk_packs < kWidth,
-      kUnroll<Functor::kMostPacks ? kUnroll : Functor::kMostPacks>(functor, at, split.vectors, 0, head);
+  constexpr int kWanted = kUnrollFor<typename Functor::Tensors>, kMost = Functor::kMostPacks;
+  constexpr int kPacks = kWanted < kMost ? kWanted : kMost;
+  walk_packs<kWidth, kPacks>(functor, at, split.vectors, 0, head);
   walk_packs<1, kSingles>(functor, at, length - in_packs, head, in_packs);
 }
 
