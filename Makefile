@@ -54,7 +54,7 @@ sharpness: $(EXTENSION)  ## How sharp the minima of SGD and FastSAM are: a table
 	$(BIN)/python -m fastsam sharpness $(ARGS)
 
 test: $(EXTENSION)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
-	@echo "running the tests; all of them take about five minutes on two cores"
+	@echo "running the tests; all of them take about six minutes on two cores"
 	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist loadscope --sample $(SAMPLE) $(ARGS)
 
 test-all: $(EXTENSION)  ## All tests: every combination
