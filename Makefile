@@ -55,10 +55,10 @@ sharpness: $(EXTENSION)  ## How sharp the minima of SGD and FastSAM are: a table
 
 test: $(EXTENSION)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
 	@echo "running the tests; all of them take about six minutes on two cores"
-	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist loadscope --sample $(SAMPLE) $(ARGS)
+	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal --sample $(SAMPLE) $(ARGS)
 
 test-all: $(EXTENSION)  ## All tests: every combination
-	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist loadscope --thorough $(ARGS)
+	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal --thorough $(ARGS)
 
 bench: $(EXTENSION)  ## The benchmarks, on the GPU or on THREADS=2 threads; ARGS="--device cpu"
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest benchmarks/ --benchmark $(ARGS)

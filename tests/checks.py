@@ -43,7 +43,10 @@ def assert_same_bits(actual, expected, what="") -> None:
 
 
 def has_torchs_bits(backend: str, device: torch.device) -> bool:
-    """Whether a base's updates are promised to be torch.optim's bit for bit: on CUDA its kernels fuse as they like."""
+    """Whether a fused base's updates are promised to be torch.optim's bit for bit.
+
+    On CUDA even ``reference`` does not wait for Adam's step counts: its last operation takes them as a tensor.
+    """
     return backend == "reference" and device.type == "cpu"
 
 

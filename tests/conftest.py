@@ -63,18 +63,6 @@ def pytest_configure(config):
         config.option.sample_seed = int(time.time() // 86400)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Tests on ranks go to one worker, for one pool of these; with pytest 9.2, marks of xdist_group have no effect."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class OnePool(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            return "distributed" if "distributed/" in nodeid.partition("::")[0] else nodeid
-
-    return OnePool(config, log)
-
-
 def pytest_report_header(config):
     option = config.option
     return f"--sample {option.sample} --sample-seed {option.sample_seed}" if option.sample else None

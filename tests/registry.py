@@ -119,6 +119,17 @@ METHODS = {
 
 # ---- parametrisations ----
 
+
+def by_default(cases, chosen):
+    """All cases, for ``parametrize``: those that are not ``chosen`` are in the thorough tier."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else [case]), marks=() if case in chosen else pytest.mark.thorough
+        )
+        for case in cases
+    ]
+
+
 every_base = pytest.mark.parametrize("base", BASES)
 every_fused_base = pytest.mark.parametrize("base", FUSED_BASES)
 every_variant = pytest.mark.parametrize("variant", FUSED_VARIANTS)

@@ -1,4 +1,4 @@
-"""Two ranks for all tests of this folder, four for those of the thorough tier."""
+"""Two ranks for all tests of this folder, four for those of the thorough tier; each process of pytest has its own."""
 
 import os
 import sys

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import random_numbers
+from internals import BACKENDS
+from registry import by_default
 
 ROUNDED = {"rounding": "stochastic", "rounding_seed": 11}
 
@@ -14,15 +16,10 @@ def test_places_of_shards(ranks, kind):
         assert all(right)
 
 
-BACKENDS = ["native", "foreach", "reference", "triton"]
-BY_DEFAULT = {("columns", "native"), ("rows", "foreach"), ("rows", "reference"), ("columns", "triton")}
-KINDS = [
-    pytest.param(*case, marks=() if case in BY_DEFAULT else pytest.mark.thorough)
-    for case in itertools.product(["rows", "columns"], BACKENDS)
-]
+CHOSEN = [("columns", "native"), ("rows", "foreach"), ("rows", "reference"), ("columns", "triton")]
 
 
-@pytest.mark.parametrize(("kind", "backend"), KINDS)
+@pytest.mark.parametrize(("kind", "backend"), by_default(itertools.product(["rows", "columns"], BACKENDS), CHOSEN))
 def test_stochastic_rounding_does_not_depend_on_the_sharding(ranks, kind, backend):
     for same in ranks(random_numbers.same_bits, kind, backend, "SAM", "bfloat16", **ROUNDED):
         assert all(same)

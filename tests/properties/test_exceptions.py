@@ -1,5 +1,6 @@
 """What an exception, an operator that fails, or a Ctrl-C leaves behind: the step is made, or it is not."""
 
+import itertools
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import torch
 import triton_interpreter
 from checks import assert_same_bits
 from problem import Operators, Problem, Snapshot, Stop, TwoDtypes, WideGradients, assert_same_state, state_of
-from registry import BASES, every_base, every_fused_base, first_or_later
+from registry import BASES, by_default, every_base, every_fused_base, first_or_later
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsam
@@ -161,16 +162,12 @@ class FailAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Triton's interpreter takes half a minute for a first step: each of its operators fails in a step of its own.
-EVERY_STEP = [
-    pytest.param(backend, base, warm, marks=pytest.mark.thorough if backend == "triton" and not warm else ())
-    for backend in internals.BACKENDS
-    for base in BASES
-    for warm in (False, True)
-]
+EVERY_STEP = list(itertools.product(internals.BACKENDS, BASES, [False, True]))
+# In Triton's interpreter a first step takes half a minute: each of its operators fails in a step of its own.
+QUICK = [case for case in EVERY_STEP if case[0] != "triton" or case[2]]
 
 
-@pytest.mark.parametrize(("backend", "base", "warm"), EVERY_STEP, indirect=["backend"])
+@pytest.mark.parametrize(("backend", "base", "warm"), by_default(EVERY_STEP, QUICK), indirect=["backend"])
 def test_any_failing_operator_before_update_changes_nothing(backend, device, operations, monkeypatch, base, warm):
     """Every single operator of PyTorch's outside the closures, allocations among them, fails in its turn."""
     assert_nothing_changes_before_update(TwoDtypes, backend, device, operations, monkeypatch, base, warm)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from registry import by_default
 
 from fastsam import FastSAM, demo
 from fastsam import __main__ as command_line
@@ -265,10 +266,7 @@ def test_whole_family_can_be_compared(tmp_path):
     assert (added.name, added.passes, added.profiled) == ("LookSAM", 1.2, True)
 
 
-SOME = [pytest.param(name, marks=pytest.mark.thorough if i % 4 else ()) for i, name in enumerate(FAMILY_NAMES)]
-
-
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", by_default(FAMILY_NAMES, FAMILY_NAMES[::4]))
 def test_member_of_family_trains(name):
     options = Options(seeds=1, epochs=1, batch_size=300)
     (split,) = [load_noisy_digits(0.4, 0, torch.device("cpu"))]
