@@ -181,8 +181,8 @@ def compile_cuda(folder: Path, library: Path) -> None:
     command = [*with_compiler(nvcc), CPP_STANDARD, "-O3", "--threads=2", *target_flags(nvcc)]
     command += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-isystem={path}" for path in include_paths()]
-    # Left to itself, it fuses products and sums in one kernel and not in another: masters would not be trained bit for
-    # bit as float32 parameters are.
+    # nvcc contracts multiplications and additions to FMAs in some kernels and not in others; without contraction,
+    # training with float32 master weights has the same bits as training float32 parameters.
     command += ["-fmad=false"]
 
     def compile_one(source: Path) -> str:

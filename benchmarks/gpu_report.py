@@ -42,7 +42,7 @@ BUILD_SECONDS, SANITIZER_SECONDS = 150.0, 45.0
 IMPORT_SECONDS = 120.0
 # For an interrupted command to say what it has found, and for the summary after the last one.
 GRACE, LAST_SECONDS = 20.0, 25.0
-# Most of the tests wait for Triton's compiler.
+# Most of the tests' time goes into Triton's compiler, which runs on one core.
 WORKERS = max((os.cpu_count() or 2) - 2, 1)
 
 # First what only hardware can show, then every backend's contract; those that are there.

@@ -29,8 +29,8 @@ from benchmarks.training import FASTSAM, FASTSAM_IN_A_GRAPH, HALF_BATCH, HALF_BA
 LARGE, SHARE_OF_LARGE, SHARE_OF_RESNET_50 = 86_000_000, 0.95, 0.90
 # So many times the loop, and the best of plain PyTorch.
 GPU_FASTER = {"ResNet-50": (10.0, 2.5), "2,000 x 256": (40.0, 5.0)}
-# WRN-28-10, in training steps of the base alone. What half a batch saves is seen in graphs only: this model's launches
-# take the host as long as the whole batch takes an H200.
+# WRN-28-10, in training steps of the base alone. Half a batch is measured in graphs only: in eager steps of this
+# model on an H200, the time is that of the host's launches.
 GPU_TRAINING = {FASTSAM: 2.02, FASTSAM_IN_A_GRAPH: 2.02, HALF_BATCH_IN_A_GRAPH: 1.55}
 # One copy of the parameters and nothing else: tables, partial sums and the allocator's rounding are within 2 MiB.
 COPIES, SMALL_BYTES = 1.0, 2**21

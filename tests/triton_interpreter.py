@@ -12,7 +12,8 @@ THOROUGH = os.environ.get("FASTSAM_THOROUGH", "0") != "0"
 def set_up():
     """To be called before the kernels are imported.
 
-    Where there is a GPU, they are compiled for it instead, and nothing is changed: the compiler uses much of the same.
+    Where there is a GPU, the kernels are compiled, and Triton stays unchanged: its compiler shares code with the
+    interpreter.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -22,7 +22,7 @@ struct NormArguments {
 template <typename scalar_t, bool kAdaptive>
 struct SquareFunctor : FunctorTraits {
   using Tensors = Counts<kAdaptive ? 2 : 1, 0>;
-  // Of 16-bit numbers this is the exception, whose registers are those of the rule, too.
+  // For 16-bit types this is the slow path, which must not determine the kernel's registers.
   static constexpr int kMostPacks = kIsNarrow<scalar_t> ? 1 : 4;
   double& sum;
 
@@ -33,16 +33,17 @@ struct SquareFunctor : FunctorTraits {
   }
 };
 
-// The squares of 16-bit numbers, times kNarrowScale: exact in float, whose bits, moved, are a double's. That is cheaper
-// than a conversion, of which a multiprocessor makes 16 in a clock, or 2. A sum that is smaller than kNarrowLeast
-// (squares of 2^-80) may have lost bits in float, and one that is not finite is at least kNarrowInfinity.
+// Sums the squares of 16-bit numbers, times kNarrowScale. A square is exact in float; its bits, shifted left by 29, are
+// the double with that value times kNarrowScale, which is cheaper than a conversion (16 per clock and multiprocessor, on
+// some GPUs 2). A sum below kNarrowLeast (squares of 2^-80) may have lost bits in float; one that is not finite is at
+// least kNarrowInfinity.
 constexpr double kNarrowScale = 0x1p-896, kNarrowLeast = 0x1p-976, kNarrowInfinity = 0x1p-768;
 
 template <typename scalar_t>
 struct NarrowSquareFunctor : FunctorTraits {
   using Tensors = Counts<1, 0>;
   static constexpr bool kTakesPacks = true;
-  static constexpr int kSums = 4;  // no addition waits for the one before it
+  static constexpr int kSums = 4;  // independent chains of additions
   double sums[kSums] = {};
 
   template <int kWidth>

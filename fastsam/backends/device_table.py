@@ -19,8 +19,9 @@ from fastsam.tables import TensorTable
 # Rows that may change from one captured step to the next: what they hold lives for one step.
 STEP_ROWS = (Row.GRAD, Row.FIRST_GRAD, Row.DIRECTION)
 
-# Bytes of each tensor in a chunk, the best of 4,096 to 65,536 elements on an H200: larger ones leave more of it idle at
-# the end, smaller ones make it look up more. Beyond so many chunks they become longer: the table of them is read, too.
+# Bytes of each tensor in a chunk: 8,192 elements of float32, the best of 4,096 to 65,536 on an H200. Larger chunks leave
+# more of it idle at the end, smaller ones make it look up more. Beyond so many chunks they become longer: the table of
+# them is read, too.
 GPU_CHUNK_BYTES, MOST_GPU_CHUNKS = 2**15, 2**18
 
 # Copies of options on the device, at most: those sent last.
@@ -282,9 +283,9 @@ def _as_tensor(words: bytes) -> Tensor:
 
 
 def gpu_chunk_size(table: TensorTable, smallest: int) -> int:
-    """How many elements a block gets at most: a power of two.
+    """Returns the chunk size in elements: ``smallest`` times a power of two.
 
-    There are a few thousand chunks before they grow, enough to keep every multiprocessor busy to the end.
+    It grows with the table, up to GPU_CHUNK_BYTES, once there are 4,096 chunks: enough to keep every multiprocessor busy.
     """
     elements = sum(value.numel() for value in table.values)
     largest, size = GPU_CHUNK_BYTES // table.dtype.itemsize, smallest

@@ -176,7 +176,7 @@ def test_a_changed_number_compiles_nothing():
 
 
 def test_the_tests_change_no_compiler(monkeypatch):
-    """What makes their interpreter fast would leave constants of one kernel in the next one that is compiled."""
+    """Their changes to Triton's interpreter would reuse the constants of one compiled kernel in the next one."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = {name: vars(TritonSemantic)[name] for name in ("scalar_constant", "binary_op_type_checking_impl")}
