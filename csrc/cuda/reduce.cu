@@ -34,9 +34,9 @@ struct SquareFunctor : FunctorTraits {
 };
 
 // Sums the squares of 16-bit numbers, times kNarrowScale. A square is exact in float; its bits, shifted left by 29, are
-// the double with that value times kNarrowScale, which is cheaper than a conversion (16 per clock and multiprocessor, on
-// some GPUs 2). A sum below kNarrowLeast (squares of 2^-80) may have lost bits in float; one that is not finite is at
-// least kNarrowInfinity.
+// the double with that value times kNarrowScale, which is cheaper than a conversion (16 per clock and multiprocessor,
+// on some GPUs 2). A sum below kNarrowLeast (squares of 2^-80) may have lost bits in float; one that is not finite is
+// at least kNarrowInfinity.
 constexpr double kNarrowScale = 0x1p-896, kNarrowLeast = 0x1p-976, kNarrowInfinity = 0x1p-768;
 
 template <typename scalar_t>

@@ -20,8 +20,7 @@ from fastsam.tables import TensorTable
 STEP_ROWS = (Row.GRAD, Row.FIRST_GRAD, Row.DIRECTION)
 
 # Bytes of each tensor in a chunk: 8,192 elements of float32, the best of 4,096 to 65,536 on an H200. Larger chunks leave
-# more of it idle at the end, smaller ones make it look up more. Beyond so many chunks they become longer: the table of
-# them is read, too.
+# multiprocessors idle at the end, smaller ones cost look-ups. Beyond so many, chunks grow: their table is read, too.
 GPU_CHUNK_BYTES, MOST_GPU_CHUNKS = 2**15, 2**18
 
 # Copies of options on the device, at most: those sent last.
@@ -285,7 +284,7 @@ def _as_tensor(words: bytes) -> Tensor:
 def gpu_chunk_size(table: TensorTable, smallest: int) -> int:
     """Returns the chunk size in elements: ``smallest`` times a power of two.
 
-    It grows with the table, up to GPU_CHUNK_BYTES, once there are 4,096 chunks: enough to keep every multiprocessor busy.
+    Beyond 4,096 chunks, enough to keep every multiprocessor busy, chunks grow with the table up to GPU_CHUNK_BYTES.
     """
     elements = sum(value.numel() for value in table.values)
     largest, size = GPU_CHUNK_BYTES // table.dtype.itemsize, smallest
