@@ -19,7 +19,7 @@ from fastsam.tables import TensorTable
 # Rows that may change from one captured step to the next: what they hold lives for one step.
 STEP_ROWS = (Row.GRAD, Row.FIRST_GRAD, Row.DIRECTION)
 
-# Bytes of each tensor in a chunk: 8,192 elements of float32, the best of 4,096 to 65,536 on an H200. Larger chunks leave
+# Bytes of each tensor in a chunk: 8,192 elements of float32, the best of 4,096 to 65,536 on an H200. Larger ones leave
 # multiprocessors idle at the end, smaller ones cost look-ups. Beyond so many, chunks grow: their table is read, too.
 GPU_CHUNK_BYTES, MOST_GPU_CHUNKS = 2**15, 2**18
 
