@@ -4,7 +4,9 @@
 // Each returns bytes, one int64 per answer, to be compared with those of the step before.
 #include <Python.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -19,11 +21,6 @@ namespace {
 
 int64_t identity(const void* object) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(object)); }
 
-PyObject* to_bytes(const std::vector<int64_t>& answers) {
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(answers.data()),
-                                   static_cast<Py_ssize_t>(answers.size() * sizeof(int64_t)));
-}
-
 // A bytes object for `count` answers, and where they go; nullptr and an exception if there is no memory.
 PyObject* make_answers(Py_ssize_t count, int64_t** answers) {
   PyObject* result = PyBytes_FromStringAndSize(nullptr, count * static_cast<Py_ssize_t>(sizeof(int64_t)));
@@ -31,91 +28,275 @@ PyObject* make_answers(Py_ssize_t count, int64_t** answers) {
   return result;
 }
 
+struct Release {
+  void operator()(PyObject* object) const { Py_DecRef(object); }
+};
+
+// A reference that is ours; nullptr where there is none.
+using Reference = std::unique_ptr<PyObject, Release>;
+
 // A question that a tensor answers with True or False. Looked up once for all tensors: that takes as long as calling
 // it.
 class Question {
  public:
   Question(PyObject* type, const char* method) : function_(PyObject_GetAttrString(type, method)) {}
-  Question(const Question&) = delete;
-  Question& operator=(const Question&) = delete;
-  ~Question() { Py_XDECREF(function_); }
 
   // -1 and an exception if it cannot be answered.
   int ask(PyObject* tensor) const {
     if (function_ == nullptr) return -1;
-    PyObject* answer = PyObject_CallFunctionObjArgs(function_, tensor, nullptr);
-    if (answer == nullptr) return -1;
-    const int result = PyObject_IsTrue(answer);
-    Py_DECREF(answer);
-    return result;
+    const Reference answer(PyObject_CallFunctionObjArgs(function_.get(), tensor, nullptr));
+    return answer == nullptr ? -1 : PyObject_IsTrue(answer.get());
   }
 
  private:
-  PyObject* function_;
+  Reference function_;
 };
 
-struct Questions {
+// A row of answers, which are usually those of the last time: as long as they are, they are only compared.
+class Answers {
+ public:
+  // `known`: the bytes of the last time; anything else: there are none.
+  explicit Answers(PyObject* known) : known_(known) {
+    if (!PyBytes_Check(known)) return;
+    expected_ = reinterpret_cast<const int64_t*>(PyBytes_AsString(known));
+    expected_count_ = static_cast<size_t>(PyBytes_Size(known)) / sizeof(int64_t);
+  }
+
+  void add(const int64_t* words, size_t count) {
+    if (!differ_ && count <= expected_count_ - equal_ && std::equal(words, words + count, expected_ + equal_)) {
+      equal_ += count;
+      return;
+    }
+    part();
+    others_.insert(others_.end(), words, words + count);
+  }
+
+  void add(int64_t word) { add(&word, 1); }
+
+  // A new reference, to `known` itself if all answers are the same; nullptr and an exception if there is no memory.
+  PyObject* to_bytes() {
+    if (expected_ != nullptr && !differ_ && equal_ == expected_count_) {
+      Py_INCREF(known_);
+      return known_;
+    }
+    part();
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(others_.data()),
+                                     static_cast<Py_ssize_t>(others_.size() * sizeof(int64_t)));
+  }
+
+ private:
+  void part() {
+    if (differ_) return;
+    others_.assign(expected_, expected_ + equal_);
+    differ_ = true;
+  }
+
+  PyObject* known_;
+  const int64_t* expected_ = nullptr;
+  size_t expected_count_ = 0, equal_ = 0;
+  bool differ_ = false;
+  std::vector<int64_t> others_;
+};
+
+// How tensors are asked: by DLPack's interface for C, of which each torch has its own version.
+struct Interface {
+  PyTypeObject* type;
+  DLPackDLTensorFromPyObjectNoSync view;
   Question is_conj, is_neg;
+
+  Interface(PyObject* type, const DLPackExchangeAPI* api)
+      : type(reinterpret_cast<PyTypeObject*>(type)),
+        view(api->header.version.major == DLPACK_MAJOR_VERSION ? api->dltensor_from_py_object_no_sync : nullptr),
+        is_conj(type, "is_conj"),
+        is_neg(type, "is_neg") {}
 };
 
-// Appends to `metadata` that of `tensor`, and its address to `addresses`; false and an exception if it cannot be
-// told this way (a sparse tensor, say).
-bool describe_one(PyObject* tensor, DLPackDLTensorFromPyObjectNoSync view, const Questions& questions,
-                  std::vector<int64_t>& addresses, std::vector<int64_t>& metadata) {
-  DLTensor seen;
-  if (view(tensor, &seen) != 0) return false;
-  int64_t elements = 1;
-  for (int32_t i = 0; i < seen.ndim; ++i) elements *= seen.shape[i];
-  // DLPack knows of no lazy conjugation or negation. A negated real tensor is every other number of a complex one,
-  // which its strides tell, unless it is a single element.
-  const bool is_complex = seen.dtype.code == kDLComplex;
-  const int conjugated = is_complex ? questions.is_conj.ask(tensor) : 0;
-  const int negated = conjugated >= 0 && (is_complex || elements == 1) ? questions.is_neg.ask(tensor) : 0;
-  if (conjugated < 0 || negated < 0) return false;
-  addresses.push_back(identity(seen.data) + static_cast<int64_t>(seen.byte_offset));
-  metadata.push_back(int64_t{seen.device.device_type} << 32 | seen.device.device_id);
-  metadata.push_back(int64_t{seen.dtype.code} << 24 | int64_t{seen.dtype.bits} << 16 | conjugated << 1 | negated);
-  metadata.push_back(seen.ndim);
-  metadata.insert(metadata.end(), seen.shape, seen.shape + seen.ndim);
-  metadata.insert(metadata.end(), seen.strides, seen.strides + seen.ndim);
-  return true;
+// gcc takes a function that only prefetches for one without an effect, and drops its calls.
+#define FASTSAM_ALWAYS_INLINE __attribute__((always_inline))
+
+// In a tensor object, how many words before the sizes the pointer to its storage is; 0: not known.
+int storage_word = 0;
+
+// Whether sizes and strides are in the tensor object, which has room for five of each.
+bool is_inline(const DLTensor& seen) { return seen.strides == seen.shape + 5; }
+
+// Where the objects behind a tensor were when it was last asked. They are only prefetched from there: reading thousands
+// of small tensors is bound by cache misses. A wrong address does no harm.
+struct Place {
+  const char *sizes, *storage;
+
+  void note(const DLTensor& seen) {
+    sizes = reinterpret_cast<const char*>(seen.shape);
+    if (storage_word > 0 && is_inline(seen)) storage = reinterpret_cast<const char*>(seen.shape[-storage_word]);
+  }
+
+  FASTSAM_ALWAYS_INLINE void prefetch() const {
+    for (int line = -1; line <= 2; ++line) __builtin_prefetch(sizes + 64 * line);
+    __builtin_prefetch(storage);
+    __builtin_prefetch(storage + 63);
+  }
+};
+
+// The addresses of tensors (0 for None), and their metadata: device, dtype, shape, strides.
+class Description {
+ public:
+  // `known`: a tuple, the description of the last time.
+  explicit Description(PyObject* known) : addresses_(part(known, 0)), metadata_(part(known, 1)) {}
+
+  // 1; 0 if a tensor cannot be asked this way (a sparse one, say); -1 and an exception if it is no tensor.
+  int add(PyObject* tensor, const Interface& interface, Place* place = nullptr) {
+    if (tensor == Py_None) {
+      addresses_.add(0);
+      metadata_.add(-1);
+      return 1;
+    }
+    if (!PyType_IsSubtype(Py_TYPE(tensor), interface.type)) {
+      PyErr_SetString(PyExc_TypeError, "expected tensors");
+      return -1;
+    }
+    DLTensor seen;
+    if (interface.view(tensor, &seen) != 0) return 0;
+    int64_t elements = 1;
+    for (int32_t i = 0; i < seen.ndim; ++i) elements *= seen.shape[i];
+    // DLPack knows of no lazy conjugation or negation. A negated real tensor is every other number of a complex one,
+    // which its strides tell, unless it is a single element.
+    const bool is_complex = seen.dtype.code == kDLComplex;
+    const int conjugated = is_complex ? interface.is_conj.ask(tensor) : 0;
+    const int negated = conjugated >= 0 && (is_complex || elements == 1) ? interface.is_neg.ask(tensor) : 0;
+    if (conjugated < 0 || negated < 0) return 0;
+    addresses_.add(identity(seen.data) + static_cast<int64_t>(seen.byte_offset));
+    const int64_t kind[] = {
+        int64_t{seen.device.device_type} << 32 | seen.device.device_id,
+        int64_t{seen.dtype.code} << 24 | int64_t{seen.dtype.bits} << 16 | conjugated << 1 | negated, seen.ndim};
+    metadata_.add(kind, 3);
+    metadata_.add(seen.shape, static_cast<size_t>(seen.ndim));
+    metadata_.add(seen.strides, static_cast<size_t>(seen.ndim));
+    if (place != nullptr) place->note(seen);
+    return 1;
+  }
+
+  // A new tuple; nullptr and an exception if there is no memory.
+  PyObject* to_tuple() {
+    const Reference addresses(addresses_.to_bytes()), metadata(metadata_.to_bytes());
+    if (addresses == nullptr || metadata == nullptr) return nullptr;
+    return PyTuple_Pack(2, addresses.get(), metadata.get());
+  }
+
+ private:
+  static PyObject* part(PyObject* known, Py_ssize_t i) {
+    return i < PyTuple_Size(known) ? PyTuple_GetItem(known, i) : Py_None;
+  }
+
+  Answers addresses_, metadata_;
+};
+
+// What a function answers where not all tensors were told: None, so that Python asks them; or the exception.
+PyObject* untold(int told) {
+  if (told < 0) return nullptr;
+  PyErr_Clear();
+  Py_RETURN_NONE;
 }
 
-// describe(tensors: list, Tensor: type, exchange_api) -> (bytes, bytes) or None: the address of each tensor (0 for
-// None), and their metadata: device, dtype, shape, strides. None: ask them in Python.
+const DLPackExchangeAPI* get_api(PyObject* capsule) {
+  return static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+}
+
+// describe(tensors: list, known: tuple, Tensor: type, exchange_api) -> (bytes, bytes) or None: their addresses and
+// their metadata, each the object in `known` where nothing has changed. None: ask them in Python.
 PyObject* describe(PyObject*, PyObject* arguments) {
-  PyObject *tensors = nullptr, *type = nullptr, *capsule = nullptr;
-  if (!PyArg_ParseTuple(arguments, "O!O!O:describe", &PyList_Type, &tensors, &PyType_Type, &type, &capsule)) {
+  PyObject *tensors = nullptr, *known = nullptr, *type = nullptr, *capsule = nullptr;
+  if (!PyArg_ParseTuple(arguments, "O!O!O!O:describe", &PyList_Type, &tensors, &PyTuple_Type, &known, &PyType_Type,
+                        &type, &capsule)) {
     return nullptr;
   }
-  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  const DLPackExchangeAPI* api = get_api(capsule);
   if (api == nullptr) return nullptr;
-  if (api->header.version.major != DLPACK_MAJOR_VERSION || api->dltensor_from_py_object_no_sync == nullptr) {
+  try {
+    const Interface interface(type, api);
+    if (interface.view == nullptr) Py_RETURN_NONE;
+    Description description(known);
+    for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
+      const int told = description.add(PyList_GetItem(tensors, i), interface);
+      if (told != 1) return untold(told);
+    }
+    return description.to_tuple();
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+}
+
+// The places of a parameter and its gradient.
+struct Pair {
+  Place param, grad;
+  const void* grad_object;
+
+  FASTSAM_ALWAYS_INLINE void prefetch() const {
+    __builtin_prefetch(grad_object);
+    param.prefetch();
+    grad.prefetch();
+  }
+};
+
+constexpr Py_ssize_t AHEAD = 6;
+
+// find_storage_word(tensor, address: int, exchange_api) -> None: tells read_grads() where tensor objects have the
+// address of their storage object, by one of one dimension whose storage object is at `address`.
+PyObject* find_storage_word(PyObject*, PyObject* arguments) {
+  PyObject *tensor = nullptr, *capsule = nullptr;
+  long long address = 0;
+  if (!PyArg_ParseTuple(arguments, "OLO:find_storage_word", &tensor, &address, &capsule)) return nullptr;
+  const DLPackExchangeAPI* api = get_api(capsule);
+  if (api == nullptr) return nullptr;
+  DLTensor seen;
+  if (api->header.version.major != DLPACK_MAJOR_VERSION || api->dltensor_from_py_object_no_sync == nullptr ||
+      api->dltensor_from_py_object_no_sync(tensor, &seen) != 0 || !is_inline(seen)) {
+    PyErr_Clear();
     Py_RETURN_NONE;
   }
+  for (int word = 1; word < 8; ++word) {
+    if (seen.shape[-word] == address) storage_word = word;
+  }
+  Py_RETURN_NONE;
+}
+
+// read_grads(params: list, known_params: tuple, known_grads: tuple, places: bytearray, Tensor: type, exchange_api)
+// -> (grads: list, (bytes, bytes), (bytes, bytes)) or None: the gradients, and what describe() says of the parameters
+// and of them. `places`: 40 bytes for each parameter, zeros at first, then handed back as they are.
+PyObject* read_grads(PyObject*, PyObject* arguments) {
+  PyObject *params = nullptr, *known_params = nullptr, *known_grads = nullptr, *places = nullptr;
+  PyObject *type = nullptr, *capsule = nullptr;
+  if (!PyArg_ParseTuple(arguments, "O!O!O!O!O!O:read_grads", &PyList_Type, &params, &PyTuple_Type, &known_params,
+                        &PyTuple_Type, &known_grads, &PyByteArray_Type, &places, &PyType_Type, &type, &capsule)) {
+    return nullptr;
+  }
+  const DLPackExchangeAPI* api = get_api(capsule);
+  if (api == nullptr) return nullptr;
+  const Py_ssize_t count = PyList_Size(params);
+  if (PyByteArray_Size(places) != count * static_cast<Py_ssize_t>(sizeof(Pair))) {
+    PyErr_SetString(PyExc_ValueError, "read_grads() takes 40 bytes for each parameter");
+    return nullptr;
+  }
   try {
-    const Questions questions{{type, "is_conj"}, {type, "is_neg"}};
-    std::vector<int64_t> addresses, metadata;
-    addresses.reserve(PyList_Size(tensors));
-    metadata.reserve(5 * PyList_Size(tensors));
-    for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
-      PyObject* tensor = PyList_GetItem(tensors, i);
-      if (tensor == Py_None) {
-        addresses.push_back(0);
-        metadata.push_back(-1);
-      } else if (!PyType_IsSubtype(Py_TYPE(tensor), reinterpret_cast<PyTypeObject*>(type))) {
-        PyErr_SetString(PyExc_TypeError, "describe() takes a list of tensors");
-        return nullptr;
-      } else if (!describe_one(tensor, api->dltensor_from_py_object_no_sync, questions, addresses, metadata)) {
-        PyErr_Clear();
-        Py_RETURN_NONE;
-      }
+    const Reference name(PyUnicode_InternFromString("grad")), grads(PyList_New(0));
+    if (name == nullptr || grads == nullptr) return nullptr;
+    auto* pair = reinterpret_cast<Pair*>(PyByteArray_AsString(places));
+    const Interface interface(type, api);
+    if (interface.view == nullptr) Py_RETURN_NONE;
+    Description mine(known_params), theirs(known_grads);
+    for (Py_ssize_t i = 0; i < count; ++i, ++pair) {
+      if (i + 2 * AHEAD < count) __builtin_prefetch(PyList_GetItem(params, i + 2 * AHEAD));
+      if (i + AHEAD < count) pair[AHEAD].prefetch();
+      PyObject* param = PyList_GetItem(params, i);
+      const Reference grad(param == nullptr ? nullptr : PyObject_GetAttr(param, name.get()));
+      if (grad == nullptr || PyList_Append(grads.get(), grad.get()) != 0) return nullptr;
+      pair->grad_object = grad.get();
+      int told = mine.add(param, interface, &pair->param);
+      if (told == 1) told = theirs.add(grad.get(), interface, &pair->grad);
+      if (told != 1) return untold(told);
     }
-    PyObject *first = to_bytes(addresses), *second = to_bytes(metadata), *result = nullptr;
-    if (first != nullptr && second != nullptr) result = PyTuple_Pack(2, first, second);
-    Py_XDECREF(first);
-    Py_XDECREF(second);
-    return result;
+    const Reference first(mine.to_tuple()), second(theirs.to_tuple());
+    if (first == nullptr || second == nullptr) return nullptr;
+    return PyTuple_Pack(3, grads.get(), first.get(), second.get());
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
   }
@@ -173,6 +354,8 @@ PyObject* unwatch(PyObject*, PyObject* argument) {
 }
 
 PyMethodDef methods[] = {{"describe", describe, METH_VARARGS, nullptr},
+                         {"read_grads", read_grads, METH_VARARGS, nullptr},
+                         {"find_storage_word", find_storage_word, METH_VARARGS, nullptr},
                          {"identities", identities, METH_O, nullptr},
                          {"nested_identities", nested_identities, METH_VARARGS, nullptr},
                          {"is_unchanged", is_unchanged, METH_O, nullptr},

@@ -5,8 +5,9 @@
 
 BEFORE and AFTER are folders that hold a package ``fastsam`` with its compiled extension. Each version has a process of
 its own with the same parameters; a round is one optimizer part of a step (norm, perturb; restore, update) of each, so
-that whatever slows the machine down slows both. Where a process's memory happens to lie makes up to a third of a
-difference for small tensors, so that several pairs of processes are compared. What is reported is processor time, by
+that whatever slows the machine down slows both. Both are bound to the same processors, which on a shared machine are not
+equally fast. Where a process's memory happens to lie makes a difference of its own for small tensors, so that several
+pairs of processes are compared. What is reported is processor time, by
 the medians of each process's rounds. A ratio below 1 says that AFTER is faster: the median of the pairs' ratios, and
 all of them.
 """
@@ -29,6 +30,7 @@ from text_table import text_table
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3
+PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 class Row(NamedTuple):
@@ -62,6 +64,13 @@ ROWS = [
 ]
 
 OTHER_SHAPES = {"4 x 4096^2": [(4096, 4096)] * 4, "161 x 8": [(8,)] * 161}
+
+
+def bind(pair: int, threads: int) -> None:
+    """Binds the processes of a pair, children of this one, to as many processors as they have threads."""
+    if hasattr(os, "sched_setaffinity"):
+        usable = PROCESSORS[pair % len(PROCESSORS) :] + PROCESSORS[: pair % len(PROCESSORS)]
+        os.sched_setaffinity(0, usable[:threads])
 
 
 def take_turns(row: Row, folders: list[Path], threads: int, rounds: int) -> list[list[float]]:
@@ -157,7 +166,10 @@ def main() -> None:
     for row in ROWS:
         if arguments.k in row.name:
             print(f"{row.name} ...", file=sys.stderr, flush=True)
-            pairs = [take_turns(row, folders, arguments.threads, arguments.rounds) for _ in range(arguments.pairs)]
+            pairs = []
+            for pair in range(arguments.pairs):
+                bind(pair, arguments.threads)
+                pairs.append(take_turns(row, folders, arguments.threads, arguments.rounds))
             entries.append(entry_of(row, pairs))
     if not entries:
         parser.error(f"no row's name contains {arguments.k!r}")

@@ -115,7 +115,7 @@ void perturb_(const TensorTable& table, ScalarType dtype, const Ascent& ascent) 
     const bool bypass_cache = should_bypass_cache(table, sizeof(scalar_t));
     with_rounding<scalar_t, kAscentDraw, 1>(table, [&](const auto& rounding_for) {
       // Backward: the gradients that the norm read last are still in the cache.
-      for_each_chunk(table, Order::kBackward, [&](const Chunk& chunk, int64_t) {
+      for_each_chunk(table, Order::kBackward, {{kParam, kGrad}, sizeof(scalar_t)}, [&](const Chunk& chunk, int64_t) {
         if (!table.has(kBackup, chunk.tensor)) return;
         const auto rounding = rounding_for(chunk.tensor, ascent.options[table.groups[chunk.tensor]].rounding_seed);
         ChunkAscent<scalar_t>(table, ascent, chunk, bypass_cache).perturb([&](int64_t start) {
@@ -130,7 +130,7 @@ void restore_(const TensorTable& table, ScalarType dtype) {
   dispatch(dtype, [&](auto type) {
     using scalar_t = decltype(type);
     const bool bypass_cache = should_bypass_cache(table, sizeof(scalar_t));
-    for_each_chunk(table, Order::kForward,
+    for_each_chunk(table, Order::kForward, {{kBackup}, sizeof(scalar_t)},
                    [&](const Chunk& chunk, int64_t) { restore_chunk<scalar_t>(table, chunk, bypass_cache); });
   });
 }

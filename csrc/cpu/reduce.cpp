@@ -122,7 +122,7 @@ void sum_products(const TensorTable& table, const Ascent& form, const Chunk& chu
 double square_sum(const TensorTable& table, ScalarType dtype, const AscentOptions* options, double* partials) {
   dispatch(dtype, [&](auto type) {
     using scalar_t = decltype(type);
-    for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t index) {
+    for_each_chunk(table, Order::kForward, {{kGrad}, sizeof(scalar_t)}, [&](const Chunk& chunk, int64_t index) {
       const bool is_perturbed = table.has(kGrad, chunk.tensor) && table.has(kBackup, chunk.tensor);
       partials[index] = is_perturbed ? square_sum_of(table.pointer<scalar_t>(kGrad, chunk.tensor) + chunk.start,
                                                      table.pointer<scalar_t>(kParam, chunk.tensor) + chunk.start,
@@ -137,10 +137,11 @@ double square_sum(const TensorTable& table, ScalarType dtype, const AscentOption
 
 void dots(const TensorTable& table, ScalarType dtype, const Ascent& form, double* partials, double* result) {
   dispatch(dtype, [&](auto type) {
-    for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t index) {
+    using scalar_t = decltype(type);
+    for_each_chunk(table, Order::kForward, {{kGrad}, sizeof(scalar_t)}, [&](const Chunk& chunk, int64_t index) {
       double* mine = partials + 3 * index;
       mine[0] = mine[1] = mine[2] = 0;
-      sum_products<decltype(type)>(table, form, chunk, mine);
+      sum_products<scalar_t>(table, form, chunk, mine);
     });
   });
   std::fill(result, result + 3 * table.tensor_count, 0.0);

@@ -230,7 +230,7 @@ void update_chunks(const TensorTable& table, const Options* options, double inv_
                    const RoundingFor& rounding_for, const StateRoundingFor& state_rounding_for) {
   using T = opmath_t<scalar_t>;
   const bool bypass_cache = should_bypass_cache(table, sizeof(scalar_t));
-  for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t) {
+  for_each_chunk(table, Order::kForward, {{kGrad}, sizeof(scalar_t)}, [&](const Chunk& chunk, int64_t) {
     const int64_t tensor = chunk.tensor;
     if (!table.has(kGrad, tensor)) return restore_chunk<scalar_t>(table, chunk, bypass_cache);
     const Options& group = options[table.groups[tensor]];
@@ -269,7 +269,7 @@ void restore_and_prepare(const TensorTable& table, ScalarType dtype, const Desce
     using T = opmath_t<scalar_t>;
     constexpr Nearest<scalar_t> nearest;
     const bool bypass_cache = should_bypass_cache(table, sizeof(scalar_t));
-    for_each_chunk(table, Order::kForward, [&](const Chunk& chunk, int64_t) {
+    for_each_chunk(table, Order::kForward, {{kGrad}, sizeof(scalar_t)}, [&](const Chunk& chunk, int64_t) {
       restore_chunk<scalar_t>(table, chunk, bypass_cache);
       const Direction<scalar_t> direction(table, descent, chunk);
       if (!direction.takes_part) return;

@@ -46,22 +46,17 @@ class Gradients:
             RuntimeError: a sparse gradient, or one of another shape or device; the table has no gradients then.
         """
         table.drop_grads()
-        grads: list[Tensor | None] = []
-        found: list[bytes | None] = []
-        for block in table.blocks:
-            if not block.is_unchanged():
-                return False
-            mine, addresses = block.read_grads()
-            grads += mine
-            found.append(addresses)
-        expected = [addresses for addresses in found if addresses is not None]
-        if len(expected) == len(found):
-            version = table.versions[Row.GRAD]
-            table.set_row(Row.GRAD, grads, b"".join(expected))
-            if table.versions[Row.GRAD] != version:
-                self.in_buffers = self._find_in_buffers(table, grads)
-        else:
+        found = table.reader.read_grads()
+        if found is None:
+            return False
+        grads, addresses = found
+        if addresses is None:
             self._examine(table, grads)
+            return True
+        version = table.versions[Row.GRAD]
+        table.set_row(Row.GRAD, grads, addresses)
+        if table.versions[Row.GRAD] != version:
+            self.in_buffers = self._find_in_buffers(table, grads)
         return True
 
     def adopt(self, table: TensorTable, i: int) -> Tensor:
@@ -92,9 +87,7 @@ class Gradients:
         laid_out = [None if g is None else self._lay_out(table, i, g) for i, g in enumerate(grads)]
         table.present = [i for i, _ in present]
         table.set_row(Row.GRAD, laid_out)
-        for block in table.blocks:
-            mine = slice(block.start, block.stop)
-            block.expect_grads(grads[mine], usable=all(map(is_, grads[mine], laid_out[mine])))
+        table.reader.expect_grads(usable=all(map(is_, grads, laid_out)))
 
     def _lay_out(self, table: TensorTable, i: int, grad: Tensor) -> Tensor:
         """The gradient itself if it has the table's dtype and the parameter's layout, else a copy that does."""

@@ -26,7 +26,12 @@ def _find(name: str) -> Any:
 # In Python, this takes longer than the arithmetic of a small model. The Python versions below are used where nothing is
 # compiled, or where torch lacks DLPack's C interface (a PyCapsule of functions).
 _exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_describe = _find("describe") if type(_exchange_api).__name__ == "PyCapsule" else None
+_has_api = type(_exchange_api).__name__ == "PyCapsule"
+_describe = _find("describe") if _has_api else None
+_read_grads = _find("read_grads") if _has_api else None
+if _read_grads is not None:
+    _probe = torch.empty(1, device="cpu")
+    _find("find_storage_word")(_probe, _probe.untyped_storage()._cdata, _exchange_api)
 _identities = _find("identities")
 _nested_identities = _find("nested_identities")
 _is_unchanged = _find("is_unchanged")
@@ -44,10 +49,18 @@ class Description(NamedTuple):
     """Devices, dtypes, shapes and strides; those of None differ from those of every tensor."""
 
 
-def describe(tensors: list[Tensor] | list[Tensor | None]) -> Description:
-    """The addresses and the metadata of ``tensors``."""
+_NOTHING = Description(b"", None)
+
+
+def describe(tensors: list[Tensor] | list[Tensor | None], known: Description = _NOTHING) -> Description:
+    """The addresses and the metadata of ``tensors``.
+
+    Args:
+        tensors: the tensors.
+        known: their description at another time: what is still the same is compared faster, and is the same object.
+    """
     if _describe is not None:
-        found = _describe(tensors, Tensor, _exchange_api)
+        found = _describe(tensors, known, Tensor, _exchange_api)
         if found is not None:
             return Description(*found)
     metadata = [None if t is None else _metadata(t) for t in tensors]
@@ -107,44 +120,63 @@ class Watch:
 
 _NO_ADDRESS = bytes(8)
 
-# Parameters that are examined together: few enough to stay in the cache from one question to the next.
-BLOCK = 256
+# What the compiled function notes of each parameter, in bytes.
+_PLACE = 40
 
 
-class ParameterBlock:
-    """A run of a table's parameters, with the last known addresses and metadata of them and their gradients."""
+class ParameterReader:
+    """Reads the gradients of parameters, and detects whether anything but the parameters' values has changed.
 
-    def __init__(self, start: int, params: list[Tensor]) -> None:
-        self.start, self.stop = start, start + len(params)
-        self.params = params
+    Args:
+        params: the parameters.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self._params = params
         # What differs for DTensors takes as long as all the rest.
         self._is_local = not any(map(is_distributed, params))
+        self._places = bytearray(_PLACE * len(params))
         self._description = describe(self._locals())
-        self._expected: Any = None
+        self._grads = _NOTHING
+        self._usable: Any = None
         self._without_address = 0
-        self._known = b""
+        self._checked = b""
 
     def is_unchanged(self) -> bool:
         """Whether every parameter has the address and the metadata that it had at the start."""
-        return describe(self._locals()) == self._description
+        return describe(self._locals(), self._description) == self._description
 
-    def _locals(self) -> list[Tensor]:
-        return self.params if self._is_local else list(map(local_of, self.params))
+    def read_grads(self) -> tuple[list[Tensor | None], bytes | None] | None:
+        """The present gradients; and their addresses, if their metadata are the expected ones.
 
-    def read_grads(self) -> tuple[list[Tensor | None], bytes | None]:
-        """The present gradients; and their addresses, if their metadata are the expected ones."""
-        grads = list(map(_grad if self._is_local else local_grad, self.params))
-        addresses, metadata = describe(grads)
+        Addresses that are those of the last time are the same object. None: a parameter has changed.
+        """
+        grads, params, self._grads = self._read()
+        if params != self._description:
+            return None
+        addresses, metadata = self._grads
         # A gradient without an address must be copied; no two addresses in a row have eight zero bytes between them.
-        is_expected = metadata == self._expected
-        if is_expected and addresses != self._known:
+        is_expected = metadata == self._usable
+        if is_expected and addresses is not self._checked:
             is_expected = addresses.count(_NO_ADDRESS) == self._without_address
-            self._known = addresses if is_expected else b""
+            self._checked = addresses if is_expected else b""
         return grads, addresses if is_expected else None
 
-    def expect_grads(self, grads: list[Tensor | None], *, usable: bool) -> None:
-        """Expects the metadata of ``grads`` from now on, if these could be used without a copy."""
-        addresses, metadata = describe(grads)
-        self._expected = metadata if usable else None
-        self._without_address = addresses.count(_NO_ADDRESS)
-        self._known = b""
+    def expect_grads(self, *, usable: bool) -> None:
+        """Expects the metadata of the gradients that were read last, if these could be used without a copy."""
+        self._usable = self._grads.metadata if usable else None
+        self._without_address = self._grads.addresses.count(_NO_ADDRESS)
+        self._checked = b""
+
+    def _locals(self) -> list[Tensor]:
+        return self._params if self._is_local else list(map(local_of, self._params))
+
+    def _read(self) -> tuple[list[Tensor | None], Any, Any]:
+        """The gradients, and the descriptions of the parameters and of them."""
+        if self._is_local and _read_grads is not None:
+            known = self._description, self._grads
+            found = _read_grads(self._params, *known, self._places, Tensor, _exchange_api)
+            if found is not None:
+                return found[0], found[1], Description(*found[2])
+        grads = list(map(_grad if self._is_local else local_grad, self._params))
+        return grads, describe(self._locals(), self._description), describe(grads, self._grads)

@@ -17,7 +17,7 @@ from fastsam.runtime.streams import current_stream
 from fastsam.spec import NONE, ROWS, STATE_SLOTS, AscentForm, DescentForm, Row
 from fastsam.tables.gradients import Gradients
 from fastsam.tables.memory import allocate_like, as_real, has_memory, is_dense
-from fastsam.tables.signature import BLOCK, ParameterBlock, describe
+from fastsam.tables.signature import ParameterReader, describe
 from fastsam.tables.state import StateSlots
 
 # What finding a chunk costs, in elements (csrc/table.h): threads share the chunks by it.
@@ -94,11 +94,12 @@ class TensorTable:
         self._bytes = bytearray(8 * ROWS * n)
         self.addresses = torch.frombuffer(self._bytes, dtype=torch.int64).view(ROWS, n)
         self.versions = [0] * ROWS
+        self._found: list[bytes | None] = [None] * ROWS
         self.tensors = torch.tensor([[v.numel() for v in values], self.groups], dtype=torch.int64, device="cpu")
         self.set_row(Row.PARAM, values)
         # Of each parameter alone, because resizing one also resizes the memory of its detached alias.
         self._descriptions = [describe([local_of(p)]) for p in self.params]
-        self.blocks = [ParameterBlock(start, self.params[start : start + BLOCK]) for start in range(0, n, BLOCK)]
+        self.reader = ParameterReader(self.params)
         self.gradients = Gradients()
         self.slots = StateSlots()
         self._first_versions: list[int] = []
@@ -176,8 +177,11 @@ class TensorTable:
         return self.rows[Row.STEP]
 
     def set_row(self, row: Row, tensors: list[Tensor] | Tensors, found: bytes | None = None) -> None:
-        """Sets a row to ``tensors``; ``found``: their addresses, if they are known."""
+        """Sets a row to ``tensors``; ``found``: their addresses, if they are known, the same object if they are equal."""
         self.rows[row] = tensors
+        if found is not None and found is self._found[row]:
+            return
+        self._found[row] = found
         numbers = bytearray(describe(tensors).addresses if found is None else found)
         # An empty tensor may have the address 0, which means "absent". It has no chunk, so its address is never used.
         for i in self._empty:
@@ -226,7 +230,7 @@ class TensorTable:
 
     def changed(self) -> list[int]:
         """The parameters whose address or metadata differ from those when the table was built."""
-        if all(block.is_unchanged() for block in self.blocks):
+        if self.reader.is_unchanged():
             return []
         return [i for i, param in enumerate(self.params) if describe([local_of(param)]) != self._descriptions[i]]
 
