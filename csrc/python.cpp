@@ -4,7 +4,6 @@
 // Each returns bytes, one int64 per answer, to be compared with those of the step before.
 #include <Python.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -58,24 +57,22 @@ class Answers {
   // `known`: the bytes of the last time; anything else: there are none.
   explicit Answers(PyObject* known) : known_(known) {
     if (!PyBytes_Check(known)) return;
-    expected_ = reinterpret_cast<const int64_t*>(PyBytes_AsString(known));
-    expected_count_ = static_cast<size_t>(PyBytes_Size(known)) / sizeof(int64_t);
+    begin_ = next_ = reinterpret_cast<const int64_t*>(PyBytes_AsString(known));
+    end_ = begin_ + PyBytes_Size(known) / static_cast<Py_ssize_t>(sizeof(int64_t));
   }
 
-  void add(const int64_t* words, size_t count) {
-    if (!differ_ && count <= expected_count_ - equal_ && std::equal(words, words + count, expected_ + equal_)) {
-      equal_ += count;
-      return;
+  void add(int64_t word) {
+    if (next_ != end_ && *next_ == word) {
+      ++next_;
+    } else {
+      part();
+      others_.push_back(word);
     }
-    part();
-    others_.insert(others_.end(), words, words + count);
   }
-
-  void add(int64_t word) { add(&word, 1); }
 
   // A new reference, to `known` itself if all answers are the same; nullptr and an exception if there is no memory.
   PyObject* to_bytes() {
-    if (expected_ != nullptr && !differ_ && equal_ == expected_count_) {
+    if (begin_ != nullptr && next_ == end_) {
       Py_INCREF(known_);
       return known_;
     }
@@ -85,16 +82,15 @@ class Answers {
   }
 
  private:
+  // The first answer that is another one: from here on they are collected.
   void part() {
-    if (differ_) return;
-    others_.assign(expected_, expected_ + equal_);
-    differ_ = true;
+    if (next_ == nullptr) return;
+    others_.assign(begin_, next_);
+    begin_ = next_ = end_ = nullptr;
   }
 
   PyObject* known_;
-  const int64_t* expected_ = nullptr;
-  size_t expected_count_ = 0, equal_ = 0;
-  bool differ_ = false;
+  const int64_t *begin_ = nullptr, *next_ = nullptr, *end_ = nullptr;
   std::vector<int64_t> others_;
 };
 
@@ -150,10 +146,11 @@ class Description {
       metadata_.add(-1);
       return 1;
     }
-    if (!PyType_IsSubtype(Py_TYPE(tensor), interface.type)) {
+    if (Py_TYPE(tensor) != type_ && !PyType_IsSubtype(Py_TYPE(tensor), interface.type)) {
       PyErr_SetString(PyExc_TypeError, "expected tensors");
       return -1;
     }
+    type_ = Py_TYPE(tensor);
     DLTensor seen;
     if (interface.view(tensor, &seen) != 0) return 0;
     int64_t elements = 1;
@@ -165,12 +162,11 @@ class Description {
     const int negated = conjugated >= 0 && (is_complex || elements == 1) ? interface.is_neg.ask(tensor) : 0;
     if (conjugated < 0 || negated < 0) return 0;
     addresses_.add(identity(seen.data) + static_cast<int64_t>(seen.byte_offset));
-    const int64_t kind[] = {
-        int64_t{seen.device.device_type} << 32 | seen.device.device_id,
-        int64_t{seen.dtype.code} << 24 | int64_t{seen.dtype.bits} << 16 | conjugated << 1 | negated, seen.ndim};
-    metadata_.add(kind, 3);
-    metadata_.add(seen.shape, static_cast<size_t>(seen.ndim));
-    metadata_.add(seen.strides, static_cast<size_t>(seen.ndim));
+    metadata_.add(int64_t{seen.device.device_type} << 32 | seen.device.device_id);
+    metadata_.add(int64_t{seen.dtype.code} << 24 | int64_t{seen.dtype.bits} << 16 | conjugated << 1 | negated);
+    metadata_.add(seen.ndim);
+    for (int32_t i = 0; i < seen.ndim; ++i) metadata_.add(seen.shape[i]);
+    for (int32_t i = 0; i < seen.ndim; ++i) metadata_.add(seen.strides[i]);
     if (place != nullptr) place->note(seen);
     return 1;
   }
@@ -187,6 +183,7 @@ class Description {
     return i < PyTuple_Size(known) ? PyTuple_GetItem(known, i) : Py_None;
   }
 
+  const PyTypeObject* type_ = nullptr;  // of the last tensor
   Answers addresses_, metadata_;
 };
 
@@ -277,7 +274,7 @@ PyObject* read_grads(PyObject*, PyObject* arguments) {
     return nullptr;
   }
   try {
-    const Reference name(PyUnicode_InternFromString("grad")), grads(PyList_New(0));
+    const Reference name(PyUnicode_InternFromString("grad")), grads(PyList_New(count));
     if (name == nullptr || grads == nullptr) return nullptr;
     auto* pair = reinterpret_cast<Pair*>(PyByteArray_AsString(places));
     const Interface interface(type, api);
@@ -287,11 +284,11 @@ PyObject* read_grads(PyObject*, PyObject* arguments) {
       if (i + 2 * AHEAD < count) __builtin_prefetch(PyList_GetItem(params, i + 2 * AHEAD));
       if (i + AHEAD < count) pair[AHEAD].prefetch();
       PyObject* param = PyList_GetItem(params, i);
-      const Reference grad(param == nullptr ? nullptr : PyObject_GetAttr(param, name.get()));
-      if (grad == nullptr || PyList_Append(grads.get(), grad.get()) != 0) return nullptr;
-      pair->grad_object = grad.get();
+      PyObject* grad = param == nullptr ? nullptr : PyObject_GetAttr(param, name.get());
+      if (grad == nullptr || PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;
+      pair->grad_object = grad;
       int told = mine.add(param, interface, &pair->param);
-      if (told == 1) told = theirs.add(grad.get(), interface, &pair->grad);
+      if (told == 1) told = theirs.add(grad, interface, &pair->grad);
       if (told != 1) return untold(told);
     }
     const Reference first(mine.to_tuple()), second(theirs.to_tuple());

@@ -26,6 +26,12 @@ METHOD = "fastsam_method"
 Groups = Sequence[Mapping[str, Any]]
 
 
+def step_count(groups: Groups) -> int:
+    """The number of steps, or 0 where it is not counted."""
+    # A group that was added later, or put first, has no count yet.
+    return int(max([group[STEP_COUNT] for group in groups if STEP_COUNT in group], default=0))
+
+
 def complete_saved(
     saved: dict[str, Any], method: Method, update: FusedUpdate | None, step: int, *, is_initial: bool = False
 ) -> None:

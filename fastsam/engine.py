@@ -108,19 +108,19 @@ class Engine:
         further = self.perturbed
         with self.tables.holding_grads():
             if further:
-                self._read_grads_again()
-                tables = list(self.tables)
+                tables = self._read_grads_again()
                 for table in tables:
                     table.fill_missing_grads()
             else:
                 tables = self._read_grads_of_step(plan)
-            if self.method.needs_first_pass and not self.may_have_grads(table.present for table in tables):
+            if self.method.needs_first_pass and not self.may_have_grads([table.present for table in tables]):
                 check_missing_grads(param for group in plan.groups for param in group["params"])
                 raise RuntimeError("no parameter has a gradient; call backward() first")
             self._choose_perturbed(tables, plan, further)
+            backends = self._backends(tables)
             if not further:
-                self._prepare_update(tables, plan)
-            self._perturb(tables, self._plan_ascents(tables, plan, further))
+                self._prepare_update(backends, tables, plan)
+            self._perturb(backends, tables, self._plan_ascents(backends, tables, plan, further))
             if self.method.needs_first_grads:
                 for table in tables:
                     table.keep_first_grads()
@@ -147,10 +147,11 @@ class Engine:
         for table in tables:
             self._bindings.bind_for_ascent(table, plan)
 
-    def _plan_ascents(self, tables: Sequence[TensorTable], plan: Plan, further: bool) -> list[Ascent]:
+    def _plan_ascents(
+        self, backends: Sequence[Backend], tables: Sequence[TensorTable], plan: Plan, further: bool
+    ) -> list[Ascent]:
         number = plan.micro_batch * self.method.ascents + self.ascents
         options = plan.options.ascent if number == 0 else [_for_ascent(mine, number) for mine in plan.options.ascent]
-        backends = [self._backend(table) for table in tables]
         if self.method.ascent_form(further) is not None:
             self._norm = None
             return self._coefficients.ascents(backends, tables, options, plan.step, further)
@@ -160,20 +161,20 @@ class Engine:
             self._coefficients.note_norms(norms)
         return [Ascent(options, norms[table.device]) for table in tables]
 
-    def _prepare_update(self, tables: Sequence[TensorTable], plan: Plan) -> None:
+    def _prepare_update(self, backends: Sequence[Backend], tables: Sequence[TensorTable], plan: Plan) -> None:
         kind, form = Update.NONE if plan.update is None else plan.update.kind, self.method.descent_form(ascended=True)
-        for table in tables:
-            self._backend(table).prepare_update(table, kind, form)
+        for backend, table in zip(backends, tables, strict=True):
+            backend.prepare_update(table, kind, form)
 
     def may_have_grads(self, present: Iterable[Any]) -> bool:
         """Whether any of ``present`` is true, or another rank may have gradients and count on this one."""
         return any(present) or self.sums.has_shard_groups
 
-    def _perturb(self, tables: Sequence[TensorTable], ascents: Sequence[Ascent]) -> None:
+    def _perturb(self, backends: Sequence[Backend], tables: Sequence[TensorTable], ascents: Sequence[Ascent]) -> None:
         self.perturbed = True
         try:
-            for table, ascent in zip(tables, ascents, strict=True):
-                self._backend(table).perturb_(table, ascent)
+            for backend, table, ascent in zip(backends, tables, ascents, strict=True):
+                backend.perturb_(table, ascent)
                 table.is_perturbed = True
                 table.scatter(table.perturbed)
         except BaseException:
@@ -210,7 +211,7 @@ class Engine:
                 self._bindings.bind_for_ascent(table, plan)
             options = plan.options.ascent
             self.is_displaced = True
-            self._perturb(tables, [whole_direction(table, options) for table in tables])
+            self._perturb(self._backends(tables), tables, [whole_direction(table, options) for table in tables])
         clear_weight_caches()
 
     def refuse_displaced(self) -> None:
@@ -255,7 +256,7 @@ class Engine:
             for table in tables:
                 table.choose_perturbed(plan.options.perturb, table.present)
             options = [AscentOptions(0.0, adaptive=False, maximize=False)] * len(plan.groups)
-            norms = self._coefficients.norms([self._backend(table) for table in tables], tables, options)
+            norms = self._coefficients.norms(self._backends(tables), tables, options)
         return next((norm for device, norm in norms.items() if device.type != "cpu"), next(iter(norms.values())))
 
     @untracked
@@ -331,7 +332,7 @@ class Engine:
         if form.keeps and self.ascents == 0:
             for table in tables:
                 table.take_grads_for_first_ones()
-        backends = [self._backend(table) for table in tables]
+        backends = self._backends(tables)
         scales = [plan.scaler_scalars(table)[0] for table in tables]
         lrs = lambda: [learning_rate(group) for group in plan.groups]  # noqa: E731
         descents = self._coefficients.descents(
@@ -379,6 +380,9 @@ class Engine:
     def _backend(self, table: TensorTable) -> Backend:
         return operations(self.backend, table.device.type, table.has_own_grads and not table.needs_lists)
 
+    def _backends(self, tables: Sequence[TensorTable]) -> list[Backend]:
+        return [self._backend(table) for table in tables]
+
     def _read_tables(self, plan: Plan) -> list[TensorTable]:
         """The tables with the present gradients; what is watched is what they hold."""
         tables = self.tables.read_grads(plan.groups)
@@ -394,27 +398,30 @@ class Engine:
         self._writes.begin()
         return tables
 
-    def _read_grads_again(self) -> None:
-        for table in self.tables:
+    def _read_grads_again(self) -> list[TensorTable]:
+        """The tables with the gradients of a further pass, about which nothing else may have changed."""
+        tables = list(self.tables)
+        for table in tables:
             table.check_first_grads()
         if self.tables.has_strange_grads():
             raise RuntimeError(
                 "a parameter that was frozen in the first pass has a gradient in the second; call restore() to give "
                 "the ascent up, and change requires_grad between steps"
             )
-        for table in self.tables:
+        for table in tables:
             if not table.read_grads():
                 raise RuntimeError(
                     f"{table.name(table.changed()[0])} was moved, cast or given other memory between the two "
                     "passes; call restore() to give the ascent up"
                 )
+        return tables
 
     def _read_last_grads(self) -> list[TensorTable]:
         """The tables with the last pass's gradients, about to be restored."""
-        self._read_grads_again()
-        for table in self.tables:
+        tables = self._read_grads_again()
+        for table in tables:
             table.gather()
-        return list(self.tables)
+        return tables
 
     def _end_step(self) -> None:
         self.perturbed, self.is_displaced, self.ascents = False, False, 0

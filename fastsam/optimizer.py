@@ -406,7 +406,6 @@ class FastSAM(StepPhases):
         """
         self._refuse_perturbed("perturb_by()")
         try:
-            self._complete_groups()
             with DeferredInterrupts():
                 self._engine.displace(self._plan(), list(tensors))
                 if self._statistics is not None:

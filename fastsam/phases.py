@@ -9,14 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from fastsam.bases import note_step, run_step
-from fastsam.checkpoint import STEP_COUNT
+from fastsam.checkpoint import STEP_COUNT, step_count
 from fastsam.plan import Plan
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.interrupts import DeferredInterrupts
 from fastsam.runtime.parallel_models import ParallelModel
 from fastsam.runtime.replay_rng import GeneratorStates
 from fastsam.runtime.scaler import name_way_to_clip
-from fastsam.schedules import is_schedule
 from fastsam.tables.memory import have_grads
 from fastsam.wrapper import BaseWrapper, check_group
 
@@ -69,7 +68,6 @@ class StepPhases(BaseWrapper):
 
     def _ascend(self, micro_batch: int = 0) -> None:
         """Norm, perturb."""
-        self._complete_groups()
         plan, method = self._plan(micro_batch), self.method
         if not plan.options.are_checked:
             for group in plan.groups:
@@ -92,7 +90,6 @@ class StepPhases(BaseWrapper):
 
     def _descend(self) -> None:
         """Restore, update."""
-        self._complete_groups()
         plan = self._plan()
         if not self._engine.perturbed:
             self._observe_single_pass(plan)
@@ -100,7 +97,7 @@ class StepPhases(BaseWrapper):
         with DeferredInterrupts():
             self._engine.descend(plan, lambda: run_step(self.base_optimizer))
             note_step(self.base_optimizer)
-            self._count_step()
+            self._count_step(plan)
             self._restore_statistics()
         self._parallel.note_update()
         self._engine.accumulation.end_step(self._parameters())
@@ -132,8 +129,9 @@ class StepPhases(BaseWrapper):
 
     def _initialize_state(self) -> None:
         """Makes all that a checkpoint may hold: torch.distributed.checkpoint loads only what is there."""
-        self._engine.initialize_state(self._plan(), lambda: run_step(self.base_optimizer))
-        for group in self.param_groups if self._counts_steps() else ():
+        plan = self._plan()
+        self._engine.initialize_state(plan, lambda: run_step(self.base_optimizer))
+        for group in self.param_groups if self._counts_steps(plan) else ():
             group.setdefault(STEP_COUNT, 0)
 
     def _finish_with(self, closure: Closure) -> Any:
@@ -194,15 +192,16 @@ class StepPhases(BaseWrapper):
         if (statistics := self._policy.statistics) is None or not ascends:
             return ascends
         with DeferredInterrupts():
-            statistics.observe(self._engine.measure(self._plan()), self._step_count())
+            plan = self._plan()
+            statistics.observe(self._engine.measure(plan), plan.step)
         return statistics.ascends_after_first_pass()
 
     # ---- what a phase needs to know ----
 
     def _plan(self, micro_batch: int = 0) -> Plan:
-        step, scaler = self._step_count(), self._engine.scaler
+        groups, update, scaler = self._complete_groups(), self._update, self._engine.scaler
+        step = step_count(groups)
         scale, found_inf = scaler.get("grad_scale"), scaler.get("found_inf")
-        groups, update = self.param_groups, self._update
         options = self._engine.options.of(groups, update, step, self._policy.rho_scale(step))
         return Plan(groups, self.state, step, update, options, scale, found_inf, micro_batch)
 
@@ -211,20 +210,18 @@ class StepPhases(BaseWrapper):
 
     def _ascends_now(self) -> bool:
         """Whether this step has an ascent, as far as is known before its first pass."""
-        self._complete_groups()
-        return self._policy.ascends(self._step_count(), self.param_groups, self.method)
+        groups = self._complete_groups()
+        return self._policy.ascends(step_count(groups), groups, self.method)
 
-    def _count_step(self) -> None:
+    def _count_step(self, plan: Plan) -> None:
         self._engine.is_single = False
         self._policy.commit()
-        if self._counts_steps():
-            count = self._step_count() + 1
+        if self._counts_steps(plan):
             for group in self.param_groups:
-                group[STEP_COUNT] = count
+                group[STEP_COUNT] = plan.step + 1
 
-    def _counts_steps(self) -> bool:
-        schedules = any(is_schedule(group["rho"]) for group in self.param_groups)
-        return self._policy.counts_steps or self.method.counts_steps or schedules
+    def _counts_steps(self, plan: Plan) -> bool:
+        return self._policy.counts_steps or self.method.counts_steps or plan.options.has_schedules
 
     def _is_initialized_by_this(self) -> bool:
         """Whether ``step()`` is to make the state: torch.distributed.checkpoint calls it with every lr set to 0."""

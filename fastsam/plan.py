@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsam.bases import FusedUpdate
 from fastsam.distributed import local_of, whole_of
 from fastsam.groups import ascent_options
+from fastsam.schedules import is_schedule
 from fastsam.spec import AscentOptions, BaseOptions, StateNames
 from fastsam.tables import TensorTable
 from fastsam.tables.state import OptimizerState
@@ -43,6 +44,11 @@ class StepOptions:
         changed.__dict__.update({name: value for name, value in self.__dict__.items() if name != "update"})
         changed._groups = groups
         return changed
+
+    @cached_property
+    def has_schedules(self) -> bool:
+        """Whether rho depends on the number of the step in a group."""
+        return any(is_schedule(group["rho"]) for group in self._groups)
 
     @cached_property
     def perturb(self) -> list[bool]:
@@ -156,6 +162,8 @@ class Plan(NamedTuple):
 
     def scaler_scalars(self, table: TensorTable) -> tuple[Tensor | None, Tensor | None]:
         """``grad_scale`` and ``found_inf`` on the table's device."""
+        if self.grad_scale is None and self.found_inf is None:
+            return None, None
         return _to_device(self.grad_scale, table.device), _to_device(self.found_inf, table.device)
 
 

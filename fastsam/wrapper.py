@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fastsam import methods
 from fastsam.backends import resolve
 from fastsam.bases import FUSED, FusedUpdate, fused_update
-from fastsam.checkpoint import STEP_COUNT, LoadHooks, complete_saved
+from fastsam.checkpoint import LoadHooks, complete_saved, step_count
 from fastsam.engine import Engine
 from fastsam.groups import (
     GROUP_OPTIONS,
@@ -113,7 +113,7 @@ class BaseWrapper(Optimizer):
         self._complete_groups()
         saved = self.base_optimizer.state_dict()
         update, is_initial = FUSED.get(type(self.base_optimizer)), self._engine.is_initial
-        complete_saved(saved, self.method, update, self._step_count(), is_initial=is_initial)
+        complete_saved(saved, self.method, update, step_count(self.param_groups), is_initial=is_initial)
         self._policy.save(saved.get("param_groups", ()))
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, saved)
@@ -191,11 +191,13 @@ class BaseWrapper(Optimizer):
         self._engine.watch(self._parameters())
         LoadHooks(base, method, functools.partial(check_group, type(base), method, type(base) in FUSED))
 
-    def _complete_groups(self) -> None:
-        """Gives FastSAM's options to groups that the base was given, or has loaded, by itself."""
-        for group in self.param_groups:
+    def _complete_groups(self) -> list[dict[str, Any]]:
+        """The groups, with FastSAM's options also in those that the base was given, or has loaded, by itself."""
+        groups = self.param_groups
+        for group in groups:
             if lacks_options(group):
                 fill_options([group], [{name: self.defaults[name] for name in GROUP_OPTIONS}])
+        return groups
 
     def _parameters(self) -> Iterable[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
@@ -211,10 +213,6 @@ class BaseWrapper(Optimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         check_group(type(self.base_optimizer), self.method, self._update is not None, group)
-
-    def _step_count(self) -> int:
-        # A group that was added later, or put first, has no count yet.
-        return int(max([group[STEP_COUNT] for group in self.param_groups if STEP_COUNT in group], default=0))
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._engine.perturbed:

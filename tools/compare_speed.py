@@ -5,11 +5,10 @@
 
 BEFORE and AFTER are folders that hold a package ``fastsam`` with its compiled extension. Each version has a process of
 its own with the same parameters; a round is one optimizer part of a step (norm, perturb; restore, update) of each, so
-that whatever slows the machine down slows both. Both are bound to the same processors, which on a shared machine are not
-equally fast. Where a process's memory happens to lie makes a difference of its own for small tensors, so that several
-pairs of processes are compared. What is reported is processor time, by
-the medians of each process's rounds. A ratio below 1 says that AFTER is faster: the median of the pairs' ratios, and
-all of them.
+that whatever slows the machine down slows both. Both are bound to the same processors, which differ in speed where a
+machine is shared. Where a process's memory happens to lie makes a difference of its own for small tensors, so that
+several pairs of processes are compared. What is reported is processor time, by the medians of each process's rounds. A
+ratio below 1 says that AFTER is faster: the median of the pairs' ratios, and all of them.
 """
 
 from __future__ import annotations

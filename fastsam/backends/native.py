@@ -38,6 +38,8 @@ except ImportError as error:
 
 _ops: Any = torch.ops.fastsam
 
+_NO_FORM = DescentForm(NONE)
+
 # torch::headeronly::ScalarType.
 _DTYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
@@ -98,14 +100,12 @@ def _load_cuda() -> str:
 
 
 def grad_norm(tables: Sequence[TensorTable], options: Sequence[AscentOptions]) -> Tensor:
-    first_view = _view(tables[0])
-    norm = first_view.norm
-    with first_view.counting() as finished:
-        for position, table in enumerate(tables):
-            view = _view(table)
-            arguments, packed = view.read(table, options)
-            first, last = position == 0, position == len(tables) - 1
-            _ops.grad_norm_.default(*arguments, packed, view.norm_partials, norm, finished, first, last)
+    views = [_view(table) for table in tables]
+    norm, finished = views[0].norm, views[0].counting
+    for position, (table, view) in enumerate(zip(tables, views, strict=True)):
+        arguments, packed = view.read(table, options)
+        first, last = position == 0, position == len(tables) - 1
+        _ops.grad_norm_.default(*arguments, packed, view.norm_partials, norm, finished, first, last)
     return norm
 
 
@@ -115,8 +115,7 @@ def dots(table: TensorTable, form: AscentForm | DescentForm, coefficients: Tenso
     x, how = (form.x, form.map) if isinstance(form, AscentForm) else (Row.GRAD, Map.IDENTITY)
     is_ascent = isinstance(form, AscentForm)
     result = torch.empty((len(table.params), 3), dtype=torch.float64, device=table.device)
-    with view.counting() as finished:
-        _ops.dots_.default(*arguments, coefficients, x, form.y, how, is_ascent, view.dot_partials, result, finished)
+    _ops.dots_.default(*arguments, coefficients, x, form.y, how, is_ascent, view.dot_partials, result, view.counting)
     return result
 
 
@@ -156,11 +155,9 @@ def restore_and_update_(
 ) -> None:
     view = _view(table)
     arguments, packed = view.read(table, options)
-    coefficients, form = (None, DescentForm(NONE)) if descent is None else (descent.coefficients, descent.form)
-    with view.counting() as finished:
-        _ops.restore_and_update_.default(
-            *arguments, update, packed, grad_scale, found_inf, finished, coefficients, *form
-        )
+    coefficients, form = (None, _NO_FORM) if descent is None else (descent.coefficients, descent.form)
+    scaler = grad_scale, found_inf
+    _ops.restore_and_update_.default(*arguments, update, packed, *scaler, view.counting, coefficients, *form)
 
 
 def _view(table: TensorTable) -> HostTable | CudaTable:

@@ -5,8 +5,6 @@ A table keeps its view, so that a view does not keep the table: it is given the 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -24,16 +22,16 @@ Arguments = tuple[Tensor, Tensor, Tensor, int, torch.dtype, Tensor | None, Tenso
 positions, masters."""
 
 
-_NOTHING = nullcontext()
-
-
 class HostTable:
     """For operators that run on the CPU.
 
     Attributes:
         norm: the result of ``grad_norm``, float64, 0-dim.
         norm_partials, dot_partials: what each chunk adds to a reduction.
+        counting: None: nothing is counted here.
     """
+
+    counting = None
 
     def __init__(self, table: TensorTable) -> None:
         positions = table.random_places() if table.stochastic else None
@@ -61,10 +59,6 @@ class HostTable:
         self._packed[kind] = options if is_fixed else None, numbers, packed
         return self._arguments, packed
 
-    def counting(self) -> AbstractContextManager[None]:
-        """Nothing is counted here."""
-        return _NOTHING
-
 
 class CudaTable:
     """For operators that run on CUDA. Addresses of tensors that live for one step are not copied: they are arguments.
@@ -72,6 +66,7 @@ class CudaTable:
     Attributes:
         norm: the result of ``grad_norm``, float64, 0-dim.
         norm_partials, dot_partials: what each chunk adds to a reduction.
+        counting: what the blocks of a launch count themselves by, back to 0; and the number of each tensor's chunks.
     """
 
     def __init__(self, table: TensorTable) -> None:
@@ -82,7 +77,7 @@ class CudaTable:
         self.norm_partials = torch.empty(chunks, dtype=torch.float64, device=table.device)
         self.dot_partials = torch.empty((chunks, 3), dtype=torch.float64, device=table.device)
         counts = self._copy.bounds.diff().to(torch.int32)
-        self._counting = nullcontext(torch.stack([torch.zeros_like(counts), counts]))
+        self.counting = torch.stack([torch.zeros_like(counts), counts])
         self._prepared: set[tuple[Update, bool]] = set()
 
     def read(self, table: TensorTable, options: Options = ()) -> tuple[Arguments, Tensor]:
@@ -98,7 +93,3 @@ class CudaTable:
         is_new = key not in self._prepared
         self._prepared.add(key)
         return is_new
-
-    def counting(self) -> AbstractContextManager[Tensor]:
-        """What the blocks of a launch count themselves by, back to 0; and the number of each tensor's chunks."""
-        return self._counting

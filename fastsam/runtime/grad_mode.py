@@ -23,7 +23,12 @@ def untracked(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return function(*args, **kwargs)
-        with torch.no_grad():
+        # What torch.no_grad() does, in a tenth of its calls.
+        was_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
             return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(was_enabled)
 
     return run

@@ -92,8 +92,9 @@ class ParallelModel:
 
         FSDP keeps such copies with ``set_reshard_after_backward(False)`` or ``reshard_after_forward=False``.
         """
-        for module in self._fsdp_modules():
-            module.reshard()
+        if self._model is not None:
+            for module in self._fsdp_modules():
+                module.reshard()
 
     def watch_events(self, engine: Engine) -> None:
         """Lets the second pass's all-gathers wait for the ascent, whatever event the user has set.

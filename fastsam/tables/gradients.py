@@ -43,11 +43,11 @@ class Gradients:
             False, and the table has no gradients, if a parameter has changed.
 
         Raises:
-            RuntimeError: a sparse gradient, or one of another shape or device; the table has no gradients then.
+            RuntimeError: a sparse gradient, or one of another shape or device.
         """
-        table.drop_grads()
         found = table.reader.read_grads()
         if found is None:
+            table.drop_grads()
             return False
         grads, addresses = found
         if addresses is None:

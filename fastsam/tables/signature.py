@@ -52,7 +52,7 @@ class Description(NamedTuple):
 _NOTHING = Description(b"", None)
 
 
-def describe(tensors: list[Tensor] | list[Tensor | None], known: Description = _NOTHING) -> Description:
+def describe(tensors: list[Tensor] | list[Tensor | None], known: tuple[bytes, Any] = _NOTHING) -> Description:
     """The addresses and the metadata of ``tensors``.
 
     Args:
@@ -137,7 +137,7 @@ class ParameterReader:
         self._is_local = not any(map(is_distributed, params))
         self._places = bytearray(_PLACE * len(params))
         self._description = describe(self._locals())
-        self._grads = _NOTHING
+        self._grads: tuple[bytes, Any] = _NOTHING
         self._usable: Any = None
         self._without_address = 0
         self._checked = b""
@@ -164,8 +164,9 @@ class ParameterReader:
 
     def expect_grads(self, *, usable: bool) -> None:
         """Expects the metadata of the gradients that were read last, if these could be used without a copy."""
-        self._usable = self._grads.metadata if usable else None
-        self._without_address = self._grads.addresses.count(_NO_ADDRESS)
+        addresses, metadata = self._grads
+        self._usable = metadata if usable else None
+        self._without_address = addresses.count(_NO_ADDRESS)
         self._checked = b""
 
     def _locals(self) -> list[Tensor]:
@@ -177,6 +178,6 @@ class ParameterReader:
             known = self._description, self._grads
             found = _read_grads(self._params, *known, self._places, Tensor, _exchange_api)
             if found is not None:
-                return found[0], found[1], Description(*found[2])
+                return found
         grads = list(map(_grad if self._is_local else local_grad, self._params))
         return grads, describe(self._locals(), self._description), describe(grads, self._grads)

@@ -86,7 +86,8 @@ class TensorTable:
         for i in self._gaps:
             values[i] = torch.empty_like(self._memory[i])
         n = len(self.params)
-        self.rows: list[Any] = [[None] * n for _ in range(ROWS)]
+        self._absent: Tensors = [None] * n
+        self.rows: list[Any] = [self._absent] * ROWS
         self.present: list[int] = []
         self.perturbed: list[int] = []
         self.is_perturbed = False
@@ -177,7 +178,7 @@ class TensorTable:
         return self.rows[Row.STEP]
 
     def set_row(self, row: Row, tensors: list[Tensor] | Tensors, found: bytes | None = None) -> None:
-        """Sets a row to ``tensors``; ``found``: their addresses, if they are known, the same object if they are equal."""
+        """Sets a row to ``tensors``; ``found``: their addresses, if known: the same object while they are equal."""
         self.rows[row] = tensors
         if found is not None and found is self._found[row]:
             return
@@ -240,7 +241,7 @@ class TensorTable:
 
     def drop_grads(self) -> None:
         """Drops the references to gradients, which would double the memory of the next backward."""
-        self.rows[Row.GRAD] = [None] * len(self.params)
+        self.rows[Row.GRAD] = self._absent
 
     @property
     def has_own_grads(self) -> bool:
@@ -302,8 +303,7 @@ class TensorTable:
         self._first_versions = []
         self.first_grad_dtype = self.dtype
         for row in self._of_this_step:
-            nothing: Tensors = [None] * len(self.params)
-            self.set_row(row, nothing)
+            self.set_row(row, self._absent)
         self._of_this_step.clear()
 
     # ---- the ascent ----
