@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from fastsam.tables import signature as fingerprint
-from fastsam.tables.signature import Watch, describe
+from fastsam.tables.signature import ParameterReader, Watch, describe
 
 
 @pytest.fixture(params=["compiled", "plain Python"])
 def way(request, monkeypatch):
     """Both ways to ask."""
     if request.param == "plain Python":
-        for name in ("_describe", "_identities", "_nested_identities", "_is_unchanged"):
+        for name in ("_describe", "_read_grads", "_identities", "_nested_identities", "_is_unchanged"):
             monkeypatch.setattr(fingerprint, name, None)
     elif fingerprint._describe is None:
         pytest.skip("not compiled, or a torch without DLPack's interface for C")
@@ -88,6 +88,17 @@ class TestDescribe:
         base = torch.zeros(10)
         tensors = [base, None, base[3:], torch.nn.Parameter(base[4:]), torch.zeros(0), base.view(2, 5).t()]
         assert as_numbers(describe(tensors).addresses) == [0 if t is None else t.data_ptr() for t in tensors]
+
+    def test_what_is_known(self):
+        """The result does not depend on it; what is equal may be the same object."""
+        tensors = [torch.zeros(2, 3), None, torch.zeros(()), torch.zeros(4, 2).t(), torch.zeros(0)]
+        whole = describe(tensors)
+        for known in ([], tensors, tensors[:2], [*tensors, torch.zeros(1)], [None] * 5, tensors[::-1]):
+            assert describe(tensors, describe(known)) == whole
+        again = describe(tensors, whole)
+        if fingerprint._describe is not None:
+            assert again.addresses is whole.addresses
+            assert again.metadata is whole.metadata
 
     def test_identities(self):
         base = torch.zeros(10)
@@ -178,6 +189,139 @@ class TestWatch:
         assert memory() is not None
         del watch
         assert memory() is None
+
+
+def _with_grads(*shapes):
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return params
+
+
+def _read_twice(reader):
+    """What the second reading finds, as one that knows the gradients."""
+    reader.read_grads()
+    reader.expect_grads(usable=True)
+    return reader.read_grads()
+
+
+@pytest.mark.usefixtures("way")
+class TestParameterReader:
+    SHAPES = ((4, 4), (), (3, 0), (2, 1, 2, 1, 2, 3), *[(5,)] * 30)
+
+    def test_gradients_and_their_addresses(self):
+        params = _with_grads(*self.SHAPES)
+        params[-2].grad = None
+        reader = ParameterReader(params)
+        first, unexpected = reader.read_grads()
+        assert unexpected is None, "nothing is known of them"
+        grads, addresses = _read_twice(reader)
+        assert all(a is b is p.grad for a, b, p in zip(first, grads, params, strict=True))
+        assert as_numbers(addresses) == [0 if p.grad is None else p.grad.data_ptr() for p in params]
+
+    def test_other_gradients_of_the_same_kind(self):
+        params = _with_grads(*self.SHAPES)
+        reader = ParameterReader(params)
+        before = _read_twice(reader)[1]
+        params[7].grad = torch.full_like(params[7], 2)
+        grads, after = reader.read_grads()
+        assert grads[7] is params[7].grad
+        assert after != before
+        assert as_numbers(after)[7] == params[7].grad.data_ptr()
+
+    @pytest.mark.parametrize(
+        "other",
+        [None, torch.ones(5, dtype=torch.float64), torch.ones(10)[::2], torch.ones(4), torch.ones(5).to_sparse()],
+        ids=["None", "dtype", "strides", "shape", "sparse"],
+    )
+    def test_gradients_of_another_kind(self, other):
+        params = _with_grads(*self.SHAPES[:3], (5,), (5,))
+        reader = ParameterReader(params)
+        _read_twice(reader)
+
+        class Owner(torch.Tensor):
+            """torch would refuse most of these; a subclass need not."""
+
+            grad = other
+
+        params[3] = params[3].detach().as_subclass(Owner)
+        grads, addresses = reader.read_grads()
+        assert grads[3] is other
+        assert addresses is None
+
+    def test_unusable_gradients_are_never_expected(self):
+        reader = ParameterReader(_with_grads((4,)))
+        for _ in range(2):
+            assert reader.read_grads()[1] is None
+            reader.expect_grads(usable=False)
+
+    def test_gradient_that_loses_its_memory(self):
+        params = _with_grads((4,), (4,))
+        reader = ParameterReader(params)
+        _read_twice(reader)
+        params[1].grad.untyped_storage().resize_(0)
+        assert reader.read_grads()[1] is None
+
+    @pytest.mark.parametrize("change", [_give_other_memory, _give_a_part, _free], ids=lambda c: c.__name__.strip("_"))
+    @pytest.mark.parametrize("position", [0, 2])
+    def test_parameter_that_has_changed(self, change, position):
+        params = _with_grads((4, 4), (4, 4), (4, 4))
+        reader = ParameterReader(params)
+        assert _read_twice(reader) is not None
+        with torch.no_grad():
+            params[0].add_(1)
+        assert reader.read_grads() is not None, "values may change"
+        assert reader.is_unchanged()
+        with torch.no_grad():
+            change(params[position])
+        assert reader.read_grads() is None
+        assert not reader.is_unchanged()
+
+    def test_objects_that_are_gone(self):
+        """What was noted of them is only prefetched."""
+        params = _with_grads(*self.SHAPES)
+        reader = ParameterReader(params)
+        _read_twice(reader)
+        for i, param in enumerate(params):
+            torch.utils.swap_tensors(param, _with_grads(self.SHAPES[i])[0])
+        assert reader.read_grads() is None
+        assert ParameterReader(params).read_grads()[0] == [param.grad for param in params]
+
+    def test_gradient_that_raises(self):
+        class Owner(torch.Tensor):
+            @property
+            def grad(self):
+                raise ZeroDivisionError
+
+        reader = ParameterReader([torch.zeros(3), torch.zeros(3).as_subclass(Owner)])
+        with pytest.raises(ZeroDivisionError):
+            reader.read_grads()
+
+
+def test_what_is_the_same_is_the_same_object():
+    """Which the compiled function promises: nothing is compared or copied then."""
+    if fingerprint._read_grads is None:
+        pytest.skip("not compiled, or a torch without DLPack's interface for C")
+    reader = ParameterReader(_with_grads(*TestParameterReader.SHAPES))
+    _, addresses = _read_twice(reader)
+    assert reader.read_grads()[1] is addresses
+
+
+def test_what_the_compiled_reader_refuses():
+    read = fingerprint._read_grads
+    if read is None:
+        pytest.skip("not compiled, or a torch without DLPack's interface for C")
+    params, known, api = _with_grads((3,)), describe([]), fingerprint._exchange_api
+    with pytest.raises(ValueError, match="40 bytes"):
+        read(params, known, known, bytearray(39), torch.Tensor, api)
+    with pytest.raises(TypeError):
+        read(tuple(params), known, known, bytearray(40), torch.Tensor, api)
+    with pytest.raises(TypeError, match="tensors"):
+        read([type("Owner", (), {"grad": None})()], known, known, bytearray(40), torch.Tensor, api)
+    with pytest.raises(AttributeError):
+        read([3], known, known, bytearray(40), torch.Tensor, api)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        read(params, known, known, bytearray(40), torch.Tensor, None)
 
 
 @pytest.mark.skipif(fingerprint._is_unchanged is None, reason="not compiled")
