@@ -119,17 +119,18 @@ bool is_inline(const DLTensor& seen) { return seen.strides == seen.shape + 5; }
 // Where the objects behind a tensor were when it was last asked. They are only prefetched from there: reading thousands
 // of small tensors is bound by cache misses. A wrong address does no harm.
 struct Place {
-  const char *sizes, *storage;
+  // Numbers: no arithmetic is defined for pointers to what may be gone.
+  uintptr_t sizes, storage;
 
   void note(const DLTensor& seen) {
-    sizes = reinterpret_cast<const char*>(seen.shape);
-    if (storage_word > 0 && is_inline(seen)) storage = reinterpret_cast<const char*>(seen.shape[-storage_word]);
+    sizes = reinterpret_cast<uintptr_t>(seen.shape);
+    if (storage_word > 0 && is_inline(seen)) storage = static_cast<uintptr_t>(seen.shape[-storage_word]);
   }
 
   FASTSAM_ALWAYS_INLINE void prefetch() const {
-    for (int line = -1; line <= 2; ++line) __builtin_prefetch(sizes + 64 * line);
-    __builtin_prefetch(storage);
-    __builtin_prefetch(storage + 63);
+    for (const uintptr_t line : {sizes - 64, sizes, sizes + 64, sizes + 128, storage, storage + 63}) {
+      __builtin_prefetch(reinterpret_cast<const void*>(line));
+    }
   }
 };
 
@@ -283,11 +284,12 @@ PyObject* read_grads(PyObject*, PyObject* arguments) {
     for (Py_ssize_t i = 0; i < count; ++i, ++pair) {
       if (i + 2 * AHEAD < count) __builtin_prefetch(PyList_GetItem(params, i + 2 * AHEAD));
       if (i + AHEAD < count) pair[AHEAD].prefetch();
-      PyObject* param = PyList_GetItem(params, i);
-      PyObject* grad = param == nullptr ? nullptr : PyObject_GetAttr(param, name.get());
+      // To get the gradient may run Python code, which may change the list.
+      const Reference param(Py_XNewRef(PyList_GetItem(params, i)));
+      PyObject* grad = param == nullptr ? nullptr : PyObject_GetAttr(param.get(), name.get());
       if (grad == nullptr || PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;
       pair->grad_object = grad;
-      int told = mine.add(param, interface, &pair->param);
+      int told = mine.add(param.get(), interface, &pair->param);
       if (told == 1) told = theirs.add(grad, interface, &pair->grad);
       if (told != 1) return untold(told);
     }
