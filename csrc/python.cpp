@@ -1,7 +1,7 @@
 // The Python module fastsam._C. Importing it registers the operators of ops.cpp; its functions look at what every step
 // has to look at for thousands of tensors: addresses, metadata, and whether they are still the same objects.
 //
-// Each returns bytes, one int64 per answer, to be compared with those of the step before.
+// The answers are bytes, an int64 each, to be compared with those of the step before.
 #include <Python.h>
 
 #include <cstdint>
@@ -113,7 +113,8 @@ struct Interface {
 // In a tensor object, how many words before the sizes the pointer to its storage is; 0: not known.
 int storage_word = 0;
 
-// Whether sizes and strides are in the tensor object, which has room for five of each.
+// Whether sizes and strides are in the tensor object, which has room for five of each, one after the other. More are
+// elsewhere, and further apart.
 bool is_inline(const DLTensor& seen) { return seen.strides == seen.shape + 5; }
 
 // Where the objects behind a tensor were when it was last asked. They are only prefetched from there: reading thousands
@@ -188,9 +189,11 @@ class Description {
   Answers addresses_, metadata_;
 };
 
-// What a function answers where not all tensors were told: None, so that Python asks them; or the exception.
-PyObject* untold(int told) {
-  if (told < 0) return nullptr;
+// What a function returns where a tensor could not be described (0): None, so that Python asks it; or the exception
+// (-1).
+PyObject* give_up(int described) {
+  const bool is_refusal = PyErr_Occurred() == nullptr || PyErr_ExceptionMatches(PyExc_Exception);  // no Ctrl-C
+  if (described < 0 || !is_refusal) return nullptr;
   PyErr_Clear();
   Py_RETURN_NONE;
 }
@@ -211,11 +214,11 @@ PyObject* describe(PyObject*, PyObject* arguments) {
   if (api == nullptr) return nullptr;
   try {
     const Interface interface(type, api);
-    if (interface.view == nullptr) Py_RETURN_NONE;
+    if (interface.view == nullptr) return give_up(0);
     Description description(known);
     for (Py_ssize_t i = 0; i < PyList_Size(tensors); ++i) {
-      const int told = description.add(PyList_GetItem(tensors, i), interface);
-      if (told != 1) return untold(told);
+      const int described = description.add(PyList_GetItem(tensors, i), interface);
+      if (described != 1) return give_up(described);
     }
     return description.to_tuple();
   } catch (const std::bad_alloc&) {
@@ -235,7 +238,9 @@ struct Pair {
   }
 };
 
-constexpr Py_ssize_t AHEAD = 6;
+static_assert(sizeof(Pair) == 40, "as many bytes as fastsam/tables/signature.py gives each parameter");
+
+constexpr Py_ssize_t kAhead = 6;
 
 // find_storage_word(tensor, address: int, exchange_api) -> None: tells read_grads() where tensor objects have the
 // address of their storage object, by one of one dimension whose storage object is at `address`.
@@ -279,19 +284,19 @@ PyObject* read_grads(PyObject*, PyObject* arguments) {
     if (name == nullptr || grads == nullptr) return nullptr;
     auto* pair = reinterpret_cast<Pair*>(PyByteArray_AsString(places));
     const Interface interface(type, api);
-    if (interface.view == nullptr) Py_RETURN_NONE;
+    if (interface.view == nullptr) return give_up(0);
     Description mine(known_params), theirs(known_grads);
     for (Py_ssize_t i = 0; i < count; ++i, ++pair) {
-      if (i + 2 * AHEAD < count) __builtin_prefetch(PyList_GetItem(params, i + 2 * AHEAD));
-      if (i + AHEAD < count) pair[AHEAD].prefetch();
+      if (i + 2 * kAhead < count) __builtin_prefetch(PyList_GetItem(params, i + 2 * kAhead));
+      if (i + kAhead < count) pair[kAhead].prefetch();
       // To get the gradient may run Python code, which may change the list.
       const Reference param(Py_XNewRef(PyList_GetItem(params, i)));
       PyObject* grad = param == nullptr ? nullptr : PyObject_GetAttr(param.get(), name.get());
       if (grad == nullptr || PyList_SetItem(grads.get(), i, grad) != 0) return nullptr;
       pair->grad_object = grad;
-      int told = mine.add(param.get(), interface, &pair->param);
-      if (told == 1) told = theirs.add(grad, interface, &pair->grad);
-      if (told != 1) return untold(told);
+      int described = mine.add(param.get(), interface, &pair->param);
+      if (described == 1) described = theirs.add(grad, interface, &pair->grad);
+      if (described != 1) return give_up(described);
     }
     const Reference first(mine.to_tuple()), second(theirs.to_tuple());
     if (first == nullptr || second == nullptr) return nullptr;

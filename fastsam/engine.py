@@ -209,9 +209,10 @@ class Engine:
             set_displacements(tables, tensors, sum(len(group["params"]) for group in plan.groups))
             for table in tables:
                 self._bindings.bind_for_ascent(table, plan)
-            options = plan.options.ascent
+            ascents = [whole_direction(table, plan.options.ascent) for table in tables]
+            backends = self._backends(tables)
             self.is_displaced = True
-            self._perturb(self._backends(tables), tables, [whole_direction(table, options) for table in tables])
+            self._perturb(backends, tables, ascents)
         clear_weight_caches()
 
     def refuse_displaced(self) -> None:

@@ -66,7 +66,7 @@ OTHER_SHAPES = {"4 x 4096^2": [(4096, 4096)] * 4, "161 x 8": [(8,)] * 161}
 
 
 def bind(pair: int, threads: int) -> None:
-    """Binds the processes of a pair, children of this one, to as many processors as they have threads."""
+    """Binds this process, and so the pair that it starts, to as many processors as the pair's threads need."""
     if hasattr(os, "sched_setaffinity"):
         usable = PROCESSORS[pair % len(PROCESSORS) :] + PROCESSORS[: pair % len(PROCESSORS)]
         os.sched_setaffinity(0, usable[:threads])

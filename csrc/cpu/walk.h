@@ -50,23 +50,24 @@ inline void finish_stores() {
 
 enum class Order { kForward, kBackward };
 
-// What a loop reads first of each chunk: rows, and the size of their elements.
+// What a loop usually reads of each chunk: rows, and the size of their elements (float32 where a row is wide).
 struct Reads {
   std::initializer_list<int64_t> rows;
   int64_t element_size;
 };
 
-// Of a chunk, what the hardware needs to notice that it is read; a small tensor is over before that.
+// The hardware prefetcher follows a long tensor by itself, but not the step from one small tensor to the next.
 constexpr int64_t kPrefetchedBytes = 2048;
 // How many chunks ahead.
 constexpr int64_t kAhead = 2;
 
 // Always inlined: gcc takes a function that only prefetches for one without an effect, and drops its calls.
 __attribute__((always_inline)) inline void prefetch(const TensorTable& table, const Reads& reads, const Chunk& chunk) {
-  const int64_t bytes = std::min(chunk.length * reads.element_size, kPrefetchedBytes);
   for (const int64_t row : reads.rows) {
     if (!table.has(row, chunk.tensor)) continue;
-    const char* start = table.pointer<char>(row, chunk.tensor) + chunk.start * reads.element_size;
+    const int64_t size = table.is_wide(row) ? int64_t{sizeof(float)} : reads.element_size;
+    const int64_t bytes = std::min(chunk.length * size, kPrefetchedBytes);
+    const char* start = table.pointer<char>(row, chunk.tensor) + chunk.start * size;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(start + i);
   }
 }

@@ -23,7 +23,7 @@ def untracked(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return function(*args, **kwargs)
-        # What torch.no_grad() does, in a tenth of its calls.
+        # What torch.no_grad() does, without its ten Python calls.
         was_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:

@@ -43,7 +43,7 @@ class Gradients:
             False, and the table has no gradients, if a parameter has changed.
 
         Raises:
-            RuntimeError: a sparse gradient, or one of another shape or device.
+            RuntimeError: a sparse gradient, or one of another shape or device; the caller drops what was read before.
         """
         found = table.reader.read_grads()
         if found is None:
@@ -78,6 +78,7 @@ class Gradients:
         ]
 
     def _examine(self, table: TensorTable, grads: list[Tensor | None]) -> None:
+        table.reader.expect_grads(usable=False)  # if this raises, the next ones are examined, too
         present = [(i, g) for i, g in enumerate(grads) if g is not None]
         for i, grad in present:
             _check(table, i, grad)

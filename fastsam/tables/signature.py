@@ -32,6 +32,7 @@ _read_grads = _find("read_grads") if _has_api else None
 if _read_grads is not None:
     _probe = torch.empty(1, device="cpu")
     _find("find_storage_word")(_probe, _probe.untyped_storage()._cdata, _exchange_api)
+    del _probe
 _identities = _find("identities")
 _nested_identities = _find("nested_identities")
 _is_unchanged = _find("is_unchanged")

@@ -178,11 +178,11 @@ class TensorTable:
         return self.rows[Row.STEP]
 
     def set_row(self, row: Row, tensors: list[Tensor] | Tensors, found: bytes | None = None) -> None:
-        """Sets a row to ``tensors``; ``found``: their addresses, if known: the same object while they are equal."""
+        """Sets a row to ``tensors``; ``found``: their addresses, if known; the same object: the same addresses."""
         self.rows[row] = tensors
         if found is not None and found is self._found[row]:
             return
-        self._found[row] = found
+        self._found[row] = None  # until the addresses are written
         numbers = bytearray(describe(tensors).addresses if found is None else found)
         # An empty tensor may have the address 0, which means "absent". It has no chunk, so its address is never used.
         for i in self._empty:
@@ -193,6 +193,7 @@ class TensorTable:
             self._check_addresses(row, tensors, numbers)
             self._bytes[place] = numbers
             self.versions[row] += 1
+        self._found[row] = found
 
     def _check_addresses(self, row: Row, tensors: Sequence[Tensor | None], numbers: bytearray) -> None:
         """Raises RuntimeError if a tensor has no address: kernels would take it for absent."""

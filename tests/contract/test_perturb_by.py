@@ -9,7 +9,8 @@ from problem import Problem, Stop
 from registry import every_base
 from torch import nn
 
-from fastsam import FastSAM, methods
+from fastsam import FastSAM, engine, methods
+from fastsam.backends import BackendUnavailable
 
 pytestmark = pytest.mark.face
 
@@ -136,6 +137,21 @@ def test_refuses_what_does_not_fit(problem, tensors, error, reason):
     with pytest.raises(error, match=reason), optimizer.perturb_by(tensors(problem.params)):
         pass
     assert_same_bits(problem.params, before)
+    assert not optimizer.perturbed
+    problem.step(optimizer)
+
+
+def test_block_that_no_backend_can_run_is_not_entered(problem, monkeypatch):
+    """As after the parameters were moved to a device that the named backend does not know."""
+    optimizer = problem.optimizer("reference")
+
+    def refuse(*_):
+        raise BackendUnavailable("not here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "operations", refuse)
+        with pytest.raises(BackendUnavailable), optimizer.perturb_by(directions_for(problem.params)):
+            pass
     assert not optimizer.perturbed
     problem.step(optimizer)
 
