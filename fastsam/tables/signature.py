@@ -31,7 +31,7 @@ _describe = _find("describe") if _has_api else None
 _read_grads = _find("read_grads") if _has_api else None
 if _read_grads is not None:
     _probe = torch.empty(1, device="cpu")
-    _find("find_storage_word")(_probe, _probe.untyped_storage()._cdata, _exchange_api)
+    _find("learn_storage_offset")(_probe, _probe.untyped_storage()._cdata, _exchange_api)
     del _probe
 _identities = _find("identities")
 _nested_identities = _find("nested_identities")
@@ -121,8 +121,8 @@ class Watch:
 
 _NO_ADDRESS = bytes(8)
 
-# What the compiled function notes of each parameter, in bytes.
-_PLACE = 40
+# What the compiled function keeps for prefetching, in bytes for each parameter.
+_HINT = 40
 
 
 class ParameterReader:
@@ -136,7 +136,7 @@ class ParameterReader:
         self._params = params
         # What differs for DTensors takes as long as all the rest.
         self._is_local = not any(map(is_distributed, params))
-        self._places = bytearray(_PLACE * len(params))
+        self._hints = bytearray(_HINT * len(params))
         self._description = describe(self._locals())
         self._grads: tuple[bytes, Any] = _NOTHING
         self._usable: Any = None
@@ -177,7 +177,7 @@ class ParameterReader:
         """The gradients, and the descriptions of the parameters and of them."""
         if self._is_local and _read_grads is not None:
             known = self._description, self._grads
-            found = _read_grads(self._params, *known, self._places, Tensor, _exchange_api)
+            found = _read_grads(self._params, *known, self._hints, Tensor, _exchange_api)
             if found is not None:
                 return found
         grads = list(map(_grad if self._is_local else local_grad, self._params))

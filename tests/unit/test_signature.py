@@ -8,6 +8,9 @@ import torch
 from fastsam.tables import signature as fingerprint
 from fastsam.tables.signature import ParameterReader, Watch, describe
 
+NOT_COMPILED = "not compiled, or a torch without DLPack's interface for C"
+compiled_only = pytest.mark.skipif(fingerprint._read_grads is None, reason=NOT_COMPILED)
+
 
 @pytest.fixture(params=["compiled", "plain Python"])
 def way(request, monkeypatch):
@@ -16,7 +19,7 @@ def way(request, monkeypatch):
         for name in ("_describe", "_read_grads", "_identities", "_nested_identities", "_is_unchanged"):
             monkeypatch.setattr(fingerprint, name, None)
     elif fingerprint._describe is None:
-        pytest.skip("not compiled, or a torch without DLPack's interface for C")
+        pytest.skip(NOT_COMPILED)
 
 
 def as_numbers(found):
@@ -111,9 +114,8 @@ class TestDescribe:
 
 
 @pytest.mark.parametrize("wrong", [[3], [torch.zeros(2), "text"], [object()]], ids=["int", "str", "object"])
+@compiled_only
 def test_what_is_no_tensor_is_refused(wrong):
-    if fingerprint._describe is None:
-        pytest.skip("not compiled, or a torch without DLPack's interface for C")
     with pytest.raises(TypeError, match="tensors"):
         describe(wrong)
 
@@ -278,7 +280,7 @@ class TestParameterReader:
         assert not reader.is_unchanged()
 
     def test_objects_that_are_gone(self):
-        """What was noted of them is only prefetched."""
+        """Their addresses are only prefetched."""
         params = _with_grads(*self.SHAPES)
         reader = ParameterReader(params)
         _read_twice(reader)
@@ -298,19 +300,17 @@ class TestParameterReader:
             reader.read_grads()
 
 
+@compiled_only
 def test_what_is_the_same_is_the_same_object():
-    """Which the compiled function promises: nothing is compared or copied then."""
-    if fingerprint._read_grads is None:
-        pytest.skip("not compiled, or a torch without DLPack's interface for C")
+    """The compiled function then copies nothing."""
     reader = ParameterReader(_with_grads(*TestParameterReader.SHAPES))
     _, addresses = _read_twice(reader)
     assert reader.read_grads()[1] is addresses
 
 
+@compiled_only
 def test_what_the_compiled_reader_refuses():
     read = fingerprint._read_grads
-    if read is None:
-        pytest.skip("not compiled, or a torch without DLPack's interface for C")
     params, known, api = _with_grads((3,)), describe([]), fingerprint._exchange_api
     with pytest.raises(ValueError, match="40 bytes"):
         read(params, known, known, bytearray(39), torch.Tensor, api)
