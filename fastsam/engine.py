@@ -87,12 +87,16 @@ class Engine:
         """
         if self.is_running:
             raise RuntimeError("step(closure) was called within a closure of the same optimizer")
-        self.is_running = True
         try:
-            with torch.enable_grad():
-                result = closure()
-        finally:
-            self.is_running = False
+            try:
+                self.is_running = True
+                with torch.enable_grad():
+                    result = closure()
+            finally:
+                self.is_running = False
+        except BaseException:
+            self.is_running = False  # a Ctrl-C may come between two lines, and before the one above
+            raise
         self.check_writes()
         return result
 

@@ -25,8 +25,8 @@ def untracked(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
                 return function(*args, **kwargs)
         # What torch.no_grad() does, without its ten Python calls.
         was_enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
+            torch._C._set_grad_enabled(False)
             return function(*args, **kwargs)
         finally:
             torch._C._set_grad_enabled(was_enabled)

@@ -375,6 +375,28 @@ def test_ctrl_c_anywhere_is_all_or_nothing(backend, device, interruptible, base,
     assert outcomes["all"] > 0
 
 
+CONDUCTORS = tuple(f"{PACKAGE}/{name}" for name in ("engine.py", "optimizer.py", "phases.py", "runtime/grad_mode.py"))
+
+
+def test_steps_go_on_after_ctrl_c_at_every_line(device):
+    """No flag and no mode stays as it was within the step."""
+    problem = TwoDtypes(device)
+    optimizer = problem.optimizer("auto")
+    problem.step(optimizer)
+    nth, lines = 1, 1
+    while nth <= lines:
+        with ctrl_c_at_line(nth, CONDUCTORS):
+            interrupted = _raises(KeyboardInterrupt, problem.step, optimizer)
+        assert torch.is_grad_enabled(), f"at line {nth}"
+        assert not optimizer.perturbed, f"at line {nth}"
+        with ctrl_c_at_line(0, CONDUCTORS) as count:
+            problem.step(optimizer)
+        lines = count[0]
+        assert interrupted, f"at line {nth}"
+        nth += 1
+    assert lines > 100
+
+
 @pytest.mark.parametrize(
     "files",
     [(PACKAGE,), tuple(f"{PACKAGE}/{name}" for name in internals.WORK_FILES)],
