@@ -55,7 +55,7 @@ sharpness: $(EXTENSION)  ## How sharp the minima of SGD and FastSAM are: a table
 	$(BIN)/python -m fastsam sharpness $(ARGS)
 
 test: $(EXTENSION) $(ON_CPU)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
-	@echo "running the tests; all of them take 4 to 5 minutes on two cores"
+	@echo "running the tests; all of them take about 5 minutes on two cores"
 	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal --sample $(SAMPLE) $(ARGS)
 
 test-all: $(EXTENSION) $(ON_CPU)  ## All tests: every combination
