@@ -149,12 +149,13 @@ try-wheel:  ## The wheel in dist/ in a new environment: make try-wheel PYTHON=py
 	cd $(COMPAT) && bin/fastsam --version && bin/fastsam doctor && bin/python $(CURDIR)/tools/try_wheel.py native
 
 # The suite runs in its own folder, so that the installed fastsam is tested, not the checkout's. The Triton of
-# requirements/test.txt replaces torch's own.
+# requirements/test.txt replaces torch's own, which pip would not do: it would replace torch.
 compat:  ## The wheel, built and tried, and its tests with another torch: make compat TORCH=2.11.0
 	@test -n "$(TORCH)" || { echo "make $@: which torch? make $@ TORCH=2.11.0" >&2; exit 2; }
 	$(MAKE) --no-print-directory wheel QUICK=1
 	$(MAKE) --no-print-directory try-wheel
-	$(COMPAT)/bin/python $(PIP_INSTALL) torch==$(TORCH) -r requirements/test.txt
+	grep -v ^triton== requirements/test.txt | $(COMPAT)/bin/python $(PIP_INSTALL) torch==$(TORCH) -r /dev/stdin
+	grep ^triton== requirements/test.txt | $(COMPAT)/bin/python $(PIP_INSTALL) --no-deps -r /dev/stdin
 	rm -rf $(COMPAT)/suite && mkdir $(COMPAT)/suite && cp -r tests pyproject.toml $(COMPAT)/suite
 	cd $(COMPAT)/suite && $(REQUIRED) ../bin/pytest --numprocesses $(WORKERS) $(ARGS)
 

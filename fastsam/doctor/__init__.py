@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -151,10 +152,11 @@ def _extension() -> dict[str, str]:
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> None:
-    """Prints rows of a name and a text, wrapped to the terminal's width."""
+    """Prints rows of a name and a text, wrapped to the terminal's width; a path stays whole, to be copied."""
     print(title)
+    wrap = functools.partial(textwrap.fill, width=WIDTH, break_long_words=False, break_on_hyphens=False)
     for name, text in rows:
         lead = f"  {name:{_COLUMN - 2}}"
         indent = " " * (_COLUMN + (19 if title == "backends" else 0))
-        print(textwrap.fill(text, WIDTH, initial_indent=lead, subsequent_indent=indent, drop_whitespace=True))
+        print(wrap(text, initial_indent=lead, subsequent_indent=indent))
     print()

@@ -71,7 +71,13 @@ def test_content_report(capsys):
     assert rows["triton"][1] == ("ok" if can_run("triton", "cpu") else "unavailable")
     assert torch.__version__ in printed
     assert "all is well" in printed
-    assert max(map(len, printed.splitlines())) <= doctor.WIDTH
+    assert all(len(line) <= doctor.WIDTH or len(line.split()) == 1 for line in printed.splitlines())
+
+
+def test_a_long_path_stays_whole(capsys):
+    path = "/a-path/" + "of-many-parts/" * 10
+    doctor._section("extension", [("file", f"_C.abi3.so, in {path}")])
+    assert path in capsys.readouterr().out.split()
 
 
 def test_json_has_what_the_text_has(capsys, without_triton):
