@@ -205,10 +205,16 @@ def _check_zero(zero: Any, shard_groups: ShardGroups) -> None:
     )
 
 
+NO_GRADIENT = (
+    "no parameter has a gradient; call backward() first, and if something has replaced the model's parameters, "
+    "construct the optimizer after that: after fully_shard()"
+)
+
+
 def check_missing_grads(params: Iterable[Any]) -> None:
     """Raises RuntimeError if the first pass left no gradient because of how the model is sharded.
 
-    Other parameters without gradients are left alone, as by every torch optimizer.
+    In older releases of torch nothing tells that ``fully_shard()`` has replaced a parameter.
     """
     for index, param in enumerate(params):
         if getattr(param, "_fsdp_orig_uid", None) is not None:

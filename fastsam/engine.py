@@ -12,7 +12,7 @@ from fastsam.backends import Backend, operations
 from fastsam.bindings import StateBindings
 from fastsam.coefficients import Coefficients, divide_kept, whole_direction
 from fastsam.directions import choose_directions, set_displacements
-from fastsam.distributed import GlobalSums, ShardGroups, check_missing_grads, local_of
+from fastsam.distributed import NO_GRADIENT, GlobalSums, ShardGroups, check_missing_grads, local_of
 from fastsam.groups import learning_rate
 from fastsam.methods import Method
 from fastsam.noise import draw_noise
@@ -119,7 +119,7 @@ class Engine:
                 tables = self._read_grads_of_step(plan)
             if self.method.needs_first_pass and not self.may_have_grads([table.present for table in tables]):
                 check_missing_grads(param for group in plan.groups for param in group["params"])
-                raise RuntimeError("no parameter has a gradient; call backward() first")
+                raise RuntimeError(NO_GRADIENT)
             self._choose_perturbed(tables, plan, further)
             backends = self._backends(tables)
             if not further:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import assert_same_bits, values
 from problem import Operators, Problem, Snapshot, Stop, TwoDtypes
-from registry import BASES, every_base, every_fused_base, first_or_later, kernel_backends
+from registry import BASES, METHODS, every_base, every_fused_base, first_or_later, kernel_backends
 from torch import nn
 
 from fastsam import FastSAM
@@ -170,6 +170,21 @@ def test_parameters_without_gradient_in_second_pass_come_back(backend, device, b
         assert left.grad is None
         assert_same_bits(left.detach(), weights, f"step {step}")
     assert left not in optimizer.state
+
+
+@pytest.mark.parametrize("method", ["sam", "momentum"])
+@pytest.mark.parametrize("given", ["closure", "closures"])
+def test_a_step_without_a_gradient_changes_nothing_but_says_so(backend, device, method, given):
+    """As torch's optimizers do; a model whose parameters were replaced would never train, in silence."""
+    w = nn.Parameter(torch.ones(3, device=device))
+    optimizer = FastSAM([w], lr=0.1, momentum=0.9, method=METHODS[method].method, backend=backend)
+    if given == "closures" and optimizer.method.why_no_micro_batches:
+        given = "closure"
+    with pytest.warns(UserWarning, match=r"changed nothing: no parameter has a gradient; call backward\(\) first"):
+        optimizer.step(**{given: (lambda: None) if given == "closure" else [lambda: None] * 2})
+    assert torch.equal(w, torch.ones(3, device=device))
+    assert not optimizer.perturbed
+    assert not optimizer.state
 
 
 @every_base

@@ -2,6 +2,7 @@
 
 import pytest
 import traps
+from torch.distributed.fsdp import FSDPModule
 
 
 @pytest.mark.parametrize("after_forward", [True, False])
@@ -25,6 +26,7 @@ def test_event_set_in_the_second_pass_is_not_waited_for(ranks):
     assert ranks(traps.event_before_the_ascent) == [[True, False]] * 2
 
 
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="nothing resets FSDP in this release of torch")
 @pytest.mark.parametrize("number", [1, 2])
 def test_exception_in_a_pass_leaves_fsdp_ready(ranks, number):
     for calls, came_back, error in ranks(traps.failing_pass, number):
@@ -34,7 +36,7 @@ def test_exception_in_a_pass_leaves_fsdp_ready(ranks, number):
 
 
 @pytest.mark.parametrize("gives_closure", [True, False])
-def test_optimizer_made_before_fully_shard_is_an_error(ranks, gives_closure):
+def test_optimizer_made_before_fully_shard_is_told(ranks, gives_closure):
     for said in ranks(traps.made_before_sharding, gives_closure):
         assert "after fully_shard()" in said
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -102,21 +103,23 @@ def failing_pass(number):
 
 
 def made_before_sharding(gives_closure):
-    """What an optimizer says whose parameters fully_shard has replaced."""
+    """What an optimizer says, as an error or a warning, whose parameters fully_shard has replaced."""
     model = ways.Block().double()
     optimizer = FastSAM(model.parameters(), lr=0.1)
     module, rank, ranks = ways.fsdp2(model)
     x, y = ways.batch(0, ranks, rank)
     closure = ways.closure_of(module, optimizer, x, y)
-    try:
-        if gives_closure:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.first_step()
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            if gives_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.first_step()
+        except RuntimeError as error:
+            return str(error)
+    return " ".join(str(warning.message) for warning in said)
 
 
 def swapped_parameters():
