@@ -55,7 +55,7 @@ sharpness: $(EXTENSION)  ## How sharp the minima of SGD and FastSAM are: a table
 	$(BIN)/python -m fastsam sharpness $(ARGS)
 
 test: $(EXTENSION) $(ON_CPU)  ## The tests: every pair of backend, base, method, dtype, ...; in WORKERS=2 processes
-	@echo "running the tests; all of them take about 5 minutes on two cores"
+	@echo "running the tests; all of them take 4 to 6 minutes on two cores"
 	$(REQUIRED) $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal --sample $(SAMPLE) $(ARGS)
 
 test-all: $(EXTENSION) $(ON_CPU)  ## All tests: every combination
@@ -148,8 +148,8 @@ try-wheel:  ## The wheel in dist/ in a new environment: make try-wheel PYTHON=py
 	$(COMPAT)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps dist/*.whl
 	cd $(COMPAT) && bin/fastsam --version && bin/fastsam doctor && bin/python $(CURDIR)/tools/try_wheel.py native
 
-# The suite runs in its own folder, so that the installed fastsam is tested, not the checkout's. The Triton of
-# requirements/test.txt replaces torch's own, which pip would not do: it would replace torch.
+# The suite runs in its own folder, so that the installed fastsam is tested, not the checkout's. Triton is installed
+# without its dependencies checked: torch pins another release of it, and pip would replace torch.
 compat:  ## The wheel, built and tried, and its tests with another torch: make compat TORCH=2.11.0
 	@test -n "$(TORCH)" || { echo "make $@: which torch? make $@ TORCH=2.11.0" >&2; exit 2; }
 	$(MAKE) --no-print-directory wheel QUICK=1

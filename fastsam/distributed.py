@@ -205,30 +205,6 @@ def _check_zero(zero: Any, shard_groups: ShardGroups) -> None:
     )
 
 
-NO_GRADIENT = (
-    "no parameter has a gradient; call backward() first, and if something has replaced the model's parameters, "
-    "construct the optimizer after that: after fully_shard()"
-)
-
-
-def check_missing_grads(params: Iterable[Any]) -> None:
-    """Raises RuntimeError if the first pass left no gradient because of how the model is sharded.
-
-    In older releases of torch nothing tells that ``fully_shard()`` has replaced a parameter.
-    """
-    for index, param in enumerate(params):
-        if getattr(param, "_fsdp_orig_uid", None) is not None:
-            raise RuntimeError(
-                f"parameter {index} (shape {tuple(param.shape)}) is no longer the model's: fully_shard() has replaced "
-                "it; construct the optimizer after fully_shard()"
-            )
-        if is_distributed(param) and param.requires_grad:
-            raise RuntimeError(
-                f"parameter {index} (shape {tuple(param.shape)}) and all others have no gradient after the first pass; "
-                "call backward() in it, under FSDP with set_requires_gradient_sync(True)"
-            )
-
-
 # ---- sums over ranks ----
 
 

@@ -12,9 +12,10 @@ from fastsam.backends import Backend, operations
 from fastsam.bindings import StateBindings
 from fastsam.coefficients import Coefficients, divide_kept, whole_direction
 from fastsam.directions import choose_directions, set_displacements
-from fastsam.distributed import NO_GRADIENT, GlobalSums, ShardGroups, check_missing_grads, local_of
+from fastsam.distributed import GlobalSums, ShardGroups, local_of
 from fastsam.groups import learning_rate
 from fastsam.methods import Method
+from fastsam.missing_grads import refuse_missing_grads
 from fastsam.noise import draw_noise
 from fastsam.plan import KnownOptions, Plan
 from fastsam.precision import ascent_seed
@@ -118,8 +119,7 @@ class Engine:
             else:
                 tables = self._read_grads_of_step(plan)
             if self.method.needs_first_pass and not self.may_have_grads([table.present for table in tables]):
-                check_missing_grads(param for group in plan.groups for param in group["params"])
-                raise RuntimeError(NO_GRADIENT)
+                refuse_missing_grads(param for group in plan.groups for param in group["params"])
             self._choose_perturbed(tables, plan, further)
             backends = self._backends(tables)
             if not further:

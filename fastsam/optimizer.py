@@ -15,7 +15,7 @@ from fastsam import methods
 from fastsam.arguments import check_count
 from fastsam.backends import check_name
 from fastsam.bases import check_base, complete_base
-from fastsam.distributed import NO_GRADIENT, ShardGroups, check_missing_grads, check_shards
+from fastsam.distributed import ShardGroups, check_shards
 from fastsam.engine import Engine
 from fastsam.groups import (
     GROUP_OPTIONS,
@@ -28,6 +28,7 @@ from fastsam.groups import (
 )
 from fastsam.last_ascent import LastAscent, average, record
 from fastsam.micro_batches import GradientSums
+from fastsam.missing_grads import refuse_missing_grads, warn_of_missing_grads
 from fastsam.phases import Closure, StepPhases
 from fastsam.policy import Policy
 from fastsam.runtime.batch_norm import RunningStatistics
@@ -245,7 +246,7 @@ class FastSAM(StepPhases):
         if not self._has_gradients():
             if ascends and ascent_closure is not None:
                 raise RuntimeError("no parameter has a gradient; ascent_closure must call backward()")
-            self._warn_of_missing_grads()
+            warn_of_missing_grads(self._parameters())
             return loss
         if states is not None and ascends:
             closure, first = states.replayed(closure), states.replayed(first)
@@ -274,7 +275,7 @@ class FastSAM(StepPhases):
                 self._descend()
             else:
                 self.restore()
-                self._warn_of_missing_grads()
+                warn_of_missing_grads(self._parameters())
         return loss
 
     def _step_by_micro_batches(self, closures: list[Closure]) -> list[Any]:
@@ -308,7 +309,7 @@ class FastSAM(StepPhases):
             if sums.hand_over(self._parameters(), len(closures)):
                 self._descend()
             else:
-                self._warn_of_missing_grads()
+                warn_of_missing_grads(self._parameters())
         self.last_ascent = average(measured)
         return losses
 
@@ -344,8 +345,7 @@ class FastSAM(StepPhases):
             self._refuse_perturbed("first_step()")
         is_first = not engine.perturbed
         if self.method.needs_first_pass and is_first and not self._has_gradients():
-            check_missing_grads(self._parameters())
-            raise RuntimeError(NO_GRADIENT)
+            refuse_missing_grads(self._parameters())
         if is_first and not self._still_ascends(self._ascends_now()):
             engine.is_single = True
             return False

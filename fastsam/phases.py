@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from fastsam.bases import note_step, run_step
 from fastsam.checkpoint import STEP_COUNT, step_count
-from fastsam.distributed import NO_GRADIENT, check_missing_grads
 from fastsam.plan import Plan
 from fastsam.runtime.batch_norm import RunningStatistics
 from fastsam.runtime.interrupts import DeferredInterrupts
@@ -180,15 +178,6 @@ class StepPhases(BaseWrapper):
                 "time it is called. If the gradients were computed outside of it, call first_step() and second_step()"
             )
         return loss
-
-    def _warn_of_missing_grads(self) -> None:
-        """The closures of a step have left no gradient: it does nothing, as torch's optimizers do, but not in silence.
-
-        Raises:
-            RuntimeError: this is because of how the model is sharded.
-        """
-        check_missing_grads(self._parameters())
-        warnings.warn(f"a step has changed nothing: {NO_GRADIENT}", UserWarning, stacklevel=3)
 
     def _observe_single_pass(self, plan: Plan) -> None:
         """The statistics of a step that was known to have no ascent; its gradients may still have a scaler's scale."""
