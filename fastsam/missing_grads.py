@@ -15,13 +15,13 @@ _NO_GRADIENT = (
 
 
 def refuse_missing_grads(params: Iterable[Any]) -> NoReturn:
-    """Raises RuntimeError."""
+    """Raises RuntimeError; if the sharding is the reason, its message says so."""
     _check_sharding(params)
     raise RuntimeError(_NO_GRADIENT)
 
 
 def warn_of_missing_grads(params: Iterable[Any]) -> None:
-    """Warns that a step has changed nothing, as torch's optimizers do without gradients.
+    """Warns that a step without gradients has changed nothing; torch's optimizers say nothing of such a step.
 
     Raises:
         RuntimeError: the gradients are missing because of how the model is sharded.

@@ -16,6 +16,21 @@ class Stop(Exception):
     """What closures that fail raise."""
 
 
+def raises(kind, act, *arguments):
+    """Whether ``act`` raises such an exception."""
+    try:
+        act(*arguments)
+    except kind:
+        return True
+    return False
+
+
+def patched(patch, functions, wrap):
+    """Replaces each ``(object, attribute)`` by ``wrap`` of what was there."""
+    for owner, name in functions:
+        patch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
 class Problem:
     """Two layers, and a batch that they are to fit. Two problems of one seed are the same."""
 
